@@ -336,7 +336,8 @@ def mux(
 def _mux_into(tmp, f, g, audio, sr, start, keep_original, path):
     "Write the picture of `f`, `audio`, and the sound of `g` if it is kept"
     picture = _picture(f, path)
-    with av.open(str(tmp), 'w') as out:
+    clock = {} if tmp.suffix == '.mkv' else {'movie_timescale': str(sr)}   # or lengths are rounded to a millisecond
+    with av.open(str(tmp), 'w', options=clock) as out:
         out.metadata.update({k:v for k,v in f.metadata.items() if k in ('title', 'artist', 'date', 'comment', 'creation_time')})
         streams = [_copied(f, picture, out.add_stream_from_template(picture)), _sound_packets(_add_sound(out, sr), audio, sr, start)]
         if keep_original and g.streams.audio:
