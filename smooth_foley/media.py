@@ -64,12 +64,12 @@ def _picture_packets(stream, frames, times, duration):
         packet.duration = end-start
         yield packet
 
-# %% ../nbs/01_media.ipynb #8de6904e
-def _sound_packets(stream, audio, sr, start=0.):
-    "Encode a mono waveform that begins at `start` seconds, block by block"
+# %% ../nbs/01_media.ipynb #e43ebba8
+def _sound_packets(stream, audio, sr):
+    "Encode a mono waveform block by block"
     for i in range(0, len(audio), sr):
         block = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio[None, i:i+sr], dtype=np.float32), format='fltp', layout='mono')
-        block.sample_rate, block.time_base, block.pts = sr, Fraction(1, sr), round(start*sr)+i
+        block.sample_rate, block.time_base, block.pts = sr, Fraction(1, sr), i
         yield from stream.encode(block)
     yield from stream.encode()
 
@@ -293,11 +293,14 @@ def check_output(
     _claim(out).unlink()
     return out
 
-# %% ../nbs/01_media.ipynb #fc9aefcf
-def _copied(container, stream, target):
-    "The packets of `stream`, addressed to `target`"
+# %% ../nbs/01_media.ipynb #e4b0f3cc
+def _copied(container, stream, target, start):
+    "The packets of `stream`, addressed to `target`; the clock begins at `start` seconds"
+    shift = round(start/stream.time_base)
     for packet in container.demux(stream):
         if packet.dts is None: continue
+        packet.dts -= shift
+        if packet.pts is not None: packet.pts -= shift
         packet.stream = target
         yield packet
 
@@ -339,10 +342,10 @@ def _mux_into(tmp, f, g, audio, sr, start, keep_original, path):
     clock = {} if tmp.suffix == '.mkv' else {'movie_timescale': str(sr)}   # or lengths are rounded to a millisecond
     with av.open(str(tmp), 'w', options=clock) as out:
         out.metadata.update({k:v for k,v in f.metadata.items() if k in ('title', 'artist', 'date', 'comment', 'creation_time')})
-        streams = [_copied(f, picture, out.add_stream_from_template(picture)), _sound_packets(_add_sound(out, sr), audio, sr, start)]
+        streams = [_copied(f, picture, out.add_stream_from_template(picture), start), _sound_packets(_add_sound(out, sr), audio, sr)]
         if keep_original and g.streams.audio:
             old = g.streams.audio[0]
             second = out.add_stream_from_template(old)
             second.disposition = av.stream.Disposition(0)
-            streams.append(_copied(g, old, second))
+            streams.append(_copied(g, old, second, start))
         for packet in _by_time(*streams): out.mux(packet)
