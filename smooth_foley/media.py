@@ -148,6 +148,7 @@ def _span(container, stream, path):
     except av.error.FFmpegError as e: raise FoleyError(f'{path}: broken after {count} frames ({_why(e)}); copy or export it again') from e
     if stream.frames and count < stream.frames:
         raise FoleyError(f'{path}: truncated, {count} of {stream.frames} frames are there; copy or export it again')
+    if count > 1 and not shown: raise FoleyError(f'{path}: its frames carry no times (a raw stream?); put it into an .mp4 or .mkv')
     if len(shown) < 2: raise FoleyError(f'{path}: {"a single picture" if shown else "no frame in it"}; give a video of at least two frames')
     last, length = max(shown)
     length = length or 1/(stream.average_rate or 15)/stream.time_base
@@ -293,12 +294,23 @@ def check_output(
     _claim(out).unlink()
     return out
 
-# %% ../nbs/01_media.ipynb #e4b0f3cc
+# %% ../nbs/01_media.ipynb #c4b2a76d
+def _dated(packets):
+    "Packets with the decoding times that Matroska leaves out at the start, counted back from the first one known"
+    waiting = []
+    for packet in packets:
+        if not packet.size: continue
+        waiting.append(packet)
+        if packet.dts is None: continue
+        for back, earlier in enumerate(reversed(waiting)): earlier.dts = packet.dts - back*(packet.duration or 1)
+        yield from waiting
+        waiting = []
+    if waiting: raise ValueError('its packets carry no times')
+
 def _copied(container, stream, target, start):
     "The packets of `stream`, addressed to `target`; the clock begins at `start` seconds"
     shift = round(start/stream.time_base)
-    for packet in container.demux(stream):
-        if packet.dts is None: continue
+    for packet in _dated(container.demux(stream)):
         packet.dts -= shift
         if packet.pts is not None: packet.pts -= shift
         packet.stream = target
