@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
 from .core import FoleyError
 
-# %% ../nbs/02_mel.ipynb #4510c799
+# %% ../nbs/02_mel.ipynb #bed584dc
 @lru_cache(maxsize=8)
 def mel_filters(
     sample_rate:int=16000, # Hz
@@ -28,7 +28,7 @@ def mel_filters(
     from librosa.filters import mel
     return torch.from_numpy(mel(sr=sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=fmin, fmax=fmax))
 
-# %% ../nbs/02_mel.ipynb #7c5408d3
+# %% ../nbs/02_mel.ipynb #ad59fc2f
 class MelTransform(ModelMixin, ConfigMixin):
     "Waveform -> natural-log mel -> the image a VAE eats, and back"
     @register_to_config
@@ -59,19 +59,19 @@ class MelTransform(ModelMixin, ConfigMixin):
         for k,b in self._buffers.items(): self._buffers[k] = b.to(fn(b).device)
         return self
 
-# %% ../nbs/02_mel.ipynb #4e6287ce
+# %% ../nbs/02_mel.ipynb #427940d3
 @patch(cls_method=True)
 def full(cls:MelTransform, **kw)->MelTransform:
     "Auffusion's and FoleyCrafter's mel: 256 bands as three equal channels, highest first, `(3, 256, 1024)`"
     return cls(**kw)
 
-# %% ../nbs/02_mel.ipynb #d237cc18
+# %% ../nbs/02_mel.ipynb #ec47ef1b
 @patch(cls_method=True)
 def mini(cls:MelTransform, **kw)->MelTransform:
     "The small scale: 128 bands, 4x4 patches folded into channels, `(16, 32, 256)`"
     return cls(**{**dict(n_fft=1024, n_mels=128, log_min=math.log(1e-4), log_max=math.log(20.), image_channels=1, fold=4, flip=False), **kw})
 
-# %% ../nbs/02_mel.ipynb #ea069e47
+# %% ../nbs/02_mel.ipynb #db5a7011
 @patch
 def save_pretrained(self:MelTransform,
     save_directory, # Folder, made if needed
@@ -90,7 +90,7 @@ def from_pretrained(cls:MelTransform,
     hub = {k:v for k,v in kwargs.items() if k in ('revision','local_files_only','cache_dir','token','force_download','proxies')}
     return cls.from_config(cls.load_config(folder, subfolder=subfolder, **hub))
 
-# %% ../nbs/02_mel.ipynb #b5a2d5be
+# %% ../nbs/02_mel.ipynb #483d47d2
 @patch
 def log_mel_open(self:MelTransform,
     audio:Tensor, # Waveforms, `(b, n)` samples in [-1, 1]
@@ -106,7 +106,7 @@ def log_mel_open(self:MelTransform,
     mag = (S.real.square()+S.imag.square()+1e-9).sqrt()[...,:n]
     return (self.filters.to(x.device)@mag).clamp(min=1e-10).log().clamp(c.log_min, c.log_max)
 
-# %% ../nbs/02_mel.ipynb #82f55aed
+# %% ../nbs/02_mel.ipynb #e8e25ba2
 def plot_mel(
     log_mel:Tensor,                # One natural-log mel, `(n_mels, n_cols)`
     ax=None,                       # Matplotlib axes; a new one when None
@@ -121,7 +121,7 @@ def plot_mel(
     ax.set(xlabel='time (s)', ylabel='mel band')
     return ax
 
-# %% ../nbs/02_mel.ipynb #ec82b9f1
+# %% ../nbs/02_mel.ipynb #dbecb30e
 @patch
 def log_mel(self:MelTransform,
     audio:Tensor, # Waveforms, `(b, n)` samples in [-1, 1]
@@ -130,7 +130,7 @@ def log_mel(self:MelTransform,
     x = self.log_mel_open(audio)[...,:self.config.n_cols]
     return F.pad(x, (0, self.config.n_cols-x.shape[-1]), value=self.config.log_min)
 
-# %% ../nbs/02_mel.ipynb #6c64af7a
+# %% ../nbs/02_mel.ipynb #09f4e5e8
 @patch
 def fold(self:MelTransform,
     x:Tensor, # Images, `(b, c, n_mels, n_cols)`
@@ -145,7 +145,7 @@ def unfold(self:MelTransform,
     "Undo `MelTransform.fold`"
     return F.pixel_shuffle(x, self.config.fold)
 
-# %% ../nbs/02_mel.ipynb #125e8e6a
+# %% ../nbs/02_mel.ipynb #12eadebf
 @patch
 def to_image(self:MelTransform,
     log_mel:Tensor, # Natural-log mel, `(b, n_mels, n_cols)`
@@ -156,7 +156,7 @@ def to_image(self:MelTransform,
     if c.flip: x = x.flip(-2)
     return self.fold(x[:,None].repeat(1, c.image_channels, 1, 1))
 
-# %% ../nbs/02_mel.ipynb #0f7a6915
+# %% ../nbs/02_mel.ipynb #f68bfa57
 @patch
 def from_image(self:MelTransform,
     image:Tensor, # Image as the VAE paints it, `(b, C, h, w)`, nominally in [-1, 1]
@@ -167,7 +167,7 @@ def from_image(self:MelTransform,
     if c.flip: x = x.flip(-2)
     return (x+1)/2*(c.log_max-c.log_min)+c.log_min
 
-# %% ../nbs/02_mel.ipynb #4771427a
+# %% ../nbs/02_mel.ipynb #6ac60cd0
 @patch
 def condition_image(self:MelTransform,
     columns:Tensor, # Temporal condition, `(b, n_cols)`, values in {-1, +1}
@@ -178,7 +178,7 @@ def condition_image(self:MelTransform,
         raise FoleyError(f"columns has shape {tuple(columns.shape)}; give (b, {c.n_cols}), one value per mel column")
     return self.fold(columns[:,None,None].expand(-1, 1, c.n_mels, -1).contiguous())
 
-# %% ../nbs/02_mel.ipynb #e3514c1e
+# %% ../nbs/02_mel.ipynb #bf8ddb24
 def peak_normalize(
     audio:Tensor,    # Waveforms, `(..., n)`
     peak:float=.95,  # Largest absolute sample afterwards
