@@ -15,7 +15,7 @@ from . import __version__
 from .core import FoleyError, default_device, progress, suggest
 from .media import SR, check_output, mux, probe, read_clip, write_video, write_wav
 
-# %% ../nbs/app/60_cli.ipynb #f9481ff1
+# %% ../nbs/app/60_cli.ipynb #453a88fe
 def number(
     low:float,          # Smallest value allowed
     high:float,         # Largest value allowed
@@ -29,7 +29,7 @@ def number(
         raise argparse.ArgumentTypeError(f'must be from {low:g} to {high:g}, got {text}')
     return parse
 
-# %% ../nbs/app/60_cli.ipynb #dfef9999
+# %% ../nbs/app/60_cli.ipynb #3dbe73fa
 def condition(
     text:str,    # "auto", "always" or "0.5-2.0,3-4.5" (seconds)
 ):               # The word, or a list of `(start, end)`
@@ -43,7 +43,7 @@ def condition(
         if a >= b: raise argparse.ArgumentTypeError(f'span {a:g}-{b:g} ends before it starts')
     return spans
 
-# %% ../nbs/app/60_cli.ipynb #33a4e529
+# %% ../nbs/app/60_cli.ipynb #5df33f26
 def check_device(
     device:str=None,   # `--device`
 )->str:                # A device that exists
@@ -55,7 +55,7 @@ def check_device(
     if not there.get(kind.type, False): raise FoleyError(f'--device {device}: not on this machine; leave it out, or use --device cpu')
     return str(kind)
 
-# %% ../nbs/app/60_cli.ipynb #06a233f9
+# %% ../nbs/app/60_cli.ipynb #154ec0e3
 def local_model(
     model:str,   # `--model`
 )->Path:         # Folder with a `model_index.json`
@@ -75,7 +75,7 @@ def load_pipeline(
     try: return SmoothFoleyPipeline.from_pretrained(None if model=='mini' else model).to(device)
     except FoleyError as e: raise FoleyError(f'--model {e}') from e
 
-# %% ../nbs/app/60_cli.ipynb #eee6e24b
+# %% ../nbs/app/60_cli.ipynb #64aadea2
 def known_labels(
     model:str,   # `--model`
 )->tuple:        # Names it was trained on, in VGGSound's spelling
@@ -99,7 +99,7 @@ def check_label(
     hint = f'did you mean {" or ".join(map(repr, near))}?' if near else 'its labels are:'
     raise FoleyError(f'--label {label!r}: mini does not know it; {hint} {"(all: smooth-foley labels)" if near else ", ".join(names.values())}')
 
-# %% ../nbs/app/60_cli.ipynb #2d2307a5
+# %% ../nbs/app/60_cli.ipynb #313312c9
 VIDEOS = ('.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi')
 
 def find_videos(
@@ -114,7 +114,7 @@ def find_videos(
         found += inside
     return list(dict.fromkeys(found))
 
-# %% ../nbs/app/60_cli.ipynb #4c33f911
+# %% ../nbs/app/60_cli.ipynb #2e691017
 def targets(
     videos:list,         # Inputs
     out:str,             # `-o` or `--plot`: a file, an existing folder, or None for "beside the input"
@@ -130,7 +130,7 @@ def targets(
     if twice: raise FoleyError(f'{twice[0]}: two of the videos would be written there; run them one by one with -o')
     return paths
 
-# %% ../nbs/app/60_cli.ipynb #00fb5abf
+# %% ../nbs/app/60_cli.ipynb #6808aca4
 LONGEST = 10.24   # Seconds that one run of the model covers
 
 def check_generate(args):
@@ -147,7 +147,7 @@ def check_generate(args):
         if p: check_output(p, args.overwrite, ('.png',))
     return list(zip(videos, outs, plots))
 
-# %% ../nbs/app/60_cli.ipynb #7ee59858
+# %% ../nbs/app/60_cli.ipynb #468fe606
 def proposed(
     name:str,     # Clip
     ranked:list,  # `(label, score)`, best first
@@ -157,7 +157,7 @@ def proposed(
     lines = [f'{name}: no --label given; CLIP sees'] + [f'  {score:6.1%}  {label}' for label, score in ranked[:n]]
     return '\n'.join([*lines, f'  taken: {ranked[0][0]!r}; choose another one with --label'])
 
-# %% ../nbs/app/60_cli.ipynb #5e1d1c76
+# %% ../nbs/app/60_cli.ipynb #2a3b56a6
 def make_sound(pipe, clip, label, args):
     "Run the pipeline on one clip with the options of the command line"
     options = dict(prompt=args.prompt, negative_prompt=args.negative_prompt, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
@@ -169,7 +169,7 @@ def make_sound(pipe, clip, label, args):
     if output.proposals[0]: print(proposed(clip.name, output.proposals[0]))
     return output
 
-# %% ../nbs/app/60_cli.ipynb #e15479f2
+# %% ../nbs/app/60_cli.ipynb #7cc4a3da
 def save(clip, output, out, plot, args):
     "Write the plot, then the sound or the video with it"
     if plot:
@@ -193,7 +193,7 @@ def generate(
         clip = read_clip(video, fps=args.fps or pipe.config.fps, size=pipe.frame_encoder.image_size, max_duration=pipe.max_duration)
         save(clip, make_sound(pipe, clip, label, args), out, plot, args)
 
-# %% ../nbs/app/60_cli.ipynb #3795a23e
+# %% ../nbs/app/60_cli.ipynb #c70b632e
 def labels(args, load=load_pipeline):
     "List the labels, or rank them for a video"
     if args.video is None: print('\n'.join(known_labels(args.model))); return
@@ -209,7 +209,7 @@ def train(args):
     done = recipes.train_mini(args.out, resume=args.resume, **{k:v for k, v in options.items() if v is not None})
     print(f'trained: {done}')
 
-# %% ../nbs/app/60_cli.ipynb #066fcb5a
+# %% ../nbs/app/60_cli.ipynb #9bbe2509
 def weight_sizes(
     folder,    # A saved pipeline
 )->list:       # `(component, class, parameters, bytes)`
@@ -224,7 +224,7 @@ def weight_sizes(
         rows.append((name, spec[1] or '-', n, sum(f.stat().st_size for f in files)))
     return rows
 
-# %% ../nbs/app/60_cli.ipynb #b77e338a
+# %% ../nbs/app/60_cli.ipynb #170a1497
 DEFAULTS = ('num_inference_steps', 'guidance_scale', 'frame_scale', 'temporal_scale', 'fps', 'threshold')
 LICENCES = {'mini': 'Apache-2.0, code and weights', 'other': 'code Apache-2.0; weights: see their card. Auffusion, the base of the full scale, is CC BY-NC-SA 4.0: non-commercial'}
 
@@ -238,7 +238,7 @@ def info(args):
     print(f'  {"together":<46}{sum(r[2] for r in rows)/1e6:8.2f} M parameters {sum(r[3] for r in rows)/1e6:8.1f} MB')
     print(f'licence  {LICENCES.get(args.model, LICENCES["other"])}')
 
-# %% ../nbs/app/60_cli.ipynb #d53896bb
+# %% ../nbs/app/60_cli.ipynb #306f51f2
 def sample_video(
     folder,   # Where to film one if none is shipped
 )->Path:
@@ -255,13 +255,13 @@ def demo(args, load=load_pipeline):
         whole = build_parser().parse_args(['generate', str(sample_video(tmp)), '-o', args.out, '--plot', str(Path(args.out).with_suffix('.png'))])
         generate(argparse.Namespace(**{**vars(whole), **{k:v for k, v in vars(args).items() if k not in ('run', 'command')}}), load)
 
-# %% ../nbs/app/60_cli.ipynb #98e4ffe6
+# %% ../nbs/app/60_cli.ipynb #bd56a40d
 class _Parser(argparse.ArgumentParser):
     "An `ArgumentParser` whose errors are one line, raised"
     def __init__(self, *args, **kwargs): super().__init__(*args, allow_abbrev=False, **kwargs)
     def error(self, message): raise FoleyError(f'{message} (see {self.prog} --help)')
 
-# %% ../nbs/app/60_cli.ipynb #c5be7364
+# %% ../nbs/app/60_cli.ipynb #adcc8ecc
 def _model_options(p):
     g = p.add_argument_group('model')
     g.add_argument('--model', default='mini', metavar='NAME', help='mini (default), a folder, or a Hugging Face hub id')
@@ -278,7 +278,7 @@ def _sound_options(p):
     g.add_argument('--frame-wise', action=argparse.BooleanOptionalAction, default=True, help='one token per frame, or one for the whole clip')
     g.add_argument('--fps', type=number(1, 120), help='frames per second to look at')
 
-# %% ../nbs/app/60_cli.ipynb #623fe1d7
+# %% ../nbs/app/60_cli.ipynb #e1433373
 def _generate_options(p):
     p.add_argument('videos', nargs='+', metavar='VIDEO', help='a video, several, or a folder of them')
     p.add_argument('-o', '--out', metavar='OUT', help='.mp4, .mov, .mkv or .wav, or an existing folder; default VIDEO_foley.mp4')
@@ -297,7 +297,7 @@ def _train_options(p):
     p.add_argument('--max-steps', type=number(1, 10**9, int), help='cap every stage, for a try-out')
     p.add_argument('--mixed-precision', choices=['no', 'bf16', 'fp16'], help='default: the recipe\'s')
 
-# %% ../nbs/app/60_cli.ipynb #21b315d3
+# %% ../nbs/app/60_cli.ipynb #3a662893
 def build_parser()->argparse.ArgumentParser:
     "The command line with all its commands"
     p = _Parser('smooth-foley', description='Continuous, synchronised sound for silent video.')
@@ -318,7 +318,7 @@ def build_parser()->argparse.ArgumentParser:
     command('info', info, 'Show the model, the sizes of its parts, the device, the licences.', _model_options)
     return p
 
-# %% ../nbs/app/60_cli.ipynb #6f5e032e
+# %% ../nbs/app/60_cli.ipynb #1869e4a4
 def main(
     argv:list=None,   # Words of the command line; default: the program's own
 )->int:               # Exit code: 0 done, 2 wrong input, 130 interrupted
