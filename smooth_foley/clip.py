@@ -208,12 +208,13 @@ def from_pretrained(cls:FrameEncoder,
     d = Path(folder)/(subfolder or '')
     for f in (CONFIG_FILE, WEIGHTS_FILE):
         if not (d/f).is_file(): raise FoleyError(f"{d} has no {f}; give a folder in open_clip's layout")
-    cfg, tok = json.loads((d/CONFIG_FILE).read_text()), None
+    try: cfg, weights, tok = json.loads((d/CONFIG_FILE).read_text()), load_file(d/WEIGHTS_FILE), None
+    except Exception as e: raise FoleyError(f"{d} cannot be read ({e}); its files are damaged or cut short, fetch them again") from e
     if cfg['model_cfg']['text_cfg'].get('hf_tokenizer_name'):
         from transformers import AutoTokenizer
         tok = AutoTokenizer.from_pretrained(d)
     enc = cls(cfg['model_cfg'], cfg.get('preprocess_cfg'), tok)
-    load_checked(enc.model, load_file(d/WEIGHTS_FILE), str(d/WEIGHTS_FILE))
+    load_checked(enc.model, weights, str(d/WEIGHTS_FILE))
     enc.model.to(dtype or torch_dtype or torch.float32)
     return enc
 
