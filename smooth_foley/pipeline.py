@@ -100,7 +100,7 @@ def from_random(cls:SmoothFoleyPipeline,
             torch.nn.init.normal_(p, std=p[0].numel()**-.5)
     for m in parts.values():
         if isinstance(m, torch.nn.Module): m.eval().requires_grad_(False)
-    return cls(**parts, labels=labels, threshold=-.35, num_inference_steps=3, guidance_scale=2.)
+    return cls(**parts, labels=labels, threshold=-.33, num_inference_steps=3, guidance_scale=2.)
 
 # %% ../nbs/09_pipeline.ipynb #9e545220
 def _check_number(name, value, low=0., integer=False):

@@ -21,7 +21,7 @@ WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pyto
 def noise_clip(seconds, seed=0):
     rng = np.random.default_rng(seed)
     n = max(1, round(seconds*15))
-    return Clip(rng.integers(0, 255, (4, 64, 64, 3), np.uint8)[np.arange(n)*4//n], np.arange(n)/15, seconds, Path(f"clip{seed}.mp4"))
+    return Clip(rng.integers(0, 255, (4, 4, 4, 3), np.uint8).repeat(16, 1).repeat(16, 2)[np.arange(n)*4//n], np.arange(n)/15, seconds, Path(f"clip{seed}.mp4"))
 
 
 def quiet(pipe):
