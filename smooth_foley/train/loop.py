@@ -115,6 +115,8 @@ def train(
 )->nn.Module:              # The stage, with averaged weights if `ema_decay` > 0
     "Train a stage; kill it when you like, and call it again"
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state()      # stages of one process may differ in precision
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
     acc = Accelerator(mixed_precision=cfg.mixed_precision, gradient_accumulation_steps=cfg.gradient_accumulation_steps, cpu=not torch.cuda.is_available(), log_with=cfg.report_to or None, project_dir=str(out))
     if cfg.train_batch_size%(acc.num_processes*cfg.gradient_accumulation_steps):
