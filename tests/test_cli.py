@@ -1,0 +1,216 @@
+"The command line as a person meets it: in a process of its own"
+import hashlib, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import av, numpy as np, pytest
+from smooth_foley import cli
+from smooth_foley.core import mini_path
+from smooth_foley.data.passby import LABELS
+from smooth_foley.media import SR, probe, read_audio, write_video, write_wav
+
+COMMAND = str(Path(sys.executable).parent/'smooth-foley')
+HAS_MINI = (mini_path()/'model_index.json').is_file()
+needs_mini = pytest.mark.skipif(not HAS_MINI, reason='the shipped model is not in the package yet')
+
+
+def smooth_foley(*words, cwd=None):
+    return subprocess.run([COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def inside(capsys, monkeypatch):
+    "The same in this process, for what needs the large libraries: they are imported once"
+    def run(*words, cwd=None):
+        if cwd: monkeypatch.chdir(cwd)
+        handler = signal.getsignal(signal.SIGTERM)
+        try: code = cli.main([str(w) for w in words])
+        finally: signal.signal(signal.SIGTERM, handler)
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+    return run
+
+
+def tree(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
+
+
+@pytest.fixture(scope='module')
+def inputs(tmp_path_factory):
+    "A folder of good and bad videos"
+    folder, noise = tmp_path_factory.mktemp('inputs'), np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), dtype=np.uint8)
+    write_video(folder/'good.mp4', noise)
+    write_video(folder/'long.mp4', noise[:22], fps=2)
+    write_video(folder/'one.mp4', noise[:1])
+    write_wav(folder/'sound.wav', np.zeros(SR))
+    (folder/'sound.mp4').write_bytes((folder/'sound.wav').read_bytes())
+    (folder/'text.mp4').write_text('words\n'*100)
+    (folder/'cut.mp4').write_bytes((folder/'good.mp4').read_bytes()[:3000])
+    (folder/'empty.mp4').touch()
+    (folder/'exists.mp4').write_text('precious')
+    (folder/'nothing').mkdir(); (folder/'model').mkdir()
+    return folder
+
+
+WRONG = {   # name: (words, what the line must say)
+    'no command': ([], 'COMMAND'),
+    'unknown command': (['fly'], 'invalid choice'),
+    'no video': (['generate'], 'VIDEO'),
+    'missing file': (['generate', 'none.mp4'], 'none.mp4: no such file'),
+    'text file': (['generate', 'text.mp4'], 'text.mp4: cannot be read'),
+    'truncated': (['generate', 'cut.mp4'], 'cut.mp4: cannot be read'),
+    'empty file': (['generate', 'empty.mp4'], 'empty.mp4: cannot be read'),
+    'only sound': (['generate', 'sound.mp4'], 'only sound'),
+    'one frame': (['generate', 'one.mp4'], 'single picture'),
+    'too long': (['generate', 'long.mp4'], '11.00 s, and at most 10.24'),
+    'one bad among good': (['generate', 'good.mp4', 'text.mp4', '-o', 'nothing'], 'text.mp4'),
+    'folder without video': (['generate', 'nothing'], 'no video in this folder'),
+    'unknown label': (['generate', 'good.mp4', '--label', 'dog barkin'], "'dog barking'"),
+    'empty label': (['generate', 'good.mp4', '--label', '  '], 'empty'),
+    'no folder for the output': (['generate', 'good.mp4', '-o', 'none/x.mp4'], 'none: no such folder'),
+    'output exists': (['generate', 'good.mp4', '-o', 'exists.mp4'], 'exists.mp4: exists already'),
+    'output is the input': (['generate', 'good.mp4', '-o', 'good.mp4', '--overwrite'], 'input itself'),
+    'unwritable': (['generate', 'good.mp4', '-o', '/proc/x.mp4'], '/proc/x.mp4: cannot be written'),
+    'unknown format': (['generate', 'good.mp4', '-o', 'x.ogg'], 'cannot write .ogg'),
+    'plot of unknown format': (['generate', 'good.mp4', '--plot', 'x.txt'], 'cannot write .txt'),
+    'nan scale': (['generate', 'good.mp4', '--frame-scale', 'nan'], '--frame-scale: must be'),
+    'negative scale': (['generate', 'good.mp4', '--temporal-scale', '-1'], '--temporal-scale: must be'),
+    'word for a number': (['generate', 'good.mp4', '--guidance-scale', 'much'], "got 'much'"),
+    'no steps': (['generate', 'good.mp4', '--steps', '0'], '--steps: must be'),
+    'half a step': (['generate', 'good.mp4', '--steps', '2.5'], 'whole number'),
+    'no fps': (['generate', 'good.mp4', '--fps', '0'], '--fps: must be'),
+    'backward span': (['generate', 'good.mp4', '--condition', '3-2'], 'ends before it starts'),
+    'span behind the end': (['generate', 'good.mp4', '--condition', '5-6'], 'begins after'),
+    'misspelt option': (['generate', 'good.mp4', '--lable', 'dog barking'], '--lable'),
+    'unknown device': (['generate', 'good.mp4', '--device', 'abacus'], 'no such device'),
+    'absent device': (['generate', 'good.mp4', '--device', 'cuda:99'], 'not on this machine'),
+    'empty model folder': (['generate', 'good.mp4', '--model', 'model'], 'no model_index.json'),
+    'no network for a hub id': (['generate', 'good.mp4', '--model', 'nobody/nothing'], 'nobody/nothing'),
+    'unknown recipe': (['train', 'maxi', '--out', 'runs'], 'maxi'),
+    'unknown stage': (['train', 'mini', '--out', 'nothing', '--stages', 'unet,dance'], 'dance'),
+    'labels of no video': (['labels', 'none.mp4'], 'no such file'),
+    'demo exists': (['demo', '-o', 'exists.mp4'], 'exists already'),
+}
+
+OUTSIDE = {'no command', 'missing file', 'too long', 'one bad among good', 'unknown label', 'output exists', 'nan scale'}   # in a process of their own; the rest share this one
+
+@pytest.mark.parametrize('name', WRONG)
+def test_wrong_input(name, inputs, inside):
+    words, says = WRONG[name]
+    before = tree(inputs)
+    r = (smooth_foley if name in OUTSIDE else inside)(*words, cwd=inputs)
+    assert (r.returncode, r.stdout) == (2, ''), r.stderr
+    assert r.stderr.startswith('smooth-foley: error: ') and r.stderr.count('\n') == 1 and says in r.stderr, r.stderr
+    assert tree(inputs) == before
+
+
+def test_help_is_quick_and_light():
+    def once():
+        start = time.perf_counter()
+        r = smooth_foley('--help')
+        assert r.returncode == 0 and 'generate' in r.stdout
+        return time.perf_counter()-start
+    assert min(once() for _ in range(4)) < 1
+    code = "import sys, smooth_foley, smooth_foley.cli; print(sorted({'torch','diffusers','transformers','open_clip','matplotlib','scipy'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, '-c', code], text=True).strip() == '[]'
+
+
+@pytest.mark.parametrize('command', ['generate', 'demo', 'labels', 'train', 'info'])
+def test_every_command_explains_itself(command):
+    r = smooth_foley(command, '--help')
+    assert r.returncode == 0 and r.stdout.startswith(f'usage: smooth-foley {command}')
+
+
+def test_labels():
+    r = smooth_foley('labels')
+    assert r.returncode == 0 and r.stdout.splitlines() == list(LABELS)
+
+
+def test_version():
+    import smooth_foley as package
+    assert smooth_foley('--version').stdout.strip() == f'smooth-foley {package.__version__}'
+
+
+# with the shipped model
+
+@pytest.fixture(scope='module')
+def video(tmp_path_factory):
+    "Two seconds of an airplane on a test seed, with a sound of its own"
+    from smooth_foley.data.passby import scene
+    frames = scene(2_000_001, audio=False).frames[:30]
+    return write_video(tmp_path_factory.mktemp('video')/'plane.mp4', frames, fps=15, audio=np.zeros(2*SR, np.float32))
+
+
+def picture(path):
+    with av.open(str(path)) as f: return [hashlib.sha256(bytes(p)).hexdigest() for p in f.demux(f.streams.video[0]) if p.size]
+
+
+@needs_mini
+def test_generate(video, tmp_path):
+    r = smooth_foley('generate', video, '-o', tmp_path/'out.mp4', '--plot', tmp_path/'plot.png', '--keep-original', '--steps', '4')
+    assert r.returncode == 0 and r.stderr == '', r.stderr
+    assert 'CLIP sees' in r.stdout and 'taken: ' in r.stdout and any(l in r.stdout for l in LABELS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['out.mp4', 'plot.png']
+    assert picture(tmp_path/'out.mp4') == picture(video)
+    sound = read_audio(tmp_path/'out.mp4')
+    assert len(sound) == round(probe(video)['duration']*SR) and np.abs(sound).max() > .005
+    with av.open(str(tmp_path/'out.mp4')) as f: assert len(f.streams.audio) == 2
+    assert (tmp_path/'plot.png').read_bytes()[:4] == b'\x89PNG'
+
+
+@needs_mini
+def test_a_folder_and_the_seed(video, tmp_path, inside):
+    (tmp_path/'in').mkdir(); (tmp_path/'out').mkdir()
+    for name in 'ab': shutil.copy(video, tmp_path/'in'/f'{name}.mp4')
+    ask = ['--label', 'airplane flyby', '--steps', '2']
+    assert inside('generate', tmp_path/'in', '-o', tmp_path/'out', *ask).returncode == 0
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['a_foley.mp4', 'b_foley.mp4']
+    assert inside('generate', tmp_path/'in'/'a.mp4', '-o', tmp_path/'again.mp4', *ask).returncode == 0
+    assert inside('generate', tmp_path/'in'/'a.mp4', '-o', tmp_path/'other.mp4', '--seed', '1', *ask).returncode == 0
+    first, again, other = (read_audio(p) for p in (tmp_path/'out'/'a_foley.mp4', tmp_path/'again.mp4', tmp_path/'other.mp4'))
+    assert (first == again).all()          # alone or in company: the same sound
+    assert not np.allclose(first, other)
+
+
+@needs_mini
+def test_weights_that_do_not_fit_are_named(video, tmp_path, inside):
+    from safetensors.numpy import load_file, save_file
+    shutil.copytree(mini_path(), tmp_path/'model')
+    file = next((tmp_path/'model'/'unet').glob('*.safetensors'))
+    weights = load_file(file)
+    weights['conv_wrong.weight'] = weights.pop('conv_in.weight')
+    save_file(weights, file, metadata={'format': 'pt'})
+    r = inside('generate', video, '-o', tmp_path/'out.mp4', '--model', tmp_path/'model')
+    assert r.returncode == 2 and 'conv_in.weight' in r.stderr and r.stderr.count('\n') == 1, r.stderr
+    file.write_bytes(file.read_bytes()[:1000])
+    r = inside('generate', video, '-o', tmp_path/'out.mp4', '--model', tmp_path/'model')
+    assert r.returncode == 2 and r.stderr.count('\n') == 1, r.stderr
+    assert not (tmp_path/'out.mp4').exists()
+
+
+@needs_mini
+def test_a_kill_leaves_nothing(video, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'CI')}
+    p = subprocess.Popen([COMMAND, 'generate', str(video), '-o', str(tmp_path/'out.mp4'), '--steps', '1000'], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = b''
+    while b'1/1000' not in said:      # the bar tells that it has begun
+        said += (more := p.stderr.read1(200))
+        assert more, said
+    p.send_signal(signal.SIGTERM)
+    p.stderr.close()
+    assert p.wait(60) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_mini
+def test_demo(tmp_path, inside):
+    r = inside('demo', '--steps', '2', cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['demo.mp4', 'demo.png']
+    assert len(read_audio(tmp_path/'demo.mp4')) == round(probe(tmp_path/'demo.mp4')['duration']*SR)
+
+
+@needs_mini
+def test_info(inside):
+    r = inside('info')
+    assert r.returncode == 0 and 'Apache-2.0' in r.stdout and 'unet' in r.stdout and 'defaults' in r.stdout
+    megabytes = float(r.stdout.split('together')[1].split('M parameters')[1].split()[0])
+    assert 0 < megabytes <= 25
