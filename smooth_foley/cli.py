@@ -216,7 +216,7 @@ def weight_sizes(
     "How large the parts of a model are, from the heads of its safetensors files"
     index, rows = json.loads((Path(folder)/'model_index.json').read_text()), []
     for name, spec in index.items():
-        if not isinstance(spec, list): continue
+        if not (isinstance(spec, list) and (Path(folder)/name).is_dir()): continue
         files, n = sorted((Path(folder)/name).glob('*.safetensors')), 0
         for f in files:
             with open(f, 'rb') as h: head = json.loads(h.read(struct.unpack('<Q', h.read(8))[0]))
