@@ -485,13 +485,13 @@ def plot_foley(
     output:FoleyOutput,     # What the pipeline made of it
     i:int=0,                # Which clip of the batch it was
     path=None,              # Write the picture there (.png, .pdf, .svg)
-    n_frames:int=12,        # Pictures in the strip
+    n_frames:int=10,        # Pictures in the strip
 ):                          # A matplotlib `Figure`
     "Frames, similarity, condition and spectrogram over seconds"
     import matplotlib.pyplot as plt
     fig = plt.figure(figsize=(8, 4.4), dpi=80, layout="constrained")
     plt.close(fig)                                       # a notebook shows what is returned, once
-    strip, cond, spec = fig.subplots(3, 1, sharex=True, height_ratios=[1, 1.3, 2])
+    strip, cond, spec = fig.subplots(3, 1, sharex=True, height_ratios=[.8, 1.3, 2])
     _plot_frames(clip, n_frames, strip)
     if output.conditions[i] is not None: plot_condition(output.conditions[i], cond)
     if output.mels is not None: plot_mel(output.mels[i], spec)
@@ -507,5 +507,5 @@ def _plot_frames(clip, n, ax):
     edges = np.linspace(0, clip.duration, n+1)
     for start, end in zip(edges, edges[1:]):
         k = np.searchsorted(clip.times, (start+end)/2, side="right")-1
-        ax.imshow(clip.frames[k], extent=(start, end, 0, 1), aspect="auto")
+        ax.imshow(clip.frames[k], extent=(start, start+.97*(end-start), 0, 1), aspect="auto")
     ax.set(ylim=(0, 1), yticks=[])
