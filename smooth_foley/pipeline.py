@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from .core import FoleyError, atomic_path, derive_generator, mini_path
 from .media import Clip, SR, read_clip, seconds_to_samples
 from .mel import MelTransform, plot_mel
-from .vocoder import make_vocoder, vocode
+from .vocoder import PhaseVocoder, make_vocoder, vocode
 from .clip import FrameEncoder, build_tokenizer, mini_clip_cfg, rank_labels
 from .backbone import (decode_latents, encode_prompt, make_scheduler, make_text_encoder, make_unet,
                                    make_vae, noise_like)
@@ -49,7 +49,7 @@ class FoleyOutput(BaseOutput):
 class SmoothFoleyPipeline(DiffusionPipeline):
     "Video to audio under the guidance of frames and a label"
     def __init__(self, vae:AutoencoderKL, text_encoder:CLIPTextModel, tokenizer:CLIPTokenizer, unet:UNet2DConditionModel,
-        scheduler:SchedulerMixin, vocoder:SpeechT5HifiGan, mel:MelTransform, frame_encoder:FrameEncoder, frame_adapter:FrameAdapter,
+        scheduler:SchedulerMixin, vocoder:SpeechT5HifiGan|PhaseVocoder, mel:MelTransform, frame_encoder:FrameEncoder, frame_adapter:FrameAdapter,
         label_projection:LabelProjection, temporal_adapter:ControlNetModel,
         labels:list=(),               # Labels it was trained on; proposed from when none is given
         fps:float=15.,                # Frames per second it looks at
@@ -419,7 +419,7 @@ def load_part(
     if not folder.is_dir(): raise FoleyError(f"{folder}: no such folder; the weights are incomplete, copy them again")
     cls = getattr(importlib.import_module(library), class_name)
     if not issubclass(cls, torch.nn.Module): return _try(folder, cls.from_pretrained, folder)
-    if "from_pretrained" in vars(cls): return _try(folder, cls.from_pretrained, folder, torch_dtype=dtype).eval()      # strict by itself
+    if any("from_pretrained" in vars(c) for c in cls.__mro__ if c.__module__.startswith("smooth_foley")): return _try(folder, cls.from_pretrained, folder, torch_dtype=dtype).eval()      # strict by itself
     kw = dict(dtype=dtype, ignore_mismatched_sizes=True) if issubclass(cls, PreTrainedModel) else dict(torch_dtype=dtype)   # the first then tells misfits by name
     part, info = _try(folder, cls.from_pretrained, folder, output_loading_info=True, use_safetensors=True, **kw)
     bad = {k.removesuffix("_keys"): [str(o) for o in v if not str(o).endswith("position_ids")][:4] for k, v in info.items()}   # old CLIPs store their counting

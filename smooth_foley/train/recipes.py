@@ -8,7 +8,7 @@ __all__ = ['PLACES', 'PICTURE_CAPTIONS', 'CHUNK', 'STAGES', 'Recipe', 'sound_cap
            'mel_rows', 'vae_stage', 'VocoderStage', 'vocoder_stage', 'caption_ids', 'DiffusionStage', 'latents_cache',
            'base_rows', 'base_stage', 'feature_arrays', 'encode_chunk', 'features_stage', 'ProjectionStage',
            'projection_stage', 'TemporalStage', 'FrameStage', 'load_base', 'temporal_stage', 'frame_stage', 'run_stage',
-           'train_mini', 'load_parts', 'assemble']
+           'train_mini', 'load_parts', 'assemble', 'plot_training']
 
 # %% ../../nbs/train/22_recipes.ipynb #cd2d9376
 import json, os, shutil, time
@@ -21,7 +21,7 @@ from ..core import FoleyError, progress
 from ..data import passby
 from ..mel import MelTransform
 from ..clip import FrameEncoder, build_tokenizer, mini_clip_cfg
-from ..vocoder import make_vocoder, strip_weight_norm
+from ..vocoder import PhaseVocoder, make_vocoder, strip_weight_norm
 from ..backbone import (make_vae, make_unet, make_text_encoder, make_scheduler, alphas_cumprod, add_noise, encode_latents, set_latent_stats, tokenize_prompt,
     AutoencoderKL, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer)
 from .losses import vae_loss, multi_resolution_stft_loss, stft_magnitude, sigmoid_pair_loss, projection_loss, diffusion_target, diffusion_loss
@@ -35,10 +35,10 @@ def _stages()->dict:
         clip=T(max_train_steps=1200, train_batch_size=128, learning_rate=1e-3, weight_decay=.05),
         vae=T(max_train_steps=2400, train_batch_size=8, learning_rate=8e-4, ema_decay=.998),
         vocoder=T(max_train_steps=1600, train_batch_size=8, learning_rate=1e-3, ema_decay=.998, mixed_precision='no'),
-        base=T(max_train_steps=9000, train_batch_size=16, learning_rate=8e-4, lr_warmup_steps=300, ema_decay=.9995),
+        base=T(max_train_steps=3600, train_batch_size=16, learning_rate=1e-3, lr_warmup_steps=200, ema_decay=.999, mixed_precision='no', checkpointing_steps=250),
         projection=T(max_train_steps=1000, train_batch_size=32, learning_rate=2e-3, weight_decay=0., ema_decay=.99, mixed_precision='no'),
-        temporal_adapter=T(max_train_steps=1400, train_batch_size=16, learning_rate=5e-4, ema_decay=.998),
-        frame_adapter=T(max_train_steps=1400, train_batch_size=16, learning_rate=5e-4, ema_decay=.998))
+        temporal_adapter=T(max_train_steps=1200, train_batch_size=16, learning_rate=5e-4, ema_decay=.998, mixed_precision='no'),
+        frame_adapter=T(max_train_steps=1200, train_batch_size=16, learning_rate=5e-4, ema_decay=.998, mixed_precision='no'))
 
 @dataclass
 class Recipe:
@@ -50,6 +50,7 @@ class Recipe:
     seed:int=0
     fps:float=15.
     frame_position:str='none'  # 'none' is the paper's Eq. 2
+    vocoder:str='phase'        # 'phase' plays by rule, 'hifigan' trains a small HiFi-GAN
     stages:dict=field(default_factory=_stages)
 
 # %% ../../nbs/train/22_recipes.ipynb #a26ab368
@@ -342,7 +343,7 @@ STAGES = ('scenes','clip','vae','vocoder','base','features','projection','tempor
 def run_stage(name, out:Path, r:Recipe):
     "One stage, skipped if its mark says that it is done"
     runs, cache, cfg = out, out/'cache', r.stages.get(name)
-    if (out/name/'done.json').exists(): return
+    if (out/name/'done.json').exists() or (name=='vocoder' and r.vocoder=='phase'): return
     (out/name).mkdir(parents=True, exist_ok=True)
     start = time.time()
     if name=='scenes': scenes_stage(cache, r)
@@ -360,6 +361,7 @@ def train_mini(
     mixed_precision:str=None,  # Override every stage's precision
     n_scenes:int=None,         # Override the number of scenes
     frame_position:str=None,   # Override the recipe's
+    vocoder:str=None,          # Override the recipe's
 )->Path:                       # The folder `out/mini`, once assembled
     "Train `mini` from nothing"
     out, r = Path(out), Recipe()
@@ -367,6 +369,8 @@ def train_mini(
     if max_steps is not None and max_steps<1: raise FoleyError(f'max_steps: must be at least 1, got {max_steps}')
     if n_scenes: r = replace(r, n_scenes=n_scenes, n_feature_scenes=min(n_scenes, r.n_feature_scenes))
     if frame_position: r = replace(r, frame_position=frame_position)
+    if vocoder: r = replace(r, vocoder=vocoder)
+    if r.vocoder not in ('phase','hifigan'): raise FoleyError(f"vocoder: 'phase' or 'hifigan', got {r.vocoder!r}")
     change = {k:v for k,v in dict(mixed_precision=mixed_precision, max_train_steps=max_steps).items() if v is not None}
     r.stages = {k:replace(c, **change, **({'lr_warmup_steps':min(c.lr_warmup_steps, max_steps)} if max_steps else {})) for k,c in r.stages.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -376,15 +380,15 @@ def train_mini(
         else: run_stage(name, out, r)
     return out/'mini'
 
-# %% ../../nbs/train/22_recipes.ipynb #63df30ac
-def load_parts(runs)->dict:
+# %% ../../nbs/train/22_recipes.ipynb #3a4f9115
+def load_parts(runs, r:Recipe)->dict:
     "Every trained part of a run"
     from diffusers import ControlNetModel
     from transformers import SpeechT5HifiGan
     from smooth_foley.frame_adapter import FrameAdapter
     from smooth_foley.temporal_condition import LabelProjection
     w = lambda s: Path(runs)/s/'weights'
-    return dict(vae=AutoencoderKL.from_pretrained(w('base')/'vae'), tokenizer=CLIPTokenizer.from_pretrained(w('base')/'tokenizer'), **load_base(runs), scheduler=make_scheduler(), vocoder=SpeechT5HifiGan.from_pretrained(w('vocoder')),
+    return dict(vae=AutoencoderKL.from_pretrained(w('base')/'vae'), tokenizer=CLIPTokenizer.from_pretrained(w('base')/'tokenizer'), **load_base(runs), scheduler=make_scheduler(), vocoder=SpeechT5HifiGan.from_pretrained(w('vocoder')) if r.vocoder=='hifigan' else PhaseVocoder(),
         mel=MelTransform.mini(), frame_encoder=FrameEncoder.from_pretrained(w('clip')), frame_adapter=FrameAdapter.from_pretrained(w('frame_adapter')),
         label_projection=LabelProjection.from_pretrained(w('projection')), temporal_adapter=ControlNetModel.from_pretrained(w('temporal_adapter')))
 
@@ -392,7 +396,7 @@ def assemble(runs, dest, r:Recipe):
     "Put the trained parts together as one pipeline folder, fp16, with logs and recipe"
     from smooth_foley.pipeline import SmoothFoleyPipeline
     runs, dest = Path(runs), Path(dest)
-    pipe = SmoothFoleyPipeline(**load_parts(runs), labels=list(passby.LABELS))
+    pipe = SmoothFoleyPipeline(**load_parts(runs, r), labels=list(passby.LABELS))
     for m in pipe.components.values():
         if isinstance(m, nn.Module): nn.Module.to(m, torch.float16)
     tmp = dest.with_name(f'.{dest.name}.tmp'); shutil.rmtree(tmp, ignore_errors=True)
@@ -403,3 +407,16 @@ def assemble(runs, dest, r:Recipe):
         if (runs/s/'done.json').exists(): shutil.copy(runs/s/'done.json', tmp/'training'/f'{s}.json')
     (tmp/'training'/'recipe.json').write_text(json.dumps(asdict(r), indent=1)+'\n')
     shutil.rmtree(dest, ignore_errors=True); os.replace(tmp, dest)
+
+# %% ../../nbs/train/22_recipes.ipynb #f429f781
+def plot_training(folder, axes=None):
+    "Loss curves of every stage in `folder`/training"
+    import csv, matplotlib.pyplot as plt
+    logs = [p for s in STAGES if (p:=Path(folder)/'training'/f'{s}.csv').exists()]
+    if axes is None: _,axes = plt.subplots(2, 4, figsize=(8,3.4), dpi=80, layout='constrained')
+    for ax in axes.flat[len(logs):]: ax.set_axis_off()
+    for ax,p in zip(axes.flat, logs):
+        rows = list(csv.DictReader(open(p)))
+        ax.plot([int(r['step']) for r in rows], [float(r['loss']) for r in rows], lw=1)
+        ax.set_title(f"{p.stem}, {float(rows[-1]['seconds'])/60:.0f} min", fontsize=8); ax.tick_params(labelsize=7)
+    return axes
