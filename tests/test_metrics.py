@@ -1,0 +1,198 @@
+"Metrics: what is no story"
+import csv, json, os, subprocess, sys
+
+import numpy as np
+import pytest
+import torch
+
+from smooth_foley.core import FoleyError
+from smooth_foley.data import passby
+from smooth_foley.metrics.doppler import doppler_adherence, f0_correlation, f0_range, f0_track
+from smooth_foley.metrics.embedders import JUDGES, SoundClassifier, judge, judge_mels, judge_path, load_judge
+from smooth_foley.metrics.temporal import activity, bootstrap_interval, counts, frame_scores, pooled, scores, short_time_energy
+from smooth_foley.paper import tables
+
+rng = np.random.default_rng(0)
+
+
+# timing
+
+def test_scores_are_bounded_and_ordered():
+    for _ in range(200):
+        s = frame_scores(rng.random(30) < rng.random(), rng.random(30) < rng.random())
+        assert all(0 <= v <= 1 for v in s.values()) and s['iou'] <= s['f1']+1e-12
+        assert min(s['precision'], s['recall'])-1e-12 <= s['f1'] <= max(s['precision'], s['recall'])+1e-12
+
+
+def test_counts_add_up():
+    p, t = rng.random(100) < .4, rng.random(100) < .6
+    tp, fp, fn = counts(p, t)
+    assert tp+fp == p.sum() and tp+fn == t.sum()
+
+
+@pytest.mark.parametrize('sr', [8000, 16000, 22050, 44100])
+def test_timeline_has_a_hundred_steps_a_second_at_any_rate(sr):
+    x = np.sin(2*np.pi*300*np.arange(int(3.21*sr))/sr)*(np.arange(int(3.21*sr)) > sr)
+    assert len(short_time_energy(x, sr)) == len(activity(x, sr)) == 321
+    assert abs(np.argmax(activity(x, sr))-100) <= 2
+
+
+@pytest.mark.parametrize('n', [0, 1, 100, 400])
+def test_very_short_sounds(n):
+    x = np.ones(n, np.float32)
+    assert len(short_time_energy(x, 16000)) == round(n/160)
+    if n >= 160: assert activity(x, 16000).all()
+
+
+def test_stereo_is_refused():
+    with pytest.raises(FoleyError, match='mono'): activity(np.zeros((2, 16000)), 16000)
+
+
+def test_a_mover_25_db_down_is_still_heard():
+    t = np.arange(16000*8)/16000
+    x = np.sin(2*np.pi*500*t)*10**(-25/20*np.abs(t-4)/4)+1e-3*rng.standard_normal(len(t))
+    assert activity(x, 16000).all()
+
+
+def test_bootstrap_covers():
+    "95% intervals hold the true mean about 95 times in 100"
+    hit = [lo <= 0 <= hi for _, lo, hi in (bootstrap_interval(rng.normal(size=40), n=400, seed=k) for k in range(200))]
+    assert .88 < np.mean(hit) <= 1
+
+
+def test_bootstrap_of_rows_leaves_nan_out():
+    c = np.array([[1, 0, 1], [np.nan]*3, [3, 1, 0]])
+    assert bootstrap_interval(c, of=pooled('f1'))[0] == pytest.approx(scores(4, 1, 1)['f1'])
+    assert all(np.isnan(bootstrap_interval([np.nan])))
+
+
+# pitch
+
+def harmonic(f, sr=16000, amps=(1, .5, .3, .2)):
+    return sum(a*np.sin(2*np.pi*(h+1)*np.cumsum(f)/sr) for h, a in enumerate(amps))
+
+
+@pytest.mark.parametrize('amps', [(1, .5, .3, .2), (0, 1, 1, 1, 1), (.2, 1, .8, .9, .6), (1, 0, .5, 0, .35)])
+def test_missing_and_weak_fundamentals(amps):
+    f = np.linspace(180, 230, 32000)
+    track = f0_track(harmonic(f, amps=amps), 16000, 100, 400)
+    assert np.nanmedian(np.abs(1200*np.log2(track/f[::160]))) < 10
+
+
+@pytest.mark.parametrize('sr', [16000, 44100])
+def test_pitch_in_noise(sr):
+    f = np.linspace(300, 200, 2*sr)
+    x = harmonic(f, sr)
+    track = f0_track(x+.5*x.std()*rng.standard_normal(len(x)), sr, 120, 500)
+    r = f0_correlation(track, f[::sr//100][:len(track)])
+    assert r['frames'] > 150 and r['correlation'] > .99
+
+
+def test_silence_between_is_unvoiced():
+    f = np.full(16000, 250.)
+    track = f0_track(np.r_[harmonic(f), np.zeros(16000), harmonic(f)], 16000, 150, 500)
+    assert np.isnan(track[110:190]).all() and np.isfinite(track[10:90]).all() and np.isfinite(track[210:290]).all()
+
+
+@pytest.mark.parametrize('n', [0, 10, 160, 500])
+def test_short_sounds_have_a_track(n):
+    assert len(f0_track(np.zeros(n), 16000, 100, 200)) == round(n/160)
+
+
+def test_ranges_hold_every_true_pitch():
+    for label in passby.TONAL:
+        lo, hi = f0_range(label)
+        for i in range(40):
+            f = passby.scene(1_000_600+i, label=label, frames=False, audio=False).truth['f0']
+            assert not np.isfinite(f).any() or (lo < np.nanmin(f) and np.nanmax(f) < hi), (label, i)
+
+
+def test_wrong_pitch_is_found_wrong():
+    s = passby.scene(1_000_700, frames=False, label='airplane flyby')
+    assert doppler_adherence(s.audio[::-1], s.sr, s.label, s.truth['f0'])['correlation'] < 0
+
+
+# the judge
+
+def test_judge_is_small_and_plain():
+    files = {p.name for p in judge_path().iterdir()}
+    assert files == {'config.json', 'diffusion_pytorch_model.safetensors', 'log.csv', 'training.json'}
+    assert sum(p.stat().st_size for p in judge_path().iterdir()) < 1.5e6
+    about = json.loads((judge_path()/'training.json').read_text())
+    assert about['first_seed'] == JUDGES and about['first_seed']+about['n_scenes'] <= 4_000_000
+    steps = [int(r['step']) for r in csv.DictReader(open(judge_path()/'log.csv'))]
+    assert steps == sorted(set(steps)) and steps[-1] == about['config']['max_train_steps']
+
+
+def test_judge_does_not_depend_on_the_batch():
+    J, x = load_judge(), np.stack([passby.scene(1_000_000+i, frames=False).audio for i in range(3)])
+    together = J.classify(x)
+    assert torch.allclose(together, torch.cat([J.classify(r[None]) for r in x]), atol=1e-5)
+    assert judge(J, x)[0][0] == passby.scene(1_000_000, frames=False, audio=False).label
+
+
+def test_missing_judge_is_one_line(tmp_path):
+    with pytest.raises(FoleyError, match='train_judge'): load_judge(tmp_path)
+
+
+def test_cache_is_read_again(tmp_path):
+    a = judge_mels(tmp_path, 2)
+    when = [p.stat().st_mtime_ns for p in tmp_path.iterdir()]
+    b = judge_mels(tmp_path, 2)
+    assert when == [p.stat().st_mtime_ns for p in tmp_path.iterdir()] and np.array_equal(a['mel'], b['mel'])
+
+
+# tables
+
+def made_up(n=12):
+    rows = []
+    for i in range(n):
+        for s in tables.SYSTEMS:
+            r = dict.fromkeys(tables.FIELDS, '')
+            r.update(seed=tables.TEST+i, split=('passby', 'passby_continuous')[i%2], label=passby.TONAL[i%6], system=s, seconds=1.)
+            for k in tables.FIELDS:
+                if k.endswith(('_tp', '_fp', '_fn')): r[k] = 1+i%3
+                if k.endswith('_label'): r[k] = passby.TONAL[(i+(i == 3 and k == 'gen_label'))%6]
+                if k.endswith(('_prob', '_f0')): r[k] = .5+.01*i
+            rows.append(r)
+    rows[0]['gen_f0'] = ''
+    return rows
+
+
+def test_table_of_made_up_rows(tmp_path):
+    tables.write_rows(tmp_path/'clips.csv', made_up())
+    rows = tables.summary(tmp_path/'clips.csv')
+    get = lambda m, s, split='both': next(r for r in rows if (r['measure'], r['system'], r['split']) == (m, s, split))
+    assert get('recognised as its label', 'frame-wise')['value'] == pytest.approx(11/12)
+    assert get('recognised as its label', 'real audio')['value'] == 1 and get('recognised as its label', 'real audio')['n'] == 12
+    assert get('condition F1', 'label-guided')['value'] == pytest.approx(.5)
+    text = tables.results_table(tmp_path/'clips.csv')
+    assert '≥ 0.90' in text and '(n=6)' in text and 'nan' not in text
+    assert len({line.count('|') for line in text.split('\n')}) == 1
+
+
+def test_stopped_runs_go_on(tmp_path, monkeypatch):
+    "Killed between batches, the run keeps what it has and measures only the rest"
+    from smooth_foley.pipeline import SmoothFoleyPipeline
+    pipe, asked = SmoothFoleyPipeline.from_random(labels=passby.LABELS), []
+    real = tables.measure_batch
+
+    def sometimes(pipe, ear, scenes, todo, steps):
+        asked.append([(s.seed, t) for (_, s), t in zip(scenes, todo)])
+        if len(asked) == 2: raise KeyboardInterrupt
+        return real(pipe, ear, scenes, todo, steps)
+    monkeypatch.setattr(tables, 'measure_batch', sometimes)
+    kw = dict(n=1, pipe=pipe, steps=1, batch=1)
+    with pytest.raises(KeyboardInterrupt): tables.measure_mini(tmp_path, **kw)
+    first = tables.read_rows(tmp_path/'clips.csv')
+    assert len(first) == 2
+    rows = tables.read_rows(tables.measure_mini(tmp_path, **kw))
+    assert rows[:2] == first and len(rows) == 4 and asked[2][0][0] == tables.TEST+1
+    assert sorted(os.listdir(tmp_path)) == ['clips.csv', 'run.json']
+
+
+def test_without_weights_the_command_says_so_in_one_line(tmp_path):
+    from smooth_foley.core import mini_path
+    if (mini_path()/'model_index.json').exists(): pytest.skip('the shipped model is here')
+    r = subprocess.run([sys.executable, '-m', 'smooth_foley.paper.tables'], cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode and 'Traceback' not in r.stderr and 'smooth-foley train mini' in r.stderr
