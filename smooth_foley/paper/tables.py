@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEST', 'SYSTEMS', 'NAMES', 'FIELDS', 'GOALS', 'test_scene', 'clip_of', 'condition_counts', 'sound_facts', 'chance_f0',
            'revocode', 'measure_batch', 'read_rows', 'write_rows', 'fingerprint', 'measure_mini', 'any_pipeline',
-           'summary', 'results_table', 'plot_by_label', 'plot_f0_systems', 'plot_confusion']
+           'summary', 'results_table', 'plot_by_label', 'plot_f0_systems', 'plot_confusion', 'main']
 
 # %% ../../nbs/paper/50_tables.ipynb #a3c943fc
 import csv, hashlib, json, time
@@ -112,6 +112,7 @@ def fingerprint(pipe)->str:
     "Twelve letters that stand for these weights"
     h = hashlib.sha256()
     for name,m in sorted(pipe.components.items()):
+        h.update(f'{name}:{type(m).__name__}'.encode())
         if isinstance(m, torch.nn.Module):
             for k,v in sorted(m.state_dict().items()): h.update(f'{name}.{k}'.encode()+v.detach().half().cpu().numpy().tobytes())
     return h.hexdigest()[:12]
@@ -256,5 +257,10 @@ def plot_confusion(
     ax.set_xticks(n, short, rotation=90, fontsize=6); ax.set_yticks(n, short, fontsize=6); ax.set_title({'gen':f'generated, {system}','real':'real audio','voc':'real through mel and vocoder'}[name], fontsize=8)
     return ax
 
-# %% ../../nbs/paper/50_tables.ipynb #76461fe0
-if __name__=='__main__' and '__file__' in globals(): print(results_table(measure_mini()))
+# %% ../../nbs/paper/50_tables.ipynb #4cbbc60f
+def main():
+    "Measure `mini` and print the table"
+    try: print(results_table(measure_mini()))
+    except FoleyError as e: raise SystemExit(f'smooth_foley.paper.tables: {e}')
+
+if __name__=='__main__' and '__file__' in globals(): main()
