@@ -35,10 +35,10 @@ def _stages()->dict:
         clip=T(max_train_steps=1200, train_batch_size=128, learning_rate=1e-3, weight_decay=.05),
         vae=T(max_train_steps=2400, train_batch_size=8, learning_rate=8e-4, ema_decay=.998),
         vocoder=T(max_train_steps=1600, train_batch_size=8, learning_rate=1e-3, ema_decay=.998, mixed_precision='no'),
-        base=T(max_train_steps=3600, train_batch_size=16, learning_rate=1e-3, lr_warmup_steps=200, ema_decay=.999, mixed_precision='no', checkpointing_steps=250),
+        base=T(max_train_steps=3200, train_batch_size=16, learning_rate=1e-3, lr_warmup_steps=200, ema_decay=.999, mixed_precision='no', checkpointing_steps=250),
         projection=T(max_train_steps=1000, train_batch_size=32, learning_rate=2e-3, weight_decay=0., ema_decay=.99, mixed_precision='no'),
-        temporal_adapter=T(max_train_steps=1200, train_batch_size=16, learning_rate=5e-4, ema_decay=.998, mixed_precision='no'),
-        frame_adapter=T(max_train_steps=1200, train_batch_size=16, learning_rate=5e-4, ema_decay=.998, mixed_precision='no'))
+        temporal_adapter=T(max_train_steps=1000, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'),
+        frame_adapter=T(max_train_steps=1000, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'))
 
 @dataclass
 class Recipe:
@@ -51,6 +51,9 @@ class Recipe:
     fps:float=15.
     frame_position:str='none'  # 'none' is the paper's Eq. 2
     vocoder:str='phase'        # 'phase' plays by rule, 'hifigan' trains a small HiFi-GAN
+    guidance_scale:float=3.    # Defaults of the assembled pipeline, chosen on val seeds
+    frame_scale:float=1.
+    temporal_scale:float=1.
     stages:dict=field(default_factory=_stages)
 
 # %% ../../nbs/train/22_recipes.ipynb #a26ab368
@@ -396,7 +399,7 @@ def assemble(runs, dest, r:Recipe):
     "Put the trained parts together as one pipeline folder, fp16, with logs and recipe"
     from smooth_foley.pipeline import SmoothFoleyPipeline
     runs, dest = Path(runs), Path(dest)
-    pipe = SmoothFoleyPipeline(**load_parts(runs, r), labels=list(passby.LABELS))
+    pipe = SmoothFoleyPipeline(**load_parts(runs, r), labels=list(passby.LABELS), fps=r.fps, guidance_scale=r.guidance_scale, frame_scale=r.frame_scale, temporal_scale=r.temporal_scale)
     for m in pipe.components.values():
         if isinstance(m, nn.Module): nn.Module.to(m, torch.float16)
     tmp = dest.with_name(f'.{dest.name}.tmp'); shutil.rmtree(tmp, ignore_errors=True)
