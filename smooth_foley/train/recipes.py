@@ -51,7 +51,7 @@ class Recipe:
     fps:float=15.
     frame_position:str='none'  # 'none' is the paper's Eq. 2
     vocoder:str='phase'        # 'phase' plays by rule, 'hifigan' trains a small HiFi-GAN
-    guidance_scale:float=3.    # Defaults of the assembled pipeline, chosen on val seeds
+    guidance_scale:float=2.    # Defaults of the assembled pipeline, chosen on val seeds
     frame_scale:float=1.
     temporal_scale:float=1.
     stages:dict=field(default_factory=_stages)
@@ -404,8 +404,12 @@ def assemble(runs, dest, r:Recipe):
         if isinstance(m, nn.Module): nn.Module.to(m, torch.float16)
     tmp = dest.with_name(f'.{dest.name}.tmp'); shutil.rmtree(tmp, ignore_errors=True)
     pipe.save_pretrained(tmp)
+    for p in tmp.rglob('config.json'):      # the library notes where a part was loaded from; that is nobody's business
+        c = json.loads(p.read_text())
+        if c.pop('_name_or_path', None): p.write_text(json.dumps(c, indent=2)+'\n')
     (tmp/'training').mkdir()
     for s in STAGES:
+        if s=='vocoder' and r.vocoder=='phase': continue
         if (runs/s/'log.csv').exists(): shutil.copy(runs/s/'log.csv', tmp/'training'/f'{s}.csv')
         if (runs/s/'done.json').exists(): shutil.copy(runs/s/'done.json', tmp/'training'/f'{s}.json')
     (tmp/'training'/'recipe.json').write_text(json.dumps(asdict(r), indent=1)+'\n')
