@@ -38,7 +38,7 @@ def _stages()->dict:
         vocoder=T(max_train_steps=1600, train_batch_size=8, learning_rate=1e-3, ema_decay=.998, mixed_precision='no'),
         base=T(max_train_steps=3200, train_batch_size=16, learning_rate=1e-3, lr_warmup_steps=200, ema_decay=.999, mixed_precision='no', checkpointing_steps=250),
         projection=T(max_train_steps=1000, train_batch_size=32, learning_rate=2e-3, weight_decay=0., ema_decay=.99, mixed_precision='no'),
-        temporal_adapter=T(max_train_steps=1000, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'),
+        temporal_adapter=T(max_train_steps=700, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'),
         frame_adapter=T(max_train_steps=1000, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'))
 
 @dataclass
@@ -340,7 +340,7 @@ def temporal_stage(out, cache, r:Recipe, cfg, runs):
     from smooth_foley.temporal_adapter import make_temporal_adapter
     torch.manual_seed(r.seed); base, mel = load_base(runs), MelTransform.mini()
     tok = CLIPTokenizer.from_pretrained(runs/'base'/'weights'/'tokenizer'); z = np.load(runs/'latents.npy')
-    net = make_temporal_adapter(base['unet'], mel.config.fold**2, (32,64,96)).to(memory_format=torch.channels_last).train()
+    net = make_temporal_adapter(base['unet'], mel.config.fold**2, (8,16,32)).to(memory_format=torch.channels_last).train()
     stage = TemporalStage(dict(controlnet=net), base, tok, make_scheduler()); stage.__dict__['mel'] = mel
     train(stage, base_rows(cache, r, z, tok, base['text_encoder']), len(z), cfg, out)
     save(net, out/'weights')
