@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LabelProjection', 'TemporalCondition', 'plot_condition']
 
-# %% ../nbs/07_temporal_condition.ipynb #1da6e35b
-import math
+# %% ../nbs/07_temporal_condition.ipynb #b8c2a51c
+import logging, math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Sequence
 
 import numpy as np
@@ -23,22 +24,34 @@ class LabelProjection(ModelMixin, ConfigMixin):
     "The learned map of frame embeddings before they are compared with the label (Sec. II-C)"
     @register_to_config
     def __init__(self,
-        clip_dim:int, # Size of a CLIP embedding, D
+        clip_dim:int,            # Size of a CLIP embedding, D
+        calibration:tuple=None,  # Cosines `(low, high)` that become 0 and 1, for plain CLIP without a trained projection
     ):
         super().__init__()
         self.proj = nn.Linear(clip_dim, clip_dim)
         nn.init.eye_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
+        if calibration is not None and not -1<=calibration[0]<calibration[1]<=1:
+            raise FoleyError(f"`calibration` is {calibration}: give two cosines, the lower first")
 
     def forward(self,
         frame_emb:Tensor, # Frame embeddings, `(T, D)` or `(b, T, D)`
         text_emb:Tensor,  # Label embedding, `(D,)`, one per clip `(b, D)`, or several for the same frames `(n, D)`
-    )->Tensor:            # Cosines, `(T,)`, `(b, T)` or `(n, T)`, in [-1, 1]
+    )->Tensor:            # Cosines, `(T,)`, `(b, T)` or `(n, T)`, in [-1, 1]; in [0, 1] with a `calibration`
         "Cosine of every projected frame with its label"
         frames = self.proj(frame_emb.to(self.proj.weight.dtype))
-        return nn.functional.cosine_similarity(frames.float(), text_emb[..., None, :].float(), dim=-1)
+        cos = nn.functional.cosine_similarity(frames.float(), text_emb[..., None, :].float(), dim=-1)
+        if self.config.calibration is None: return cos
+        low, high = _told_once(*self.config.calibration)
+        return ((cos-low)/(high-low)).clamp(0, 1)
 
-# %% ../nbs/07_temporal_condition.ipynb #0bd0a4c3
+@lru_cache
+def _told_once(low, high):
+    "The calibration, logged the first time it is used"
+    logging.getLogger(__name__).warning("no trained label projection: plain CLIP cosines, %g to %g read as 0 to 1 (a choice, not a measurement)", low, high)
+    return low, high
+
+# %% ../nbs/07_temporal_condition.ipynb #823ae9b0
 @dataclass(frozen=True, eq=False)
 class TemporalCondition:
     "When the labelled thing sounds: one answer per frame, in seconds"
@@ -57,7 +70,7 @@ class TemporalCondition:
             raise FoleyError(f"condition has {len(self.times)} times, {len(self.similarity)} similarities and {len(self.active)} answers: give one of each per frame")
         if not np.all(np.diff(self.times)>0): raise FoleyError("condition `times` do not rise: give the frames in order of time, in seconds")
 
-# %% ../nbs/07_temporal_condition.ipynb #569064e7
+# %% ../nbs/07_temporal_condition.ipynb #f7c13049
 @patch(cls_method=True)
 def from_similarity(cls:TemporalCondition,
     times:Sequence,      # Time of each frame, `(T,)`, seconds
@@ -72,7 +85,7 @@ def from_similarity(cls:TemporalCondition,
         raise FoleyError(f"`similarity` is NaN at {times[np.isnan(sim)][0]:.2f} s: check the embeddings of that frame")
     return cls(times, sim, sim>=threshold, float(duration), threshold)
 
-# %% ../nbs/07_temporal_condition.ipynb #bb8a3c62
+# %% ../nbs/07_temporal_condition.ipynb #2b67312c
 @patch(cls_method=True)
 def always(cls:TemporalCondition,
     duration:float, # Length of the clip, seconds
@@ -101,7 +114,7 @@ def _span(span, duration):
     if start>=duration: raise FoleyError(f"condition interval ({start:g}, {end:g}) starts after the clip's end at {duration:.2f} s")
     return start, min(end, duration)
 
-# %% ../nbs/07_temporal_condition.ipynb #57bcc04c
+# %% ../nbs/07_temporal_condition.ipynb #77794ab9
 @patch
 def intervals(self:TemporalCondition
 )->list[tuple[float, float]]: # `(start, end)` of every stretch, seconds
@@ -110,7 +123,7 @@ def intervals(self:TemporalCondition
     step = np.diff(np.r_[False, self.active, False].astype(int))
     return [(float(edges[i]), float(edges[j])) for i, j in zip(np.flatnonzero(step==1), np.flatnonzero(step==-1))]
 
-# %% ../nbs/07_temporal_condition.ipynb #d81834bf
+# %% ../nbs/07_temporal_condition.ipynb #e7aedd74
 @patch
 def columns(self:TemporalCondition,
     n_cols:int=1024,                # Columns of the spectrogram image
@@ -133,7 +146,7 @@ def _columns_foleycrafter(self:TemporalCondition, n_cols):
     on = on[np.arange(n_cols)*length//n_cols] if length>n_cols else np.r_[on, -np.ones(n_cols-length)]
     return torch.from_numpy(on).float()
 
-# %% ../nbs/07_temporal_condition.ipynb #c4ac1d96
+# %% ../nbs/07_temporal_condition.ipynb #572fb1ad
 @patch
 def plot(self:TemporalCondition,
     ax=None, # Axes to draw into; None makes new ones
