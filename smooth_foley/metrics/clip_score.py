@@ -22,7 +22,7 @@ def clip_cosine(
     over:str='raw',    # 'raw': cosine with the mean frame; 'unit': with the mean of unit-length frames; 'cosine': mean of the frames' cosines
 )->float:              # In [-1, 1]
     "Cosine between a sound and the frames of its video"
-    a, f = embedding_rows(np.reshape(audio, (1,-1)), 'audio', 1), embedding_rows(frames, 'frames', 1)
+    a, f = embedding_rows(audio[None] if hasattr(audio, 'ndim') else [audio], 'audio', 1), embedding_rows(frames, 'frames', 1)
     if a.shape[1]!=f.shape[1]: raise FoleyError(f'audio has {a.shape[1]} numbers and frames {f.shape[1]}; use the image network that the audio network was trained to agree with')
     ways = dict(raw=lambda: _unit(f.mean(0), 'frames'), unit=lambda: _unit(_unit(f, 'frames').mean(0), 'frames'), cosine=lambda: _unit(f, 'frames').mean(0))
     if over not in ways: raise FoleyError(f"over: there is no '{over}'; choose one of {', '.join(ways)}")
