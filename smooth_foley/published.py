@@ -18,7 +18,7 @@ import diffusers, numpy as np, torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 from .core import FoleyError, progress
 from .mel import MelTransform
 from .vocoder import from_hifigan
@@ -230,8 +230,7 @@ class Part:
     "A component about to be written"
     cls:type           # Class that loads it later
     model:object       # Module that knows the configuration; its own weights are not used when `weights` is given
-    weights:dict=None  # Under the class's names; None writes `model` as it is
-    note:str=''        # Where it came from
+    weights:dict=None  # Under the class's names; None takes those of `model`, if it has any
 
 def _config(file):
     "The `config.json` beside a file"
@@ -254,6 +253,8 @@ def check_fit(
 
 def _lay_out(cls, cfg, what):
     "A model without memory"
+    named = cfg.get('_class_name', cls.__name__) if isinstance(cfg, dict) else cls.__name__
+    if named!=cls.__name__: raise FoleyError(f'{Path(what).parent/"config.json"}: describes a {named}, not a {cls.__name__}; use the config published with the weights')
     try:
         with torch.device('meta'): return cls.from_config(cfg) if hasattr(cls, 'from_config') else cls(cfg)
     except FoleyError: raise
@@ -293,7 +294,8 @@ def _temporal_part(file, unet):
 def _frame_part(file, unet):
     found = read_weights(file)
     try: adapter = FrameAdapter.from_ip_adapter_state_dict(found)
-    except Exception as e: raise FoleyError(f'{file}: {e if isinstance(e, FoleyError) else "is no IP-Adapter checkpoint; it needs image_proj and ip_adapter"}') from e
+    except FoleyError as e: raise FoleyError(f'{file}: {e}') from e
+    except Exception as e: raise FoleyError(f'{file}: is no IP-Adapter checkpoint, or of another architecture ({str(e).strip().splitlines()[-1].strip()[:160]}); use semantic_adapter.bin as published') from e
     want, got = [a.to_k.out_features for a in cross_attentions(unet)], list(adapter.config.attention_dims)
     if (want, unet.config.cross_attention_dim)!=(got, adapter.config.cross_attention_dim):
         raise FoleyError(f'{file}: made for cross-attentions of widths {got} and tokens of size {adapter.config.cross_attention_dim}, the UNet has {want} and {unet.config.cross_attention_dim}; use the adapter trained for this UNet')
@@ -312,7 +314,7 @@ def _vocoder_parts(file, mel:dict):
 # %% ../nbs/app/61_published.ipynb #266275ef
 def _clip_tokenizer(folder, vocab_size):
     if vocab_size==49408: return None                                  # open_clip brings CLIP's own
-    if not (folder/'vocab.json').is_file(): raise FoleyError(f'{folder}: no vocab.json; a text tower with {vocab_size} tokens needs its tokenizer beside it')
+    if not any((folder/n).is_file() for n in ('tokenizer.json', 'vocab.json')): raise FoleyError(f'{folder}: no tokenizer.json or vocab.json; a text tower with {vocab_size} tokens needs its tokenizer beside it')
     return CLIPTokenizer.from_pretrained(folder)
 
 def _towers(vision, text):
@@ -396,7 +398,7 @@ def check_room(
     "Refuse to begin what cannot end"
     there = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())
     free = shutil.disk_usage(there).free
-    if free<need: raise FoleyError(f'{path}: needs {need/1e9:.2f} GB and {free/1e9:.2f} GB are free; make room, or choose another place')
+    if free<need: raise FoleyError(f'{path}: needs {_size(need)} and {_size(free)} are free; make room, or choose another place')
 
 @contextmanager
 def new_folder(
@@ -436,14 +438,13 @@ def write_part(
 )->None:
     "Configuration and safetensors, as the part's class reads them"
     folder = Path(folder); folder.mkdir()
-    if part.weights is None:
-        (part.model.to(dtype) if dtype!=torch.float32 and isinstance(part.model, torch.nn.Module) else part.model).save_pretrained(folder)
-        return
-    name = {FrameEncoder: WEIGHTS_FILE, CLIPTextModel: 'model.safetensors'}.get(part.cls, 'diffusion_pytorch_model.safetensors')
+    weights, borrowed = _tensors(part), issubclass(part.cls, PreTrainedModel)
     if part.cls is FrameEncoder: _write_encoder_config(part.model, folder)
-    elif part.cls is CLIPTextModel: part.model.config.save_pretrained(folder)
-    else: part.model.save_config(folder)
-    save_file({k: _to(v, dtype) for k, v in part.weights.items()}, folder/name, metadata={'format': 'pt'})
+    elif borrowed: part.model.config.save_pretrained(folder)
+    elif weights: part.model.save_config(folder)
+    else: part.model.save_pretrained(folder)
+    name = WEIGHTS_FILE if part.cls is FrameEncoder else 'model.safetensors' if borrowed else 'diffusion_pytorch_model.safetensors'
+    if weights: save_file({k: _to(v, dtype) for k, v in weights.items()}, folder/name, metadata={'format': 'pt'})
 
 def _write_encoder_config(encoder, folder):
     (folder/CONFIG_FILE).write_text(json.dumps({k: encoder.config[k] for k in ('model_cfg', 'preprocess_cfg')}, indent=2)+'\n')
@@ -480,9 +481,10 @@ def convert(
     return out
 
 def _origin(file):
-    "Name and size of what a part was made from"
-    files = file if isinstance(file, tuple) else (file,)
-    return [dict(file=f.name, bytes=f.stat().st_size) for f in files if f.is_file()]
+    "Name, size and, from the hub's cache, commit of what a part was made from"
+    files = [f for f in (file if isinstance(file, tuple) else (file,)) if f.is_file()]
+    commit = lambda f: f.parts[f.parts.index('snapshots')+1] if 'snapshots' in f.parts else None
+    return [dict(file=f.name, bytes=f.stat().st_size, commit=commit(f)) for f in files]
 
 # %% ../nbs/app/61_published.ipynb #45b7be4b
 def full_path(
@@ -496,7 +498,7 @@ class NotHere(FoleyError):
 
 def _get(source, file, **hub):
     "One file, under the first of its names that exists"
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     offline = None
     for name in file.names:
@@ -506,7 +508,8 @@ def _get(source, file, **hub):
         except Exception as e:
             if getattr(e, 'errno', None)==errno.ENOSPC: raise FoleyError(f'{source.repo}/{name}: no space left on the disk; make room, and start again: what is there already is kept') from e
             raise FoleyError(f'{source.repo}/{name}: cannot be had from the hub ({type(e).__name__}: {str(e).strip().splitlines()[0][:160]}); check network and token, and start again: what is there already is kept') from e
-    if offline: raise NotHere(f'{source.repo}/{file.names[0]}: not in the cache, and the hub cannot be reached; run `smooth-foley fetch full` where there is a network') from offline
+    local = hub.get('local_files_only') or constants.HF_HUB_OFFLINE
+    if offline and not (local and file.optional): raise NotHere(f'{source.repo}/{file.names[0]}: not in the cache, and the hub cannot be reached; run `smooth-foley fetch full` where there is a network') from offline
     if file.optional: return None
     raise FoleyError(f'{source.repo}: has no {" or ".join(file.names)} at {source.revision or "its newest commit"}; the repository has changed, give its files to `smooth-foley fetch full --from`')
 
@@ -521,7 +524,7 @@ def download(
     from huggingface_hub import constants, try_to_load_from_cache
     cached = lambda s, f: any(isinstance(try_to_load_from_cache(s.repo, n, cache_dir=cache_dir, revision=s.revision), str) for n in f.names)
     files = [(s, f) for s in sources for f in s.files]
-    if not local_files_only: check_room(cache_dir or constants.HF_HUB_CACHE, sum(f.size for s, f in files if not cached(s, f)))
+    if not (local_files_only or constants.HF_HUB_OFFLINE): check_room(cache_dir or constants.HF_HUB_CACHE, sum(f.size for s, f in files if not cached(s, f)))
     got = [(f, _get(s, f, cache_dir=cache_dir, token=token, local_files_only=local_files_only)) for s, f in progress(files, 'fetching', 'file')]
     largest = {p: max((g for g in got if g[0].part==p and g[1]), key=lambda g: g[0].size, default=None) for p in LAYOUT}
     return {p: g[1] for p, g in largest.items() if g}
@@ -547,7 +550,7 @@ def fetch(
     if 'time_detector' not in locate(found): say('no time detector: the FoleyCrafter baseline will not run, everything else does')
     return convert(found, out, dtype, configs, overwrite, about)
 
-# %% ../nbs/app/61_published.ipynb #4266213a
+# %% ../nbs/app/61_published.ipynb #ece88b95
 def resolve_full(
     local_files_only:bool=False, # Never download
     revision:str=None,           # Has no meaning here: there are three repositories
@@ -558,6 +561,12 @@ def resolve_full(
     folder = full_path()
     if (folder/'model_index.json').is_file(): return folder
     if folder.exists(): raise FoleyError(f'{folder}: no model_index.json in it; remove the folder and run `smooth-foley fetch full`')
-    say = (lambda text: None) if local_files_only else (lambda text: print(text, file=sys.stderr))
-    try: return fetch(say=say, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
+    from huggingface_hub import constants
+    quiet = dict(say=lambda text: None, local_files_only=True)
+    loud = dict(say=lambda text: print(text, file=sys.stderr))
+    try: return fetch(cache_dir=cache_dir, token=token, **quiet)
+    except NotHere as e: missing = e
+    try:
+        if local_files_only or constants.HF_HUB_OFFLINE: raise missing
+        return fetch(cache_dir=cache_dir, token=token, **loud)
     except NotHere as e: raise FoleyError(f'full: the published weights are not on this machine ({str(e).split(":")[0]}); run `smooth-foley fetch full` where there is a network, or `smooth-foley fetch full --from FOLDER...` with the files') from e
