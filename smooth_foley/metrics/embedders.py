@@ -32,7 +32,7 @@ def mono(
     "Steps 1 and 2: finite, clipped, the mean of all channels"
     x = np.asarray(audio)
     if x.dtype.kind!='f': raise FoleyError(f'{what}: samples are {x.dtype}; give floating-point samples in [-1, 1]')
-    if x.ndim not in (1,2) or not x.size or (x.ndim==2 and x.shape[0]>x.shape[1]>8): raise FoleyError(f'{what}: samples have shape {x.shape}; give (n,) or (channels, n) with n at least 1')
+    if x.ndim not in (1,2) or not x.size or (x.ndim==2 and x.shape[0]>32): raise FoleyError(f'{what}: samples have shape {x.shape}; give (n,) or (channels, n) with n at least 1')
     bad = np.flatnonzero(~np.isfinite(x).all(0) if x.ndim==2 else ~np.isfinite(x))
     if len(bad): raise FoleyError(f'{what}: {len(bad)} samples are no finite numbers, the first is sample {bad[0]}; write the file again')
     x = x.astype(np.float32).clip(-1, 1)
