@@ -346,7 +346,7 @@ def main(argv=None):
 # %% ../../nbs/metrics/40a_judges.ipynb #759c5439
 if __name__=='__main__' and '__file__' in globals(): main()    # a notebook has no __file__
 
-# %% ../../nbs/metrics/40a_judges.ipynb #9540e97e
+# %% ../../nbs/metrics/40a_judges.ipynb #fd09c9d9
 def judge_path(
     kind:str='classifier',  # 'classifier', 'student' or 'text'
 )->Path:
