@@ -7,13 +7,13 @@ __all__ = ['TEST', 'SYSTEMS', 'OPTIONS', 'RESERVED', 'COMPONENTS', 'VERSION', 'C
            'PAIRED', 'OF_SETS', 'SHORTEST', 'Take', 'TestClip', 'passby_clips', 'folder_clips', 'test_clips', 'system',
            'play', 'with_pipeline', 'ours', 'ours_clipwise', 'text_alone', 'always', 'foleycrafter',
            'foleycrafter_noprompt', 'truth_vocoded', 'other_scene', 'System', 'parse_system', 'with_parts',
-           'pipe_is_mini', 'fingerprint', 'build', 'claim', 'save_npz', 'save_sound', 'save_truth', 'generate_all',
-           'processes', 'load_ears', 'listen', 'condition_counts', 'facts_of_timing', 'facts_of_meaning',
-           'facts_of_pitch', 'ears_mark', 'measure_clip', 'measure_all', 'write_rows', 'read_rows', 'collect',
-           'Measure', 'values_of', 'interval_of', 'paired_pooled', 'difference_of', 'shifted', 'set_distances',
-           'load_embeddings', 'set_rows', 'exchange_test', 'summarise', 'holm', 'tables', 'listed', 'sounds_in',
-           'faults_of', 'embedders_of', 'hear_folder', 'check_names', 'set_metric', 'pair_values', 'compare_folders',
-           'show_folders', 'save_folders', 'check_systems', 'evaluate', 'save_cost', 'run_command']
+           'pipe_is_mini', 'fingerprint', 'build', 'claim', 'save_npz', 'save_sound', 'judge_eyes', 'save_truth',
+           'generate_all', 'processes', 'load_ears', 'listen', 'condition_counts', 'facts_of_timing',
+           'facts_of_meaning', 'facts_of_pitch', 'ears_mark', 'measure_clip', 'measure_all', 'write_rows', 'read_rows',
+           'collect', 'Measure', 'values_of', 'interval_of', 'paired_pooled', 'difference_of', 'shifted',
+           'set_distances', 'load_embeddings', 'set_rows', 'exchange_test', 'summarise', 'holm', 'tables', 'listed',
+           'sounds_in', 'faults_of', 'embedders_of', 'hear_folder', 'check_names', 'set_metric', 'pair_values',
+           'compare_folders', 'show_folders', 'save_folders', 'check_systems', 'evaluate', 'save_cost', 'run_command']
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #55ccc662
 import csv, hashlib, json, re, time
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Callable
 import numpy as np, torch
 from ..core import FoleyError, atomic_path, default_device, mini_path, progress, suggest
-from ..media import Clip, SR, fit_duration, probe, read_audio, read_clip, seconds_to_samples, write_wav
+from ..media import Clip, SR, clip_resize, fit_duration, probe, read_audio, read_clip, seconds_to_samples, write_wav
 from ..data import passby
 from ..pipeline import SmoothFoleyPipeline, load_part
 from ..vocoder import vocode
@@ -334,11 +334,18 @@ def save_sound(folder, name, audio, cond, seconds):
     save_npz(folder/f'{name}.npz', seconds=seconds, **more)
     write_wav(folder/f'{name}.wav', audio, SR)
 
+def judge_eyes(pipe):
+    "The CLIP whose pictures the judges' student knows: that of the small model, whatever `pipe` looks through"
+    if pipe_is_mini(pipe) and 'frame_encoder' not in getattr(pipe, 'swapped', ()): return pipe.frame_encoder
+    from smooth_foley.clip import FrameEncoder
+    return FrameEncoder.from_pretrained(mini_path()/'frame_encoder')
+
 @torch.no_grad()
-def save_truth(out, c:TestClip, take:Take, pipe):
+def save_truth(out, c:TestClip, take:Take, eyes):
     "What measuring needs to know about a clip"
+    frames = np.stack([clip_resize(f, eyes.image_size) for f in take.clip.frames])
     know = {k:v for k,v in dict(sounding=take.sounding, f0=take.f0, doppler=take.doppler).items() if v is not None}
-    seen = pipe.frame_encoder.encode_frames(take.clip.frames).float().cpu().numpy().astype(np.float16)
+    seen = eyes.encode_frames(frames).float().cpu().numpy().astype(np.float16)
     if take.audio is not None: write_wav(out/'truth'/f'{c.id}.wav', take.audio, SR)
     save_npz(out/'clips'/f'{c.id}.npz', label=c.label, split=c.split, times=take.clip.times, duration=take.clip.duration, frames=seen, **know)
 
@@ -346,7 +353,7 @@ def save_truth(out, c:TestClip, take:Take, pipe):
 def generate_all(
     systems:dict,         # Name -> `sound(takes)`
     clips:list,           # `TestClip`s
-    pipe, out,            # The pipeline whose eyes are used, the folder
+    eyes, out,            # `judge_eyes`, the folder
     batch:int=4,          # Clips per call
     rank:int=0, world:int=1,  # This process, and how many there are
 ):
@@ -360,7 +367,7 @@ def generate_all(
         if not todo and not missing(g, 'clips', 'npz'): continue
         takes = [c.load() for c in g]
         for c,t in zip(g, takes):
-            if missing([c], 'clips', 'npz'): save_truth(out, c, t, pipe)
+            if missing([c], 'clips', 'npz'): save_truth(out, c, t, eyes)
         for s in todo:
             start = time.perf_counter(); audios, conds = systems[s](takes); took = (time.perf_counter()-start)/len(g)
             for c,a,cond in zip(g, audios, conds):
@@ -853,7 +860,7 @@ def _generate(specs, clips, pipe, out, seed, steps, batch, state):
     for s in specs:
         made[s.name], about = build(s, pipe, seed, steps)
         claim(out/s.name, about)
-    generate_all(made, clips, pipe, out, batch, state.process_index, state.num_processes)
+    generate_all(made, clips, judge_eyes(pipe), out, batch, state.process_index, state.num_processes)
     state.wait_for_everyone()
 
 def save_cost(out)->dict: # As written to cost.json
