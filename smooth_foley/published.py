@@ -254,7 +254,7 @@ def check_fit(
 def _lay_out(cls, cfg, what):
     "A model without memory"
     named = cfg.get('_class_name', cls.__name__) if isinstance(cfg, dict) else cls.__name__
-    if named!=cls.__name__: raise FoleyError(f'{Path(what).parent/"config.json"}: describes a {named}, not a {cls.__name__}; use the config published with the weights')
+    if named!=cls.__name__: raise FoleyError(f'{Path(what).parent/"config.json"}: describes {named}, not {cls.__name__}; use the config published with the weights')
     try:
         with torch.device('meta'): return cls.from_config(cfg) if hasattr(cls, 'from_config') else cls(cfg)
     except FoleyError: raise
@@ -306,7 +306,7 @@ def _vocoder_parts(file, mel:dict):
     "The vocoder, and the mel it reads"
     cfg = _config(file)
     try: vocoder = from_hifigan(cfg, _unwrap(read_weights(file), 'generator'))
-    except FoleyError as e: raise FoleyError(f'{file}: {e}') from e
+    except FoleyError as e: raise FoleyError(f'{file}: {str(e)[:240]}{"..." if len(str(e))>240 else ""}') from e
     except Exception as e: raise FoleyError(f'{file}: is no HiFi-GAN generator ({type(e).__name__}); give the vocoder with its config.json') from e
     c = dict(sample_rate=cfg['sampling_rate'], n_fft=cfg['n_fft'], win_length=cfg['win_size'], hop_length=cfg['hop_size'], n_mels=cfg['num_mels'], fmin=float(cfg.get('fmin') or 0), fmax=float(cfg.get('fmax') or cfg['sampling_rate']/2))
     return Part(type(vocoder), vocoder), Part(MelTransform, MelTransform.full(**{**c, **mel}))
