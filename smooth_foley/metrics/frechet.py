@@ -68,7 +68,7 @@ def frechet_distance(
     x, y = embedding_pair(x, y)
     return Frechet(*_distance(x, y), len(x), len(y), x.shape[1])
 
-# %% ../../nbs/metrics/40_frechet.ipynb #17dc49ce
+# %% ../../nbs/metrics/40_frechet.ipynb #b02e783f
 def _clip_rows(n, clips, name):
     "Indices of the rows of each clip"
     if clips is None: return list(np.arange(n)[:,None])
@@ -87,7 +87,7 @@ class FrechetInfinity:
     values:np.ndarray  # d² there, `(k,)`
     def __float__(self): return self.value
 
-# %% ../../nbs/metrics/40_frechet.ipynb #caa8c636
+# %% ../../nbs/metrics/40_frechet.ipynb #1dae657a
 def frechet_infinity(
     x, y,              # Embeddings, `(n1, d)` and `(n2, d)`
     clips_x=None,      # Clip of each row of x, `(n1,)`; None: every row is a clip
@@ -109,7 +109,7 @@ def frechet_infinity(
     left = ((values-at0-slope/shares)**2).sum()/max(((values-values.mean())**2).sum(), 1e-300)
     return FrechetInfinity(float(at0), float(slope), float(1-left), shares, values)
 
-# %% ../../nbs/metrics/40_frechet.ipynb #f8482c29
+# %% ../../nbs/metrics/40_frechet.ipynb #f2de6e7f
 def frechet_draws(
     x, y,              # Embeddings, `(n1, d)` and `(n2, d)`
     clips_x=None,      # Clip of each row of x; None: every row is a clip
@@ -148,7 +148,7 @@ def frechet_difference(
     draws = frechet_draws(a, y, clips, clips_y, n, seed)-frechet_draws(b, y, clips, clips_y, n, seed)
     return dict(difference=value, **dict(zip(('low','high'), map(float, value+np.percentile(draws-draws.mean(), [2.5, 97.5])))))
 
-# %% ../../nbs/metrics/40_frechet.ipynb #2cdb5c7c
+# %% ../../nbs/metrics/40_frechet.ipynb #928c40c9
 def _mmd2(x, y, degree, gamma, coef0):
     k = lambda a, b: (a@b.T*gamma+coef0)**degree
     off = lambda K: (K.sum()-np.trace(K))/(len(K)*(len(K)-1))
