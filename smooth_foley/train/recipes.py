@@ -50,7 +50,8 @@ class Recipe:
     first_seed:int=0           # Train range of Passby
     seed:int=0
     fps:float=15.
-    frame_position:str='none'  # 'none' is the paper's Eq. 2
+    frame_position:str='none'  # 'none' is the paper's Eq. 2; 'sinusoidal' and 'window' know when a frame was seen
+    frame_wise:bool=True       # Every frame for itself; False trains the clip-wise adapter of FoleyCrafter and of "w/o frame-wise"
     vocoder:str='phase'        # 'phase' plays by rule, 'hifigan' trains a small HiFi-GAN
     guidance_scale:float=2.    # Defaults of the assembled pipeline, chosen on val seeds
     frame_scale:float=1.
@@ -325,10 +326,11 @@ class TemporalStage(DiffusionStage):
 class FrameStage(DiffusionStage):
     "Only projection, W_k and W_v of the frame adapter train (Sec. II-B)"
     def predict(self, zt, t, ctx, batch, draw):
-        adapter = self.part('adapter')
-        tokens = adapter.tokens(batch['emb'], batch['times'])
+        adapter, unet = self.part('adapter'), self.part('unet')
+        tokens = adapter.tokens(batch['emb'], batch['times'], self.frame_wise)
+        if self.frame_wise: adapter.look(unet, batch['times'], self.span, zt.shape[-2:])
         tokens = torch.where((draw.uniform()<.1)[:,None,None], torch.zeros_like(tokens), tokens)
-        return self.part('unet')(zt, t, ctx, added_cond_kwargs={'image_embeds':[tokens]}).sample
+        return unet(zt, t, ctx, added_cond_kwargs={'image_embeds':[tokens]}).sample
 
 def load_base(runs)->dict:
     "The frozen base of a run"
@@ -351,7 +353,7 @@ def frame_stage(out, cache, r:Recipe, cfg, runs):
     torch.manual_seed(r.seed); base, f = load_base(runs), feature_arrays(cache, r)
     tok = CLIPTokenizer.from_pretrained(runs/'base'/'weights'/'tokenizer'); z = np.load(runs/'latents.npy')[:r.n_feature_scenes]
     adapter = FrameAdapter.from_unet(base['unet'], f['emb'].shape[-1], frame_position=r.frame_position)
-    stage = FrameStage(dict(adapter=adapter), base, tok, make_scheduler())
+    stage = FrameStage(dict(adapter=adapter), base, tok, make_scheduler()); stage.__dict__.update(frame_wise=r.frame_wise, span=passby.DURATION)
     adapter.install(base['unet']).requires_grad_(True).train()
     rows, times = base_rows(cache, r, z, tok, base['text_encoder']), torch.arange(f['emb'].shape[1])/r.fps
     train(stage, lambda i: dict(rows(i), emb=torch.from_numpy(np.stack([f['emb'][k] for k in i])).float(), times=times.expand(len(i),-1)), len(z), cfg, out)
@@ -383,6 +385,7 @@ def train_mini(
     mixed_precision:str=None,  # Override every stage's precision
     n_scenes:int=None,         # Override the number of scenes
     frame_position:str=None,   # Override the recipe's
+    frame_wise:bool=None,      # Override the recipe's
     vocoder:str=None,          # Override the recipe's
 )->Path:                       # The folder `out/mini`, once assembled
     "Train `mini` from nothing"
@@ -391,6 +394,7 @@ def train_mini(
     if max_steps is not None and max_steps<1: raise FoleyError(f'max_steps: must be at least 1, got {max_steps}')
     if n_scenes: r = replace(r, n_scenes=n_scenes, n_feature_scenes=min(n_scenes, r.n_feature_scenes))
     if frame_position: r = replace(r, frame_position=frame_position)
+    if frame_wise is not None: r = replace(r, frame_wise=frame_wise)
     if vocoder: r = replace(r, vocoder=vocoder)
     if r.vocoder not in ('phase','hifigan'): raise FoleyError(f"vocoder: 'phase' or 'hifigan', got {r.vocoder!r}")
     change = {k:v for k,v in dict(mixed_precision=mixed_precision, max_train_steps=max_steps).items() if v is not None}
