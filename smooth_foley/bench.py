@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'STAGES', 'count_flops', 'resident_bytes', 'peak_memory', 'Meter', 'machine_peak', 'onednn_linear',
-           'fast_linear', 'arrange', 'fast_on', 'random_full', 'drifting_video', 'run_ours', 'run_reference',
-           'machine_card', 'bench', 'bench_table', 'bench_summary', 'write_bench', 'plot_bench', 'save_plot']
+           'fast_linear', 'give_back_memory', 'arrange', 'fast_on', 'random_full', 'drifting_video', 'run_ours',
+           'run_reference', 'machine_card', 'bench', 'bench_table', 'bench_summary', 'write_bench', 'plot_bench',
+           'save_plot']
 
-# %% ../nbs/app/62_bench.ipynb #97cd09f0
-import gc, json, math, os, platform, tempfile, threading, time
+# %% ../nbs/app/62_bench.ipynb #79299b24
+import ctypes, gc, json, math, os, platform, tempfile, threading, time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -159,13 +160,21 @@ def fast_linear(
     finally:
         for m, _ in swapped: del m.forward
 
-# %% ../nbs/app/62_bench.ipynb #c7958ba3
+# %% ../nbs/app/62_bench.ipynb #b05d1860
+def give_back_memory()->None:
+    "Return what was freed to the operating system, where the C library would keep it"
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    try: ctypes.CDLL('libc.so.6').malloc_trim(0)
+    except (OSError, AttributeError): pass        # not glibc
+
 def arrange(
     pipe:SmoothFoleyPipeline,
     layout=torch.channels_last,   # Or `torch.contiguous_format`
 )->SmoothFoleyPipeline:
     "Lay the weights of the networks over images out in memory"
     for net in (pipe.unet, pipe.temporal_adapter, pipe.vae): nn.Module.to(net, memory_format=layout)
+    give_back_memory()
     return pipe
 
 def fast_on(
@@ -384,7 +393,7 @@ def bench(
         tell(f"ours: {result['ours']['total']['seconds']:.2f} s")
         if not reference: return result
         if dtype!='fp32' or compile:
-            del pipe; gc.collect()
+            del pipe; give_back_memory()
             pipe = _load(scale, random_weights, device, torch.float32)
             pipe.register_to_config(fps=fps)
         arrange(pipe, torch.contiguous_format)
