@@ -6,6 +6,7 @@ its inputs and settings, so a mistake is a system in which one thing was changed
 """
 import json, tempfile
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ class System:
     divide_by_255:bool  = False                    # ... and on pixels from 0 to 255
     frame_wise:bool = True
     seed:int = 42
+    reuse:bool = True                              # what is constant over the steps is computed once
     memo:dict      = field(default_factory=dict)
 
     def but(self, **changed):
@@ -94,6 +96,7 @@ def text_tower(folder, like):
     return Path(folder)
 
 
+@cache
 def load_system():
     "Convert the fixture as `full` is converted, and load it as `full` is loaded"
     with tempfile.TemporaryDirectory() as tmp:
@@ -190,7 +193,7 @@ def denoise(s, emb='image_embeds', temporal_scale=None, steps=README['runs']['st
         return z
     with p.frame_adapter.installed(p.unet, s.ip_scale):
         p.denoise(text(s), kw.pop('generators', [torch.Generator()]), p.frame_adapter.tokens(s.inputs[emb][1:], frame_wise=s.frame_wise), cond(s), steps,
-                  p.config.guidance_scale, temporal_scale=p.config.temporal_scale if temporal_scale is None else temporal_scale, on_step=on_step, **kw)
+                  p.config.guidance_scale, temporal_scale=p.config.temporal_scale if temporal_scale is None else temporal_scale, on_step=on_step, reuse=s.reuse, **kw)
     return torch.stack(seen)
 
 RUNS = dict(clip=dict(), frames=dict(emb='frame_embeds'), noctrl=dict(temporal_scale=0.))

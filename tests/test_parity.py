@@ -39,6 +39,13 @@ def test_tensor(system, name):
     assert error(name, got) <= 1, f'{name} is {error(name, got):.3g} times its tolerance away'
 
 
+@pytest.mark.parametrize('name', [n for n in WANT if n.startswith('pipe_')])
+def test_run_with_everything_computed_at_every_step(system, name):
+    "The runs above compute once what is constant over the steps; the plain way meets the same numbers"
+    plain = system.once('plain', lambda: system.but(reuse=False))
+    assert error(name, CHECKS[name](plain)) <= 1
+
+
 def test_the_pipeline_came_through_conversion_with_the_published_settings(system):
     c = system.pipe.config
     assert (c.guidance_scale, c.temporal_scale, c.frame_scale, c.num_inference_steps) == (7.5, README['runs']['controlnet_conditioning_scale'], README['runs']['ip_scale'], 25)
