@@ -335,9 +335,11 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
 
 @pytest.fixture
-def hub(sources, open_clip_folder):
+def hub(sources, open_clip_folder, tmp_path):
+    fc = shutil.copytree(sources['foleycrafter'], tmp_path/'on-the-hub')
+    torch.save({'state_dict': load_file(FIXTURES/'temporal_adapter.safetensors'), 'optimizer': {'exp_avg': torch.zeros(8_000_000)}}, fc/'temporal_adapter.ckpt')     # larger than a chunk of a download
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    server.files = dict(zip((s.repo for s in P.SOURCES), (sources['auffusion'], sources['foleycrafter'], open_clip_folder)))
+    server.files = dict(zip((s.repo for s in P.SOURCES), (sources['auffusion'], fc, open_clip_folder)))
     server.asked, server.broken, server.breaks, server.for_good = [], False, None, False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
