@@ -13,7 +13,8 @@ __all__ = ['TEST', 'SYSTEMS', 'OPTIONS', 'RESERVED', 'COMPONENTS', 'VERSION', 'C
            'collect', 'Measure', 'values_of', 'interval_of', 'paired_pooled', 'difference_of', 'shifted',
            'set_distances', 'load_embeddings', 'set_rows', 'exchange_test', 'summarise', 'holm', 'tables', 'listed',
            'sounds_in', 'faults_of', 'embedders_of', 'hear_folder', 'check_names', 'set_metric', 'pair_values',
-           'compare_folders', 'show_folders', 'save_folders', 'check_systems', 'evaluate', 'save_cost', 'run_command']
+           'compare_folders', 'show_folders', 'save_folders', 'check_systems', 'evaluate', 'save_cost', 'run_command',
+           'hours']
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #55ccc662
 import csv, hashlib, json, re, time
@@ -892,3 +893,14 @@ def run_command(args)->str: # What is to be printed
                    model=None if args.model=='mini' else args.model, device=args.device, only=args.only)
     if args.only=='generate' or not processes().is_main_process: return ''
     return f'{(out/"tables.md").read_text()}\nwritten: {out}/clips.csv, summary.csv, differences.csv, tables.md'
+
+# %% ../../nbs/metrics/46_evaluate.ipynb #6e263ec4
+def hours(
+    clips:int,          # How many
+    seconds:float,      # Per clip and system
+    workers:int=1,      # Processes that share the clips
+    systems:int=1,
+)->float:
+    "What an evaluation takes if the workers share it evenly"
+    if workers<1: raise FoleyError(f'workers={workers}: at least one has to do it')
+    return clips*systems*seconds/workers/3600
