@@ -72,7 +72,7 @@ def measure(
         'CLIP score':clip_score(heard['student'], frames)['100cos'], 'text score':float(100*(heard['text']*texts).sum(1).mean())}
 
 def validate_judges(
-    n:int=150,          # Scenes; as many others are the reference
+    n:int=120,          # Scenes; as many others are the reference
     ears:dict=None,     # None: the shipped judges
     first_seed:int=HELD_OUT,
     fps:float=3.,       # Of the pictures
