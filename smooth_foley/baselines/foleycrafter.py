@@ -7,8 +7,8 @@ __all__ = ['IMAGENET', 'IMPACTS', 'MINI_DETECTOR', 'PUBLISHED', 'FrameConv', 'Ti
            'impact_cache', 'DetectorStage', 'train_detector', 'detect', 'detector_scores', 'validate_detector',
            'baseline_path', 'FoleyCrafter']
 
-# %% ../../nbs/baselines/30_foleycrafter.ipynb #996766d1
-import json, os, shutil
+# %% ../../nbs/baselines/30_foleycrafter.ipynb #0290940a
+import json, shutil
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -24,7 +24,6 @@ from torchvision.transforms import functional as pictures
 from fastcore.basics import patch
 from ..core import FoleyError, mini_path, progress
 from ..media import Clip, read_clip
-from ..frame_adapter import FrameAdapter
 from ..temporal_condition import TemporalCondition
 from ..pipeline import FoleyOutput, SmoothFoleyPipeline, load_part, resolve_weights
 from ..data import passby
