@@ -6,8 +6,8 @@
 __all__ = ['PIECES', 'borrowed', 'FrameGroup', 'KnownKeys', 'known_keys', 'frame_groups', 'equal_layers', 'on_one_half',
            'one_half', 'Remembering', 'reuse', 'fingerprint', 'EmbeddingCache']
 
-# %% ../nbs/08a_reuse.ipynb #a8b61e71
-import copy, hashlib, json
+# %% ../nbs/08a_reuse.ipynb #aca5f92f
+import hashlib, json
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -45,18 +45,19 @@ class FrameGroup:
     "Samples of the batch that attend to the same kind of frame tokens"
     def __init__(self,
         rows:slice,    # Which samples
-        tokens:Tensor, # F_emb, `(len(rows) or 1, n, d_ctx)`
-    ): self.rows, self.tokens = rows, tokens
+        kind:slice,    # Which rows of the projected tokens they attend to
+        n:int=None,    # How many of their tokens; None for all
+    ): self.rows, self.kind, self.n = rows, kind, n
 
-    def known(self, proc, attn):
-        "Keys and values of these tokens"
-        return tuple(_heads(to(self.tokens), attn) for to in (proc.to_k_ip[0], proc.to_v_ip[0]))
+    def pick(self, x):
+        "Their share of keys or values, `(len(kind), h, n, d)`"
+        return x[self.kind, :, :self.n]
 
-    def bias(self, proc, q):
-        "What a processor with a window in time adds to the logits"
-        bias = getattr(proc, "bias", None)
-        m = None if bias is None else bias(q.shape[2], self.tokens.shape[1], len(q))
-        return None if m is None else m.to(q)
+def _bias(proc, q, n):
+    "What a processor with a window in time adds to the logits of `n` frame tokens"
+    bias = getattr(proc, "bias", None)
+    m = None if bias is None else bias(q.shape[2], n, len(q))
+    return None if m is None else m.to(q)
 
 # %% ../nbs/08a_reuse.ipynb #4645813c
 class KnownKeys:
@@ -64,13 +65,19 @@ class KnownKeys:
     def __init__(self,
         attn,              # Cross-attention it stands in
         text:Tensor|None,  # Text tokens, `(n, L, d_ctx)`, to compute keys and values from now; None computes them at every call
-        groups:list=(),    # `FrameGroup`s, on an attention with a frame branch
+        F_emb:Tensor|None=None, # Projected frame tokens, on an attention with a frame branch
+        groups:list=(),    # `FrameGroup`s: who attends to which of them
         keep:bool=True,    # Compute keys and values of the frames now
     ):
-        self.stock, self.groups, self.biases = attn.processor, groups, None
+        self.stock, self.F_emb, self.groups, self.biases = attn.processor, F_emb, groups, None
         if hasattr(self.stock, "replaced"): self.replaced = self.stock.replaced     # still counts as installed
         self.text = None if text is None else self.text_keys(attn, text)
-        self.frames = [g.known(self.stock, attn) for g in groups] if keep else None
+        self.frames = self.frame_keys(attn) if keep and groups else None
+
+    def frame_keys(self, attn):
+        "Keys and values of each group"
+        k, v = (_heads(to(self.F_emb), attn) for to in (self.stock.to_k_ip[0], self.stock.to_v_ip[0]))
+        return [(g.pick(k), g.pick(v)) for g in self.groups]
 
     def text_keys(self, attn, text): return _heads(attn.to_k(text), attn), _heads(attn.to_v(text), attn)
 
@@ -91,10 +98,10 @@ class KnownKeys:
 @patch
 def look(self:KnownKeys, attn, q):
     "Frame branch of Eq. 2, group by group"
-    if self.biases is None: self.biases = [g.bias(self.stock, q[g.rows]) for g in self.groups]
-    known = self.frames or [g.known(self.stock, attn) for g in self.groups]
-    parts = [scaled_dot_product_attention(q[g.rows], *(x.expand(len(q[g.rows]), -1, -1, -1) for x in kv), attn_mask=m) for g, kv, m in zip(self.groups, known, self.biases)]
-    return torch.cat(parts)
+    known, queries = self.frames or self.frame_keys(attn), [q[g.rows] for g in self.groups]
+    if self.biases is None: self.biases = [_bias(self.stock, x, k.shape[2]) for x, (k, _) in zip(queries, known)]
+    every = lambda kv, n: (x.expand(n, -1, -1, -1) for x in kv)
+    return torch.cat([scaled_dot_product_attention(x, *every(kv, len(x)), attn_mask=m) for x, kv, m in zip(queries, known, self.biases)])
 
 # %% ../nbs/08a_reuse.ipynb #db7e7385
 def _is_stock(attn):
@@ -106,6 +113,7 @@ def _is_stock(attn):
 def known_keys(
     net,                 # UNet or temporal adapter
     text:Tensor|None,    # Text tokens, `(n, L, d_ctx)`; None leaves the text's keys alone
+    F_emb:Tensor|None=None,  # Projected frame tokens
     groups:list=(),      # `FrameGroup`s; none leaves the frames' keys alone
     keep:bool=True,      # Compute keys and values of the frames now
 ):
@@ -116,7 +124,7 @@ def known_keys(
         for a, p in zip(attns, before): stack.callback(a.set_processor, p)
         for a in attns:
             if hasattr(a.processor, "to_k_ip") and not groups: continue      # a frame branch that stays as it is
-            a.set_processor(KnownKeys(a, text, groups, keep))
+            a.set_processor(KnownKeys(a, text, F_emb, groups, keep))
         yield net
 
 # %% ../nbs/08a_reuse.ipynb #4e6d1c4c
@@ -125,15 +133,14 @@ def frame_groups(
     tokens:Tensor,              # What `FrameAdapter.tokens` gives, `(b, T, D)`
     cfg:bool=True,              # Whether an unconditional half comes first
     group:bool=True,            # One group of tokens for the unconditional half, instead of `T` copies
-)->tuple:                       # F_emb as the UNet reads it, and the groups
+)->tuple:                       # F_emb, and the groups that attend to it
     "Project the frames once (Eq. 1), and say who attends to what"
-    b, project = len(tokens), lambda x: unet.encoder_hid_proj([x])[0].reshape(len(x), -1, unet.config.cross_attention_dim)
-    F_emb = project(tokens)
-    if not cfg: return F_emb, [FrameGroup(slice(0, b), F_emb)]
-    empty = project(torch.zeros_like(tokens[:1, :1]))
-    stacked = torch.cat([empty.repeat(b, tokens.shape[1], 1), F_emb])
-    if not group: return stacked, [FrameGroup(slice(0, 2*b), stacked)]
-    return stacked, [FrameGroup(slice(0, b), empty), FrameGroup(slice(b, 2*b), F_emb)]
+    b = len(tokens)
+    if cfg: tokens = torch.cat([torch.zeros_like(tokens[:1] if group else tokens), tokens])
+    F_emb = unet.encoder_hid_proj([tokens])[0].reshape(len(tokens), -1, unet.config.cross_attention_dim)
+    if not cfg or not group: return F_emb, [FrameGroup(slice(0, len(F_emb)), slice(0, len(F_emb)))]
+    k = F_emb.shape[1]//tokens.shape[1]
+    return F_emb, [FrameGroup(slice(0, b), slice(0, 1), k), FrameGroup(slice(b, 2*b), slice(1, b+1))]
 
 # %% ../nbs/08a_reuse.ipynb #f0636bbd
 def equal_layers(
@@ -141,13 +148,14 @@ def equal_layers(
 )->list:     # Layers that see the same in both halves, in order
     "Everything before the first cross-attention, and the query of that"
     layers = [net.conv_in]
+    inside = lambda r: [m for m in (r.norm1, r.conv1, r.norm2, r.conv2, r.conv_shortcut) if m is not None]   # the time enters between them
     for block in net.down_blocks:
         if not getattr(block, "has_cross_attention", False):
-            layers += [*block.resnets, *(block.downsamplers or [])]
+            layers += [m for r in block.resnets for m in inside(r)]+list(block.downsamplers or [])
             continue
         tfm = block.attentions[0]
         first = tfm.transformer_blocks[0]
-        layers += [block.resnets[0], tfm.norm, tfm.proj_in, first.norm1]
+        layers += [*inside(block.resnets[0]), tfm.norm, tfm.proj_in, first.norm1]
         return layers if first.only_cross_attention or first.norm_type!="layer_norm" else layers+[first.attn1, first.norm2, first.attn2.to_q]
     return layers
 
@@ -156,8 +164,7 @@ def on_one_half(
 ):            # The same, for a batch of two equal halves
     "Compute one half, repeat it"
     def run(x, *args, **kwargs):
-        half = lambda a: a[:len(x)//2] if torch.is_tensor(a) and a.ndim and len(a)==len(x) else a
-        y = forward(half(x), *map(half, args), **{k: half(a) for k, a in kwargs.items()})
+        y = forward(x[:len(x)//2], *args, **kwargs)
         return torch.cat([y, y])
     return run
 
@@ -216,8 +223,10 @@ def reuse(
 def _keep_frames(stack, unet, keys, tokens, cfg, pieces):
     "Frame tokens projected, keys and values known; what goes in as `image_embeds`"
     F_emb, groups = frame_groups(unet, tokens, cfg, "group" in pieces)
-    if keys is not None or {"frames", "group"} & set(pieces): stack.enter_context(known_keys(unet, keys, groups, "frames" in pieces))
-    if "frames" in pieces: stack.enter_context(borrowed(unet.encoder_hid_proj, lambda _: [F_emb]))
+    if keys is not None or {"frames", "group"} & set(pieces): stack.enter_context(known_keys(unet, keys, F_emb, groups, "frames" in pieces))
+    if "frames" in pieces:
+        both = torch.cat([F_emb[:1].expand(len(tokens), -1, -1), F_emb[-len(tokens):]]) if cfg else F_emb
+        stack.enter_context(borrowed(unet.encoder_hid_proj, lambda _: [both]))
     return torch.cat([torch.zeros_like(tokens), tokens]) if cfg else tokens
 
 def _keep_condition(stack, controlnet, cond, two):
