@@ -213,6 +213,7 @@ def impact_cache(
     folder,                  # Where to
     n:int,                   # Scenes
     first_seed:int=200_000,
+    **dials                  # Of every scene, as for `passby.scene`
 )->dict:                     # `frames` (n, 153, 64, 64, 3) uint8 and `sounding` (n, 153) bool, on disk
     "Render scenes that are not there yet"
     folder, T = Path(folder), len(impact_scene(0, frames=False).times)
@@ -223,7 +224,7 @@ def impact_cache(
     a = dict(frames=array("frames", "uint8", (n, T, 64, 64, 3)), sounding=array("sounding", "bool", (n, T)), done=array("done", "bool", (n,)))
     if any(len(v)!=n for v in a.values()): raise FoleyError(f"{folder}: holds {len(a['done'])} scenes, not {n}; use another folder")
     for i in progress(np.flatnonzero(~a["done"]), desc="impacts", unit="scene"):
-        s = impact_scene(int(i), first_seed)
+        s = impact_scene(int(i), first_seed, **dials)
         a["frames"][i], a["sounding"][i], a["done"][i] = s.frames, frame_truth(s), True
     return a
 
@@ -251,10 +252,11 @@ def train_detector(
     n_val:int=60,            # Validation scenes of each kind
     cfg:TrainConfig=None,    # How to train; None for the recipe's
     config:dict=None,        # Of the detector; None for `MINI_DETECTOR`
+    **dials                  # Of every training scene, e.g. `distractors=()`
 )->Path:                     # `out/time_detector`: weights in fp16, log.csv, training.json
     "Train the small model's time detector; killed, it goes on"
     out, cfg, config = Path(out), cfg or _detector_config(), config or MINI_DETECTOR
-    a = impact_cache(out/"cache", n_scenes, first_seed)
+    a = impact_cache(out/"cache", n_scenes, first_seed, **dials)
     torch.manual_seed(cfg.seed)
     detector = TimeDetector(**config).to(memory_format=torch.channels_last_3d).train()
     rows = lambda i: {k: torch.from_numpy(np.stack([a[k][j] for j in i])) for k in ("frames", "sounding")}
@@ -262,7 +264,7 @@ def train_detector(
     detector = nn.Module.to(detector.eval(), torch.float16)
     detector.save_pretrained(out/"time_detector")
     shutil.copy(out/"run"/"log.csv", out/"time_detector"/"log.csv")
-    about = dict(recipe=dict(n_scenes=n_scenes, first_seed=first_seed, labels=IMPACTS), config=asdict(cfg), hardware=hardware(),
+    about = dict(recipe=dict(n_scenes=n_scenes, first_seed=first_seed, labels=IMPACTS, **dials), config=asdict(cfg), hardware=hardware(),
                  validation=validate_detector(TimeDetector.from_pretrained(out/"time_detector"), n_val))
     (out/"time_detector"/"training.json").write_text(json.dumps(about, indent=1)+"\n")
     return out/"time_detector"
