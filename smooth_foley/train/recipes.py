@@ -9,7 +9,7 @@ __all__ = ['PLACES', 'PICTURE_CAPTIONS', 'CHUNK', 'STAGES', 'Recipe', 'sound_cap
            'caption_ids', 'DiffusionStage', 'latents_cache', 'base_rows', 'base_stage', 'feature_arrays',
            'encode_chunk', 'features_stage', 'ProjectionStage', 'projection_stage', 'TemporalStage', 'FrameStage',
            'load_base', 'temporal_stage', 'frame_stage', 'run_stage', 'train_mini', 'load_parts', 'assemble',
-           'plot_training']
+           'plot_training', 'read_log', 'plot_loss_difference']
 
 # %% ../../nbs/train/22_recipes.ipynb #cd2d9376
 import json, os, shutil, time
@@ -50,7 +50,7 @@ class Recipe:
     first_seed:int=0           # Train range of Passby
     seed:int=0
     fps:float=15.
-    frame_position:str='none'  # 'none' is the paper's Eq. 2; 'sinusoidal' and 'window' know when a frame was seen
+    frame_position:str='window' # 'none' is the paper's Eq. 2; 'sinusoidal' and 'window' know when a frame was seen
     frame_wise:bool=True       # Every frame for itself; False trains the clip-wise adapter of FoleyCrafter and of "w/o frame-wise"
     vocoder:str='phase'        # 'phase' plays by rule, 'hifigan' trains a small HiFi-GAN
     guidance_scale:float=2.    # Defaults of the assembled pipeline, chosen on val seeds
@@ -450,3 +450,23 @@ def plot_training(folder, axes=None):
         ax.plot([int(r['step']) for r in rows], [float(r['loss']) for r in rows], lw=1)
         ax.set_title(f"{p.stem}, {float(rows[-1]['seconds'])/60:.0f} min", fontsize=8); ax.tick_params(labelsize=7)
     return axes
+
+# %% ../../nbs/train/22_recipes.ipynb #5902d26b
+def read_log(path)->tuple: # Steps, losses
+    "A stage's `log.csv`"
+    import csv
+    with open(path, newline='') as f: rows = list(csv.DictReader(f))
+    return np.array([int(r['step']) for r in rows]), np.array([float(r['loss']) for r in rows])
+
+def plot_loss_difference(
+    logs:dict,          # Name -> (steps, losses), runs of the same seed
+    against:str,        # Whose losses are subtracted
+    ax=None,            # Matplotlib axes
+):                      # The axes
+    "Loss of each run minus that of one of them"
+    import matplotlib.pyplot as plt
+    if ax is None: _,ax = plt.subplots(figsize=(8,2.4), dpi=80, layout='constrained')
+    for name,(step,loss) in logs.items():
+        if name!=against: ax.plot(step, loss-logs[against][1], lw=1, marker='.', ms=3, label=name)
+    ax.axhline(0, color='k', lw=.8); ax.set(xlabel='step', ylabel=f'loss - {against}'); ax.legend(fontsize=7)
+    return ax
