@@ -239,3 +239,19 @@ def test_training_goes_through_and_is_the_same_twice(tmp_path):
     for kind in J.KINDS:
         a, b = (load_file(J.train_judge(tmp_path/f'{kind}{i}', n_scenes=4, steps=2, batch_size=4, mixed_precision='no', kind=kind, cache=tmp_path/'cache')/'diffusion_pytorch_model.safetensors') for i in (0,1))
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_shipped_validation_keeps_the_order():
+    from smooth_foley.metrics import judging
+    rows = judging.read_validation()
+    assert {r['sound'] for r in rows} == set(judging.KINDS_OF_SOUND) and {r['metric'] for r in rows} >= {*judging.PAIRED, *judging.SETS}
+    assert all(w.startswith('FAD') and 'vocoded' in w for w in judging.disorder(rows))         # a vocoder may be too good to tell
+    worse = [dict(r, value=-1.) if (r['metric'],r['sound'])==('CLIP score','vocoded') else r for r in rows]
+    assert any(w.startswith('CLIP score: vocoded') for w in judging.disorder(worse))
+
+
+def test_shuffling_never_keeps_a_label():
+    from smooth_foley.metrics.judging import partners
+    labels = [J.judge_scene(J.HELD_OUT+i, frames=False, audio=False).label for i in range(120)]
+    same, other = partners(labels, np.random.default_rng(0))
+    assert all(labels[i]!=labels[j] for i,j in enumerate(other)) and sorted(other)==list(range(120)) and all(labels[i]==labels[j] for i,j in enumerate(same))
