@@ -315,7 +315,7 @@ def _check_bench(scale, device, dtype, steps, seconds, fps):
 def _load(scale, random_weights, device, dtype, seed=0):
     "The pipeline to measure"
     if scale=='full' and random_weights: return random_full(device, dtype, seed)
-    if random_weights: return SmoothFoleyPipeline.from_random(seed).to(device, dtype)
+    if random_weights: return SmoothFoleyPipeline.from_random(seed).to(device, dtype, silence_dtype_warnings=True)
     return SmoothFoleyPipeline.from_pretrained('full' if scale=='full' else None, torch_dtype=dtype).to(device)
 
 def _compiled(pipe):
