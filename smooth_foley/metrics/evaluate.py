@@ -874,7 +874,7 @@ def save_cost(out)->dict: # As written to cost.json
 
 def _measure(names, clips, out, state):
     "All processes measure; the first one writes the tables"
-    ears = load_ears()
+    ears, names = load_ears(), sorted({*names, *(p.parent.name for p in out.glob('*/system.json'))})     # earlier ones too: they may be measured with other judges
     measure_all(names, [c.id for c in clips], out, ears, state.process_index, state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process: collect(out, ears_mark(ears)); summarise(out); save_cost(out)
