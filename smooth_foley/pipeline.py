@@ -120,12 +120,12 @@ def _per_clip(name, value, n):
     if len(value)!=n: raise FoleyError(f"`{name}` has {len(value)} entries for {n} clips: give one for all, or one for each")
     return list(value)
 
-def _texts(name, value, n, empty=False):
-    "One text, or None, for each of `n` clips"
+def _texts(name, value, n, empty=False, nothing=False):
+    "One text, or None, for each of `n` clips; `nothing` lets the text '' pass, `empty` blanks too"
     texts = _per_clip(name, value, n)
     for t in texts:
         if t is not None and not isinstance(t, str): raise FoleyError(f"`{name}` is {t!r}: give a text")
-        if t is not None and not empty and not t.strip() and not (name=="prompt" and t==""): raise FoleyError(f"`{name}` is empty: name what sounds, or leave it out")
+        if t is not None and not empty and not t.strip() and not (nothing and t==""): raise FoleyError(f"`{name}` is empty: name what sounds, or leave it out")
     return texts
 
 # %% ../nbs/09_pipeline.ipynb #d9c180ab
@@ -440,7 +440,7 @@ def text_to_audio(self:SmoothFoleyPipeline,
 def _decide(self:SmoothFoleyPipeline, clips, embs, label, prompt, condition):
     "Label, prompt, condition and proposals of every clip"
     n = len(clips)
-    labels, prompts, asks = _texts("label", label, n), _texts("prompt", prompt, n), _per_clip_condition(condition, n)
+    labels, prompts, asks = _texts("label", label, n), _texts("prompt", prompt, n, nothing=True), _per_clip_condition(condition, n)
     unnamed = [l is None and (p is None or (p=="" and isinstance(a, str) and a=="auto")) for l, p, a in zip(labels, prompts, asks)]
     proposals = [self.propose(e) if u else None for e, u in zip(embs, unnamed)]
     labels = [l or p or (r[0][0] if r else None) for l, p, r in zip(labels, prompts, proposals)]
@@ -492,7 +492,7 @@ def __call__(self:SmoothFoleyPipeline,
     s = self._settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, frame_scale=frame_scale,
                        temporal_scale=temporal_scale, guidance_rescale=guidance_rescale)
     n = len(video) if isinstance(video, (list, tuple)) else 1
-    for name, text in (("label", label), ("prompt", prompt)): _texts(name, text, n)
+    for name, text in (("label", label), ("prompt", prompt)): _texts(name, text, n, nothing=name=="prompt")
     negatives = _texts("negative_prompt", negative_prompt, n, empty=True)
     frame_batch_size = _check_number("frame_batch_size", frame_batch_size, 1, integer=True)
     self._check_dtype()
@@ -538,7 +538,7 @@ def _tell_times(self:SmoothFoleyPipeline, clips):
     times = torch.stack([torch.as_tensor(c.times) for c in clips]).float()
     self.frame_adapter.look(self.unet, times, self.max_duration, self.latent_shape)
 
-# %% ../nbs/09_pipeline.ipynb #d6682ad1
+# %% ../nbs/09_pipeline.ipynb #8e19c8af
 def resolve_weights(
     name,                         # Folder, hub id, "full" for the published weights, or None or "mini" for the model inside the package
     revision:str=None,            # Hub revision
@@ -568,7 +568,7 @@ def _download(name, **kw):
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise FoleyError(f"{name}: cannot be had from the hub ({reason}); check name, network and token, or give a local folder") from e
 
-# %% ../nbs/09_pipeline.ipynb #4932d1cb
+# %% ../nbs/09_pipeline.ipynb #5abb4c5a
 def load_part(
     folder:Path,        # Folder of the component
     library:str,        # Module of its class, as in `model_index.json`
@@ -609,7 +609,7 @@ def _try(folder, load, *args, **kw):
         reason = str(e).split(" If you want")[0].strip() or type(e).__name__
         raise FoleyError(f"{folder}: cannot be loaded ({reason}); the files are damaged or belong to another model") from e
 
-# %% ../nbs/09_pipeline.ipynb #975c24e6
+# %% ../nbs/09_pipeline.ipynb #5d806cbf
 @patch(cls_method=True)
 def from_pretrained(cls:SmoothFoleyPipeline,
     name=None,                    # Folder, hub id, "full" for the published weights, or None for the small model inside the package
@@ -631,7 +631,7 @@ def from_pretrained(cls:SmoothFoleyPipeline,
         if isinstance(m, torch.nn.Module): m.requires_grad_(False)
     return cls(**{**{k: index[k] for k in settings if k in index}, **loaded, **kwargs})
 
-# %% ../nbs/09_pipeline.ipynb #972283f4
+# %% ../nbs/09_pipeline.ipynb #056dc49e
 @patch
 def save_pretrained(self:SmoothFoleyPipeline,
     save_directory,  # Folder, made if needed
@@ -640,7 +640,7 @@ def save_pretrained(self:SmoothFoleyPipeline,
     "Write every component and `model_index.json`"
     with _quiet(): super(SmoothFoleyPipeline, self).save_pretrained(save_directory, **kwargs)
 
-# %% ../nbs/09_pipeline.ipynb #86fea3c3
+# %% ../nbs/09_pipeline.ipynb #e873fffe
 def plot_foley(
     clip:Clip,              # The clip
     output:FoleyOutput,     # What the pipeline made of it

@@ -234,7 +234,7 @@ def _keep_condition(stack, controlnet, cond, two):
     emb = two(controlnet.controlnet_cond_embedding(cond))
     stack.enter_context(borrowed(controlnet.controlnet_cond_embedding, lambda _: emb))
 
-# %% ../nbs/08a_reuse.ipynb #484c5010
+# %% ../nbs/08a_reuse.ipynb #1263c100
 def fingerprint(
     module:torch.nn.Module,
     n:int=64,                 # Values to look at in each tensor
@@ -264,7 +264,7 @@ class EmbeddingCache:
         "Forget what is in memory"
         self.seen.clear()
 
-# %% ../nbs/08a_reuse.ipynb #c5c46786
+# %% ../nbs/08a_reuse.ipynb #7f20f180
 @patch
 def encode(self:EmbeddingCache,
     encoder,               # `FrameEncoder`
