@@ -6,8 +6,9 @@
 __all__ = ['CONFIG_FILE', 'WEIGHTS_FILE', 'build_tokenizer', 'build_clip', 'mini_clip_cfg', 'FrameEncoder', 'unique_frames',
            'rank_labels']
 
-# %% ../nbs/04_clip.ipynb #58d219e9
+# %% ../nbs/04_clip.ipynb #2b5ee896
 import copy, json
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
@@ -201,6 +202,14 @@ def _fetch(repo_id, subfolder, **hub):
     except Exception as e:
         raise FoleyError(f"{repo_id} is no folder here and cannot be fetched from the hub ({type(e).__name__}); check the name, or the network") from e
 
+@contextmanager
+def _building_in(dtype):
+    "New parameters are of this type, so that a large model in a small type never exists in float32"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try: yield
+    finally: torch.set_default_dtype(before)
+
 @patch(cls_method=True)
 def from_pretrained(cls:FrameEncoder,
     folder,                      # Folder in open_clip's layout, or a hub id
@@ -224,9 +233,10 @@ def from_pretrained(cls:FrameEncoder,
     if cfg['model_cfg']['text_cfg'].get('hf_tokenizer_name'):
         from transformers import AutoTokenizer
         tok = AutoTokenizer.from_pretrained(d)
-    enc = cls(cfg['model_cfg'], cfg.get('preprocess_cfg'), tok)
+    dtype = dtype or torch_dtype or torch.float32
+    with _building_in(dtype): enc = cls(cfg['model_cfg'], cfg.get('preprocess_cfg'), tok)
     load_checked(enc.model, weights, str(d/WEIGHTS_FILE))
-    enc.model.to(dtype or torch_dtype or torch.float32)
+    enc.model.to(dtype)
     return enc
 
 # %% ../nbs/04_clip.ipynb #a9798851

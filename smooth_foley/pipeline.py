@@ -7,7 +7,7 @@ __all__ = ['FoleyOutput', 'SmoothFoleyPipeline', 'Stage', 'guide', 'resolve_weig
 
 # %% ../nbs/09_pipeline.ipynb #04ce3fa9
 import importlib, inspect, json, math, os, time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +31,7 @@ from .backbone import (decode_latents, encode_prompt, make_scheduler, make_text_
 from .frame_adapter import FrameAdapter
 from .temporal_adapter import make_temporal_adapter, residuals
 from .temporal_condition import LabelProjection, TemporalCondition, plot_condition
-from .reuse import EmbeddingCache, reuse as remember
+from .reuse import EmbeddingCache, fast_linear, reuse as remember
 
 # %% ../nbs/09_pipeline.ipynb #1bf30b40
 @dataclass
@@ -168,7 +168,25 @@ def disable_model_cpu_offload(self:SmoothFoleyPipeline)->None:
     self._bring(None)
     self._stage_device = None
 
-# %% ../nbs/09_pipeline.ipynb #baa9e958
+# %% ../nbs/09_pipeline.ipynb #8cd71a7c
+@patch
+def enable_fast_cpu(self:SmoothFoleyPipeline)->None:
+    "Lay images out channels last and compute linear layers by oneDNN, until `disable_fast_cpu`"
+    if self.unet.device.type!="cpu" or not torch.backends.mkldnn.is_available(): raise FoleyError(f"fast_cpu: the networks are on {self.unet.device}, or this PyTorch has no oneDNN; leave the call out")
+    self.disable_fast_cpu()
+    for net in (self.unet, self.temporal_adapter, self.vae): torch.nn.Module.to(net, memory_format=torch.channels_last)
+    self._fast_cpu = ExitStack()
+    self._fast_cpu.enter_context(fast_linear(self.unet, self.temporal_adapter, self.frame_encoder, self.text_encoder))
+
+@patch
+def disable_fast_cpu(self:SmoothFoleyPipeline)->None:
+    "Back to PyTorch's own choice"
+    if getattr(self, "_fast_cpu", None) is None: return
+    self._fast_cpu.close()
+    self._fast_cpu = None
+    for net in (self.unet, self.temporal_adapter, self.vae): torch.nn.Module.to(net, memory_format=torch.contiguous_format)
+
+# %% ../nbs/09_pipeline.ipynb #609a3de3
 @dataclass
 class Stage:
     "What one stage took"
@@ -211,7 +229,7 @@ def profile(self:SmoothFoleyPipeline,
     try: yield record
     finally: self._observe = before
 
-# %% ../nbs/09_pipeline.ipynb #4c5d7fe6
+# %% ../nbs/09_pipeline.ipynb #d2d3eadd
 @lru_cache
 def _computes(dtype, kind):
     "Whether a kind of device has what the networks need in this type"
@@ -229,7 +247,7 @@ def _check_dtype(self:SmoothFoleyPipeline):
     if not _computes(self.unet.dtype, kind):
         raise FoleyError(f"`torch_dtype` is {self.unet.dtype}, which this {kind} cannot compute in: load with torch.bfloat16 or torch.float32")
 
-# %% ../nbs/09_pipeline.ipynb #ae7fc00c
+# %% ../nbs/09_pipeline.ipynb #8f3ca7c4
 @patch
 def read(self:SmoothFoleyPipeline,
     video,        # Path of a video, a `Clip`, or a list of either
@@ -249,7 +267,7 @@ def _read_one(self:SmoothFoleyPipeline, video):
     if not len(video.frames)==len(video.times)>0: raise FoleyError(f"{video.name}: {len(video.frames)} frames with {len(video.times)} times; give one time per frame")
     return video
 
-# %% ../nbs/09_pipeline.ipynb #cff0336a
+# %% ../nbs/09_pipeline.ipynb #7543e86b
 @patch
 def propose(self:SmoothFoleyPipeline,
     frame_emb:Tensor,   # Frame embeddings of one clip, `(T, D)`
@@ -281,14 +299,14 @@ def condition(self:SmoothFoleyPipeline,
     if isinstance(ask, (list, tuple)): return TemporalCondition.from_intervals(ask, clip.duration)
     raise FoleyError(f"`condition` is {ask!r}: use 'auto', 'always', a list of (start, end) in seconds, or a TemporalCondition")
 
-# %% ../nbs/09_pipeline.ipynb #7184f840
+# %% ../nbs/09_pipeline.ipynb #222fabbf
 def _per_clip_condition(ask, n):
     "One request for each of `n` clips"
     pair = lambda p: isinstance(p, (list, tuple)) and len(p)==2 and all(isinstance(x, (int, float, np.number)) for x in p)
     if isinstance(ask, (list, tuple)) and not all(pair(p) for p in ask): return _per_clip("condition", ask, n)
     return [ask]*n
 
-# %% ../nbs/09_pipeline.ipynb #2b5eb987
+# %% ../nbs/09_pipeline.ipynb #1c793cc4
 @patch
 def predict(self:SmoothFoleyPipeline,
     z_t:Tensor,                # Noisy latents, `(n, c, h, w)`
@@ -303,7 +321,7 @@ def predict(self:SmoothFoleyPipeline,
     if tokens is not None: kwargs["added_cond_kwargs"] = {"image_embeds": [tokens]}
     return self.unet(z_t, t, text, **kwargs).sample
 
-# %% ../nbs/09_pipeline.ipynb #9e2e5c2b
+# %% ../nbs/09_pipeline.ipynb #678c1cc7
 def guide(
     eps:Tensor,          # Predictions, stacked: unconditional, conditional, `(2b, c, h, w)`
     scale:float,         # Guidance w
@@ -316,7 +334,7 @@ def guide(
     std = lambda x: x.std(dim=(1, 2, 3), keepdim=True)
     return rescale*guided*(std(full)/std(guided))+(1-rescale)*guided
 
-# %% ../nbs/09_pipeline.ipynb #d25baf2a
+# %% ../nbs/09_pipeline.ipynb #cf7255d8
 @patch
 def denoise(self:SmoothFoleyPipeline,
     text:Tensor,                # Text tokens, stacked: negative, positive, `(2b, L, d_ctx)`
@@ -343,7 +361,7 @@ def denoise(self:SmoothFoleyPipeline,
             if on_step is not None: z = on_step(i, t, z)
     return z
 
-# %% ../nbs/09_pipeline.ipynb #c2a9d418
+# %% ../nbs/09_pipeline.ipynb #b152df64
 @patch
 @contextmanager
 def _predictor(self:SmoothFoleyPipeline, text, tokens, cond, cfg, temporal_scale, reuse):
@@ -357,12 +375,12 @@ def _predictor(self:SmoothFoleyPipeline, text, tokens, cond, cfg, temporal_scale
     if cond is not None: cond = two(cond)
     yield lambda z, t: self.predict(two(z), t, text, tokens, cond, temporal_scale)
 
-# %% ../nbs/09_pipeline.ipynb #b51a79aa
+# %% ../nbs/09_pipeline.ipynb #ed49dd16
 def _step_kwargs(scheduler, generators):
     "Generators, for the samplers that draw noise"
     return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
-# %% ../nbs/09_pipeline.ipynb #21882c96
+# %% ../nbs/09_pipeline.ipynb #9b91ce69
 @patch
 def _text(self:SmoothFoleyPipeline, prompts, negatives):
     "Text tokens of negative and positive prompts, `(2b, L, d_ctx)`, each different text encoded once"
@@ -378,7 +396,7 @@ def _generators(self:SmoothFoleyPipeline, generator, seed, names):
     if not all(isinstance(g, torch.Generator) for g in gens): raise FoleyError("`generator` is no torch.Generator: give one, or one for each clip, or use `seed`")
     return gens
 
-# %% ../nbs/09_pipeline.ipynb #f41ca594
+# %% ../nbs/09_pipeline.ipynb #476203a9
 @patch
 def _settings(self:SmoothFoleyPipeline, **given):
     "Checked numbers, from the weights' own defaults where None"
@@ -407,7 +425,7 @@ def _play(self:SmoothFoleyPipeline, z, durations, output_type, **about):
     self._bring(None)
     return FoleyOutput(audios=audios, sample_rate=sr, durations=list(durations), latents=z, mels=mels, **about)
 
-# %% ../nbs/09_pipeline.ipynb #c7c208ae
+# %% ../nbs/09_pipeline.ipynb #48a9cd86
 @patch
 @torch.no_grad()
 def text_to_audio(self:SmoothFoleyPipeline,
@@ -435,7 +453,7 @@ def text_to_audio(self:SmoothFoleyPipeline,
         z = self.denoise(text, gens, steps=set_["num_inference_steps"], guidance_scale=set_["guidance_scale"], guidance_rescale=set_["guidance_rescale"], latents=latents)
     return self._play(z, [duration]*n, output_type, labels=[None]*n, prompts=prompts, conditions=[None]*n, proposals=[None]*n)
 
-# %% ../nbs/09_pipeline.ipynb #50fadd10
+# %% ../nbs/09_pipeline.ipynb #48d7cb57
 @patch
 def _decide(self:SmoothFoleyPipeline, clips, embs, label, prompt, condition):
     "Label, prompt, condition and proposals of every clip"
@@ -464,7 +482,7 @@ def _groups(sizes):
     "Indices of equal size together, in order of first appearance"
     return [[i for i, s in enumerate(sizes) if s==size] for size in dict.fromkeys(sizes)]
 
-# %% ../nbs/09_pipeline.ipynb #c9630c17
+# %% ../nbs/09_pipeline.ipynb #1f167ec3
 @patch
 @torch.no_grad()
 def __call__(self:SmoothFoleyPipeline,
@@ -513,7 +531,7 @@ def _see(self:SmoothFoleyPipeline, clip, batch_size, reuse):
     if self.reuse if reuse is None else reuse: return self.embeddings.encode(self.frame_encoder, clip.frames, batch_size)
     return self.frame_encoder.encode_frames(clip.frames, batch_size, unique=False)
 
-# %% ../nbs/09_pipeline.ipynb #94da189b
+# %% ../nbs/09_pipeline.ipynb #c5eb3d77
 @patch
 def _denoise_clips(self:SmoothFoleyPipeline, clips, text, tokens, cond, gens, s, frame_wise, callback, latents, reuse):
     "Denoise clips of equal number of frame tokens together"
@@ -538,7 +556,7 @@ def _tell_times(self:SmoothFoleyPipeline, clips):
     times = torch.stack([torch.as_tensor(c.times) for c in clips]).float()
     self.frame_adapter.look(self.unet, times, self.max_duration, self.latent_shape)
 
-# %% ../nbs/09_pipeline.ipynb #8e19c8af
+# %% ../nbs/09_pipeline.ipynb #517f71df
 def resolve_weights(
     name,                         # Folder, hub id, "full" for the published weights, or None or "mini" for the model inside the package
     revision:str=None,            # Hub revision
@@ -568,7 +586,7 @@ def _download(name, **kw):
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise FoleyError(f"{name}: cannot be had from the hub ({reason}); check name, network and token, or give a local folder") from e
 
-# %% ../nbs/09_pipeline.ipynb #5abb4c5a
+# %% ../nbs/09_pipeline.ipynb #66c83d36
 def load_part(
     folder:Path,        # Folder of the component
     library:str,        # Module of its class, as in `model_index.json`
@@ -609,7 +627,7 @@ def _try(folder, load, *args, **kw):
         reason = str(e).split(" If you want")[0].strip() or type(e).__name__
         raise FoleyError(f"{folder}: cannot be loaded ({reason}); the files are damaged or belong to another model") from e
 
-# %% ../nbs/09_pipeline.ipynb #5d806cbf
+# %% ../nbs/09_pipeline.ipynb #cce1f8fd
 @patch(cls_method=True)
 def from_pretrained(cls:SmoothFoleyPipeline,
     name=None,                    # Folder, hub id, "full" for the published weights, or None for the small model inside the package
@@ -631,7 +649,7 @@ def from_pretrained(cls:SmoothFoleyPipeline,
         if isinstance(m, torch.nn.Module): m.requires_grad_(False)
     return cls(**{**{k: index[k] for k in settings if k in index}, **loaded, **kwargs})
 
-# %% ../nbs/09_pipeline.ipynb #056dc49e
+# %% ../nbs/09_pipeline.ipynb #c8fd8b5e
 @patch
 def save_pretrained(self:SmoothFoleyPipeline,
     save_directory,  # Folder, made if needed
@@ -640,7 +658,7 @@ def save_pretrained(self:SmoothFoleyPipeline,
     "Write every component and `model_index.json`"
     with _quiet(): super(SmoothFoleyPipeline, self).save_pretrained(save_directory, **kwargs)
 
-# %% ../nbs/09_pipeline.ipynb #e873fffe
+# %% ../nbs/09_pipeline.ipynb #852fbe7d
 def plot_foley(
     clip:Clip,              # The clip
     output:FoleyOutput,     # What the pipeline made of it

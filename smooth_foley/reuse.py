@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PIECES', 'borrowed', 'FrameGroup', 'KnownKeys', 'known_keys', 'frame_groups', 'equal_layers', 'on_one_half',
-           'one_half', 'Remembering', 'reuse', 'fingerprint', 'EmbeddingCache']
+           'one_half', 'Remembering', 'reuse', 'fingerprint', 'EmbeddingCache', 'onednn_linear', 'fast_linear']
 
 # %% ../nbs/08a_reuse.ipynb #aca5f92f
 import hashlib, json
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -297,3 +298,32 @@ def _write(self:EmbeddingCache, key, z):
     self.folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(self.folder/f"{key}.safetensors") as tmp: save_file({"frames": z.contiguous()}, tmp)
     return z
+
+# %% ../nbs/08a_reuse.ipynb #c560a144
+def onednn_linear(x, w, b=None):
+    "`F.linear` by oneDNN; CPU only, no gradients"
+    return torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '')
+
+def _self_attention(mha, q, k, v, need_weights=False, attn_mask=None, **kwargs):
+    "What `nn.MultiheadAttention` gives for a batch that attends to itself"
+    b, n, d = q.shape
+    qkv = onednn_linear(q, mha.in_proj_weight, mha.in_proj_bias).view(b, n, 3, mha.num_heads, -1).permute(2, 0, 3, 1, 4)
+    out = scaled_dot_product_attention(*qkv, attn_mask).transpose(1, 2).reshape(b, n, d)
+    return onednn_linear(out, mha.out_proj.weight, mha.out_proj.bias), None
+
+# %% ../nbs/08a_reuse.ipynb #be3c5e1a
+def _faster(m):
+    "The other forward of one layer, or None"
+    if type(m) is torch.nn.Linear: return lambda x: onednn_linear(x, m.weight, m.bias)
+    if isinstance(m, torch.nn.MultiheadAttention) and m.batch_first and m.in_proj_weight is not None: return partial(_self_attention, m)
+
+@contextmanager
+def fast_linear(
+    *nets,   # Modules on the CPU, frozen
+):
+    "Inside the block linear layers, and attention of a batch to itself, are computed by oneDNN"
+    swapped = [(m, f) for net in nets for m in net.modules() if (f := _faster(m)) is not None and 'forward' not in vars(m)]
+    for m, f in swapped: m.forward = f
+    try: yield
+    finally:
+        for m, _ in swapped: del m.forward

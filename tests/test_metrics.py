@@ -1,5 +1,6 @@
 "Metrics: what is no story"
-import csv, json, os, subprocess, sys
+import csv, json, subprocess, sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,55 +145,52 @@ def test_cache_is_read_again(tmp_path):
 
 # tables
 
-def made_up(n=12):
-    rows = []
-    for i in range(n):
-        for s in tables.SYSTEMS:
-            r = dict.fromkeys(tables.FIELDS, '')
-            r.update(seed=tables.TEST+i, split=('passby', 'passby_continuous')[i%2], label=passby.TONAL[i%6], system=s, seconds=1.)
-            for k in tables.FIELDS:
-                if k.endswith(('_tp', '_fp', '_fn')): r[k] = 1+i%3
-                if k.endswith('_label'): r[k] = passby.TONAL[(i+(i == 3 and k == 'gen_label'))%6]
-                if k.endswith(('_prob', '_f0')): r[k] = .5+.01*i
-            rows.append(r)
-    rows[0]['gen_f0'] = ''
-    return rows
+SYSTEMS = [s for s in tables.ROWS.values() if s]
 
 
-def test_table_of_made_up_rows(tmp_path):
-    tables.write_rows(tmp_path/'clips.csv', made_up())
-    rows = tables.summary(tmp_path/'clips.csv')
-    get = lambda m, s, split='both': next(r for r in rows if (r['measure'], r['system'], r['split']) == (m, s, split))
-    assert get('recognised as its label', 'frame-wise')['value'] == pytest.approx(11/12)
-    assert get('recognised as its label', 'real audio')['value'] == 1 and get('recognised as its label', 'real audio')['n'] == 12
-    assert get('condition F1', 'label-guided')['value'] == pytest.approx(.5)
-    text = tables.results_table(tmp_path/'clips.csv')
-    assert '≥ 0.90' in text and '(n=6)' in text and 'nan' not in text
-    assert len({line.count('|') for line in text.split('\n')}) == 1
+def made_up(folder, n=12):
+    "An evaluation whose numbers are known: only `ours` is always right, the wrong ones are half on; FoleyCrafter is never recognised"
+    from smooth_foley.metrics import evaluate
+    keys, rows = ('cond_tp', 'cond_fp', 'cond_fn', 'act_tp', 'act_fp', 'act_fn'), []
+    for split in tables.SPLITS.values():
+        for i in range(n):
+            for s in SYSTEMS:
+                good = s in ('ours', 'paper', 'ours-clipwise')
+                r = dict(split=split, clip=f'{split}-{i}', label=passby.TONAL[i%6], system=s, heard='x', prob=.5, right=float(s != 'foleycrafter'), kl=.1*(1+i)+(not good),
+                         clip_score=.5+.01*i, f0_adherence=.1*(s == 'ours')+.01*i)
+                rows.append({**r, **{k: (10+i%3 if good else 5) if k.endswith('tp') else 0 if good else 5 for k in keys}})
+    evaluate.write_rows(folder/'clips.csv', rows, list(rows[0]))
+    evaluate.summarise(folder)
+    return folder
 
 
-def test_stopped_runs_go_on(tmp_path, monkeypatch):
-    "Killed between batches, the run keeps what it has and measures only the rest"
-    from smooth_foley.pipeline import SmoothFoleyPipeline
-    pipe, asked = SmoothFoleyPipeline.from_random(labels=passby.LABELS), []
-    real = tables.measure_batch
-
-    def sometimes(pipe, ear, scenes, todo, steps):
-        asked.append([(s.seed, t) for (_, s), t in zip(scenes, todo)])
-        if len(asked) == 2: raise KeyboardInterrupt
-        return real(pipe, ear, scenes, todo, steps)
-    monkeypatch.setattr(tables, 'measure_batch', sometimes)
-    kw = dict(n=1, pipe=pipe, steps=1, batch=1)
-    with pytest.raises(KeyboardInterrupt): tables.measure_mini(tmp_path, **kw)
-    first = tables.read_rows(tmp_path/'clips.csv')
-    assert len(first) == 2
-    rows = tables.read_rows(tables.measure_mini(tmp_path, **kw))
-    assert rows[:2] == first and len(rows) == 4 and asked[2][0][0] == tables.TEST+1
-    assert sorted(os.listdir(tmp_path)) == ['clips.csv', 'run.json']
+def test_tables_of_made_up_rows(tmp_path):
+    folder = made_up(tmp_path)
+    here = tables.cells(folder)
+    assert here['passby', 'condition F1', 'paper']['value'] == 1 and here['passby', 'condition F1', 'foleycrafter']['value'] == pytest.approx(.5)
+    for text in (tables.paper_table(folder, tables.TABLE_1), tables.timing_table(folder), tables.results_table(folder)):
+        assert len({line.count('|') for line in text.split('\n')}) == 1 and 'nan' not in text
+    first = tables.paper_table(folder, tables.TABLE_1)
+    assert '(paper 1.558)' in first and '(paper 52.867)' in first
+    assert f'{50+50*here["passby", "CLIP score", "paper"]["value"]:.3g} [' in first
 
 
-def test_without_weights_the_command_says_so_in_one_line(tmp_path):
-    from smooth_foley.core import mini_path
-    if (mini_path()/'model_index.json').exists(): pytest.skip('the shipped model is here')
+def test_claims_follow_the_numbers(tmp_path):
+    found = {(r['claim'], r['split']): r for r in tables.claims(made_up(tmp_path))}
+    words = lambda part: {r['verdict'] for (c, _), r in found.items() if part in c}
+    assert words('the label finds the sound') == {'holds'} and words('closer in meaning than FoleyCrafter') == {'holds'}
+    assert words('better timed than clip-wise') == {'not shown'} and words('the prompt helps FoleyCrafter to be recognised') == {'reversed'}
+    assert words('window follows the Doppler shift better than clip-wise') == {'holds'}
+    assert all(r['n'] == 12 for r in found.values())
+
+
+def test_shipped_results_are_of_two_hundred_clips():
+    folder = Path(__file__).parent.parent/'results'/'evaluate'
+    counts_ = {}
+    for r in csv.DictReader(open(folder/'clips.csv', newline='')): counts_[r['split'], r['system']] = counts_.get((r['split'], r['system']), 0)+1
+    assert all(counts_[split, s] >= 200 for split in tables.SPLITS.values() for s in SYSTEMS)
+
+
+def test_without_results_the_command_says_so_in_one_line(tmp_path):
     r = subprocess.run([sys.executable, '-m', 'smooth_foley.paper.tables'], cwd=tmp_path, capture_output=True, text=True)
-    assert r.returncode and 'Traceback' not in r.stderr and 'smooth-foley train mini' in r.stderr
+    assert r.returncode and 'Traceback' not in r.stderr and 'smooth-foley evaluate' in r.stderr and r.stderr.count('\n') == 1
