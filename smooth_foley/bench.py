@@ -242,7 +242,9 @@ def run_reference(
         cond = pipe._condition_image([condition])
     with meter('text'): text = torch.cat([encode_prompt(pipe.tokenizer, pipe.text_encoder, [t]) for t in ('', 'train')])
     with meter('denoise'), pipe.frame_adapter.installed(pipe.unet, c.frame_scale):
-        z = _denoise_plainly(pipe, text, pipe.frame_adapter.tokens(emb[None], torch.arange(n_frames)[None]/c.fps), cond,
+        times = torch.arange(n_frames)[None]/c.fps
+        pipe.frame_adapter.look(pipe.unet, times, pipe.max_duration, pipe.latent_shape)
+        z = _denoise_plainly(pipe, text, pipe.frame_adapter.tokens(emb[None], times), cond,
                              derive_generator(seed, Path(video).name), steps, c.guidance_scale, c.temporal_scale)
     with meter('vae'): mel = pipe.mel.from_image(decode_latents(pipe.vae, z).float())
     with meter('vocoder'): audio = vocode(pipe.vocoder, mel)[0].cpu().numpy()
