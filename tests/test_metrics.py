@@ -158,7 +158,7 @@ def made_up(folder, n=12):
                 good = s in ('ours', 'paper', 'ours-clipwise')
                 r = dict(split=split, clip=f'{split}-{i}', label=passby.TONAL[i%6], system=s, heard='x', prob=.5, right=float(s != 'foleycrafter'), kl=.1*(1+i)+(not good),
                          clip_score=.5+.01*i, f0_adherence=.1*(s == 'ours')+.01*i)
-                rows.append({**r, **{k: (10+i%3 if good else 5) if k.endswith('tp') else 0 if good else 5 for k in keys}})
+                rows.append({**dict.fromkeys(evaluate.COLUMNS, ''), **r, **{k: (10+i%3 if good else 5) if k.endswith('tp') else 0 if good else 5 for k in keys}})
     evaluate.write_rows(folder/'clips.csv', rows, list(rows[0]))
     evaluate.summarise(folder)
     return folder
