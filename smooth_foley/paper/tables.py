@@ -149,7 +149,7 @@ def plot_by_label(
     for k,s in enumerate(systems):
         part = [[[float(r[f'{kind}_{c}']) for c in ('tp','fp','fn')] for r in rows if r['system']==s and r['label']==l and r[f'{kind}_tp']!=''] for l in passby.LABELS]
         ax.bar(x+(k-(len(systems)-1)/2)*.8/len(systems), [scores(*np.sum(p,0))[score] if p else np.nan for p in part], .8/len(systems), label=NAMES.get(s,s))
-    ax.set_xticks(x, [l[:16] for l in passby.LABELS], rotation=35, ha='right', fontsize=7); ax.set(ylim=(0,1), ylabel=score); ax.legend(fontsize=7, loc='lower right')
+    ax.set_xticks(x, [l[:16] for l in passby.LABELS], rotation=35, ha='right', fontsize=7); ax.set(ylim=(0,1), ylabel=score); ax.legend(fontsize=7, loc='lower left', bbox_to_anchor=(0,1), ncol=len(systems), frameon=False)
     return ax
 
 # %% ../../nbs/paper/50_tables.ipynb #5fceffc3
