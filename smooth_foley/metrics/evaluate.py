@@ -775,6 +775,7 @@ def compare_folders(
         for kind in models if metric in OF_SETS+('kl',) else ['']: rows += _one_metric(metric, kind, gen, ref, clips, bool(metrics), embedder)
     return dict(rows=rows, clips=clips, notes=notes)
 
+# %% ../../nbs/metrics/46_evaluate.ipynb #7362bf82
 def _noted(heard, what, notes):
     "Keep what is known, note what is doubtful"
     known, faults = heard
@@ -789,6 +790,7 @@ def _check_counts(asked, gen, ref, chosen, notes):
         if chosen: raise FoleyError(f'--metrics {why}; give more clips')
         notes.append(f'{why}: left out'); asked.remove(m)
 
+# %% ../../nbs/metrics/46_evaluate.ipynb #ed44d11d
 def _one_metric(metric, kind, gen, ref, clips, chosen, embedder):
     "Rows of one metric by one network"
     has = kind in next(iter(gen.values()))['scores']
@@ -803,6 +805,7 @@ def _one_metric(metric, kind, gen, ref, clips, chosen, embedder):
     scores = np.concatenate([o['scores'][kind] for o in gen.values()]) if has else None
     return [dict(metric=metric, embedder=kind, **set_metric(metric, *rows[0], *rows[1], scores))]
 
+# %% ../../nbs/metrics/46_evaluate.ipynb #317b7c61
 def show_folders(r:dict)->str: # Text
     "The rows as a table, and what is to be known about them"
     cell = lambda x: f'{x:.4g}' if np.isfinite(x) else 'nan'
@@ -848,6 +851,7 @@ def evaluate(
     if only!='generate': _measure([s.name for s in specs], clips, out, state)
     return out
 
+# %% ../../nbs/metrics/46_evaluate.ipynb #38451658
 def _load(pipe, model, device):
     "A silent pipeline on the device"
     if pipe is None: pipe = SmoothFoleyPipeline.from_pretrained(model); pipe.folder = model
