@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'STAGES', 'count_flops', 'resident_bytes', 'peak_memory', 'Meter', 'machine_peak', 'give_back_memory',
-           'arrange', 'fast_on', 'random_full', 'drifting_video', 'run_ours', 'run_reference', 'machine_card', 'bench',
+           'fast_on', 'random_full', 'drifting_video', 'run_ours', 'run_reference', 'machine_card', 'bench',
            'bench_table', 'bench_summary', 'write_bench', 'plot_bench', 'save_plot']
 
 # %% ../nbs/app/62_bench.ipynb #79299b24
@@ -25,7 +25,7 @@ from .backbone import build_full, build_full_parts, decode_latents, encode_promp
 from .frame_adapter import FrameAdapter
 from .temporal_adapter import make_temporal_adapter
 from .temporal_condition import LabelProjection
-from .reuse import fast_linear, onednn_linear
+from .reuse import onednn_linear
 from .pipeline import SmoothFoleyPipeline, guide
 
 # %% ../nbs/app/62_bench.ipynb #94452b1b
@@ -138,22 +138,19 @@ def give_back_memory()->None:
     try: ctypes.CDLL('libc.so.6').malloc_trim(0)
     except (OSError, AttributeError): pass        # not glibc
 
-def arrange(
-    pipe:SmoothFoleyPipeline,
-    layout=torch.channels_last,   # Or `torch.contiguous_format`
-)->SmoothFoleyPipeline:
-    "Lay the weights of the networks over images out in memory"
-    for net in (pipe.unet, pipe.temporal_adapter, pipe.vae): nn.Module.to(net, memory_format=layout)
-    give_back_memory()
-    return pipe
-
+@contextmanager
 def fast_on(
     pipe:SmoothFoleyPipeline,
-    device:str,               # Where it runs
+    linear:bool=True,         # On a CPU, linear layers by oneDNN too
 ):                            # Context manager
-    "What pays on this device, as a block"
-    if torch.device(device).type!='cpu' or not torch.backends.mkldnn.is_available(): return nullcontext()
-    return fast_linear(pipe.unet, pipe.temporal_adapter, pipe.frame_encoder, pipe.text_encoder)
+    "What pays on the pipeline's device, as a block"
+    if linear and pipe.unet.device.type=='cpu' and torch.backends.mkldnn.is_available(): pipe.enable_fast_cpu()
+    else: pipe.set_memory_format(torch.channels_last)
+    give_back_memory()
+    try: yield pipe
+    finally:
+        pipe.disable_fast_cpu()
+        pipe.set_memory_format(torch.contiguous_format)
 
 # %% ../nbs/app/62_bench.ipynb #6d05eed8
 def random_full(
@@ -353,12 +350,12 @@ def bench(
     peaks = {dtype: machine_peak(device, kind)}
     tell(f"peak of this machine in {dtype}: {peaks[dtype]['best']:.3f} TFLOP/s")
     load = Meter(device)
-    with load('load'): pipe = arrange(_load(scale, random_weights, device, kind))
+    with load('load'): pipe = _load(scale, random_weights, device, kind)
     pipe.register_to_config(fps=fps)
     if compile: _compiled(pipe)
     with tempfile.TemporaryDirectory() as folder:
         video = drifting_video(Path(folder)/'drift.mp4', seconds, fps)
-        with nullcontext() if compile else fast_on(pipe, device): (latents, condition), meter = _measure(lambda m: run_ours(pipe, video, folder, m, steps, reuse, batch_size), device, warm, tell)
+        with fast_on(pipe, linear=not compile): (latents, condition), meter = _measure(lambda m: run_ours(pipe, video, folder, m, steps, reuse, batch_size), device, warm, tell)
         frames = len(condition.times)
         result = dict(schema=1, settings=_settings(pipe, scale, random_weights, dtype, steps, seconds, fps, reuse, compile, batch_size, frames), machine=machine_card(device),
                       peak=peaks, ours=_rows(load.stages | meter.stages, peaks[dtype]['best']))
@@ -368,7 +365,6 @@ def bench(
             del pipe; give_back_memory()
             pipe = _load(scale, random_weights, device, torch.float32)
             pipe.register_to_config(fps=fps)
-        arrange(pipe, torch.contiguous_format)
         detector = _detector(device) if scale=='full' else None
         if 'fp32' not in peaks: peaks['fp32'] = machine_peak(device)
         theirs, meter = _measure(lambda m: run_reference(pipe, video, folder, m, condition, frames, steps, detector), device, warm, tell)

@@ -168,13 +168,21 @@ def disable_model_cpu_offload(self:SmoothFoleyPipeline)->None:
     self._bring(None)
     self._stage_device = None
 
-# %% ../nbs/09_pipeline.ipynb #8cd71a7c
+# %% ../nbs/09_pipeline.ipynb #61a90f2f
+@patch
+def set_memory_format(
+    self:SmoothFoleyPipeline,
+    layout,                     # `torch.channels_last` or `torch.contiguous_format`
+)->None:
+    "Lay the weights of the networks over images out in memory"
+    for net in (self.unet, self.temporal_adapter, self.vae): torch.nn.Module.to(net, memory_format=layout)
+
 @patch
 def enable_fast_cpu(self:SmoothFoleyPipeline)->None:
     "Lay images out channels last and compute linear layers by oneDNN, until `disable_fast_cpu`"
     if self.unet.device.type!="cpu" or not torch.backends.mkldnn.is_available(): raise FoleyError(f"fast_cpu: the networks are on {self.unet.device}, or this PyTorch has no oneDNN; leave the call out")
     self.disable_fast_cpu()
-    for net in (self.unet, self.temporal_adapter, self.vae): torch.nn.Module.to(net, memory_format=torch.channels_last)
+    self.set_memory_format(torch.channels_last)
     self._fast_cpu = ExitStack()
     self._fast_cpu.enter_context(fast_linear(self.unet, self.temporal_adapter, self.frame_encoder, self.text_encoder))
 
@@ -184,7 +192,7 @@ def disable_fast_cpu(self:SmoothFoleyPipeline)->None:
     if getattr(self, "_fast_cpu", None) is None: return
     self._fast_cpu.close()
     self._fast_cpu = None
-    for net in (self.unet, self.temporal_adapter, self.vae): torch.nn.Module.to(net, memory_format=torch.contiguous_format)
+    self.set_memory_format(torch.contiguous_format)
 
 # %% ../nbs/09_pipeline.ipynb #609a3de3
 @dataclass

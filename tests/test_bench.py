@@ -66,7 +66,7 @@ def test_fast_layers_give_the_networks_back():
     pipe = SmoothFoleyPipeline.from_random()
     frames = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
     before = pipe.frame_encoder.encode_frames(frames)
-    with b.fast_on(pipe, "cpu"):
+    with b.fast_on(pipe):
         assert torch.allclose(pipe.frame_encoder.encode_frames(frames), before, atol=1e-5, rtol=1e-4)
         assert any("forward" in vars(m) for m in pipe.unet.modules())
     assert not any("forward" in vars(m) for net in (pipe.unet, pipe.frame_encoder) for m in net.modules())
