@@ -10,7 +10,7 @@ cfg = ini['DEFAULT']
 
 def words(key): return cfg.get(key, '').split()
 
-dev, train = words('dev_requirements'), words('train_requirements')
+extras = {name: words(f'{name}_requirements') for name in ('dev', 'train', 'data')}
 readme = here/'README.md'
 statuses = {'1':'1 - Planning', '2':'2 - Pre-Alpha', '3':'3 - Alpha', '4':'4 - Beta', '5':'5 - Production/Stable'}
 
@@ -36,7 +36,7 @@ setup(
     package_data={'smooth_foley': ['weights/**/*', 'weights/**/.*', 'assets/**/*']},
     include_package_data=False,
     install_requires=words('requirements'),
-    extras_require={'dev': dev, 'train': train},
+    extras_require=extras,
     entry_points={'console_scripts': words('console_scripts')},
     zip_safe=False,
 )
