@@ -113,7 +113,7 @@ def read_vggsound(
             except FoleyError as e:
                 if faults is None: raise FoleyError(f'{path} line {k}: {e}') from None
                 faults.append(dict(line=k, reason=str(e)))
-    if not items and not faults: raise FoleyError(f'{path}: no line in it; give a list like vggsound.csv')
+    if not items: raise FoleyError(f'{path}: ' + (f'none of its lines can be used, line {faults[0]["line"]}: {faults[0]["reason"]}' if faults else 'no line in it; give a list like vggsound.csv'))
     return items
 
 # %% ../../nbs/data/11_vggsound.ipynb #e57e26f5
@@ -311,9 +311,9 @@ class _Track:
         self.start = start if self.start is None else min(start, self.start)
         self.end = max(start+length, self.end or start)
 
-# %% ../../nbs/data/11_vggsound.ipynb #d44ccc68
+# %% ../../nbs/data/11_vggsound.ipynb #0622ddcc
 class _Picture(_Track):
-    "The picture: how much it changes"
+    "The picture: the largest change of a cell, out of 32 x 32, from the first look or the one before"
     every = .5    # seconds between two looks
     def __init__(self, stream):
         super().__init__(stream)
@@ -325,7 +325,7 @@ class _Picture(_Track):
             if t >= self.next: self.look(frame); self.next = t + self.every - 1e-3
     def look(self, frame):
         small = frame.reformat(32, 32, 'gray').to_ndarray().astype(np.float32)
-        changes = [float(np.abs(small-old).mean()) for old in self.seen]
+        changes = [float(np.abs(small-old).max()) for old in self.seen]
         if changes: self.motion = max(changes + [self.motion or 0.])
         self.seen = [self.seen[0] if self.seen else small, small]    # the first and the latest
 
@@ -396,7 +396,7 @@ class Limits:
     length:float=.5       # Deviation from the duration of the item, seconds
     offset:float=.1       # Between the beginnings of picture and sound, seconds
     silence:float=-60.    # Of the loudest tenth of a second, dB below full scale
-    still:float=1.        # Largest mean change of the picture, grey levels of 255
+    still:float=12.       # Largest change of a cell of the picture, grey levels of 255
 
 def _incomplete(x):
     "Why a file is not whole, or None"
@@ -429,7 +429,7 @@ def judge(
     if len(lasts)==2 and abs(late := x['sound_start']-x['picture_start']) > limits.offset: faults.append(('offset', f'sound begins {late:+.3f} s after the picture'))
     return faults
 
-# %% ../../nbs/data/11_vggsound.ipynb #c6abf12b
+# %% ../../nbs/data/11_vggsound.ipynb #6248397f
 def _serve(
     seconds:float,      # Time for one file
     gigabytes:float,    # Address space for all of a worker
@@ -447,7 +447,7 @@ def _serve(
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(facts), file=out, flush=True)
 
-# %% ../../nbs/data/11_vggsound.ipynb #8036685f
+# %% ../../nbs/data/11_vggsound.ipynb #5d5ce9f9
 class _Worker:
     "Asks a process about files, and starts another one when it dies"
     def __init__(self, seconds, gigabytes): self.seconds, self.call, self.process = seconds, f'from smooth_foley.data.vggsound import _serve; _serve({seconds!r}, {gigabytes!r})', None
@@ -475,7 +475,7 @@ class _Worker:
             with suppress(OSError): pipe.close()
         return p.wait()
 
-# %% ../../nbs/data/11_vggsound.ipynb #419e4e71
+# %% ../../nbs/data/11_vggsound.ipynb #efd7db32
 def inspect_clips(
     paths,                  # Files
     workers:int=None,       # Processes; default: one per core
@@ -494,7 +494,7 @@ def inspect_clips(
             pool.terminate()
             for w in all_: w.stop()
 
-# %% ../../nbs/data/11_vggsound.ipynb #2799db8e
+# %% ../../nbs/data/11_vggsound.ipynb #5c0eba21
 class _Log:
     "Lines of JSON that survive a kill; one writer at a time"
     def __init__(self, path): self.path = Path(path)
@@ -521,7 +521,7 @@ class _Log:
         except OSError as e: raise FoleyError(f'{self.path}: cannot be written ({_why(e)}); make room and run the same again: what is done is kept') from None
         return offset
 
-# %% ../../nbs/data/11_vggsound.ipynb #eca78db6
+# %% ../../nbs/data/11_vggsound.ipynb #3609ae72
 def _stamp(path):
     "What tells that a file is still the same"
     try: s = os.stat(path)
@@ -538,7 +538,7 @@ def _measure(log, paths, **options):
         known[path] = log.append(dict(path=path, stamp=_stamp(path), facts=facts))
     return known
 
-# %% ../../nbs/data/11_vggsound.ipynb #f841ee9b
+# %% ../../nbs/data/11_vggsound.ipynb #b5ed5e63
 def _first(items, members):
     "The one of several equal clips that is kept"
     return min(members, key=lambda k: (('test', 'val', 'train').index(items[k].split) if items[k].split in SPLITS else 3, k))
@@ -556,7 +556,7 @@ def _copies(items, hashes):
             found |= {k: (reason(items[k], items[keep]), same(keep)) for k in members if k!=keep}
     return found
 
-# %% ../../nbs/data/11_vggsound.ipynb #5ae0f96c
+# %% ../../nbs/data/11_vggsound.ipynb #1f0ea8cc
 class _Facts:
     "Facts of items, read from the log when they are asked for"
     def __init__(self, log, offsets): self.file, self.offsets = open(log.path, 'rb'), offsets
@@ -587,7 +587,7 @@ def _faults(items, facts, limits):
         more = [copies[k]] if k in copies else [('listed_twice', 'an earlier line names the same clip')] if k in again else []
         yield item, x, judge(x, item.duration, limits) + more
 
-# %% ../../nbs/data/11_vggsound.ipynb #70b0fbbb
+# %% ../../nbs/data/11_vggsound.ipynb #9e494bab
 FACTS = ('seconds', 'picture', 'width', 'height', 'frames', 'claimed', 'picture_start', 'picture_end', 'motion', 'picture_bad', 'sound', 'sound_rate', 'channels', 'sound_start',
          'sound_end', 'loudest_db', 'sounding', 'sound_bad', 'picture_hash', 'sound_hash')
 
@@ -602,7 +602,7 @@ class AuditReport:
         "The table of faults"
         with open(self.folder/'faults.csv', newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
 
-# %% ../../nbs/data/11_vggsound.ipynb #e75b6c00
+# %% ../../nbs/data/11_vggsound.ipynb #5927e3c1
 def _writer(stack, path):
     "A CSV that appears when `stack` ends well"
     tmp = stack.enter_context(atomic_path(path))
@@ -624,7 +624,7 @@ def _report(out, items, facts, limits, surplus):
         for f in surplus: bad.writerow(['', '', '', f, 'surplus', 'not on the list']); report.faults['surplus'] += 1
     return report
 
-# %% ../../nbs/data/11_vggsound.ipynb #50f59ffe
+# %% ../../nbs/data/11_vggsound.ipynb #0a42b6b4
 def folder_items(
     folder,                  # Holds clips
     duration:float=None,     # How long each should last, seconds; None if any length will do
@@ -649,7 +649,7 @@ def audit(
         offsets = _measure(log, (i.path for i in items if i.path is not None), workers=workers, seconds=seconds, gigabytes=gigabytes)
         with _Facts(log, offsets) as facts: return _report(out, items, facts, limits, getattr(items, 'surplus', ()))
 
-# %% ../../nbs/data/11_vggsound.ipynb #a157f78d
+# %% ../../nbs/data/11_vggsound.ipynb #a1ad6edf
 def _sound_cut(path, start, seconds, sr):
     "`(n,)` waveform of a part of a file, or None if it has no sound"
     with av.open(str(path)) as f:
@@ -674,7 +674,7 @@ def _shown(path, start, seconds):
             if t >= seconds-1e-3: return
             if t > -1e-3: yield t, frame
 
-# %% ../../nbs/data/11_vggsound.ipynb #33196460
+# %% ../../nbs/data/11_vggsound.ipynb #31229305
 def cut_clip(
     source,            # A longer video
     out,               # The clip, `.mp4`
@@ -698,7 +698,7 @@ def cut_clip(
         for packet in _by_time(*streams): f.mux(packet)
     return Path(out)
 
-# %% ../../nbs/data/11_vggsound.ipynb #01b918c3
+# %% ../../nbs/data/11_vggsound.ipynb #4d7e308b
 REASONS = dict(
     disk=r'no space left|disk quota|file too large',
     rate_limited=r'http error 429|too many requests|rate.?limited|try again later|not a bot|unusual traffic',
@@ -727,7 +727,7 @@ def _plain(message):
     text = ' '.join(re.sub(r'\x1b\[[0-9;]*m', '', str(message)).split())
     return re.sub(r'^(ERROR: )?(\[[\w:+]+\] (\S+: )?)?|;? please report this issue.*$| \(caused by .*$', '', text).strip()[:300]
 
-# %% ../../nbs/data/11_vggsound.ipynb #cc96e47f
+# %% ../../nbs/data/11_vggsound.ipynb #7c74f89f
 @dataclass(frozen=True)
 class Fetching:
     "How to fetch"
@@ -750,7 +750,7 @@ def _yt_dlp():
     except ImportError: raise FoleyError('yt-dlp is not installed; pip install "yt-dlp[default]"') from None
     return yt_dlp
 
-# %% ../../nbs/data/11_vggsound.ipynb #3cb54c50
+# %% ../../nbs/data/11_vggsound.ipynb #02e26d8e
 def _cookies(how):
     "The text of the cookie file, tried before anything is asked for"
     if how.cookies is None: return None
@@ -769,7 +769,7 @@ def _options(how, item, parts, cookies):
     if sections: options |= dict(download_ranges=_yt_dlp().utils.download_range_func(None, [(item.start, item.start+item.duration)]), force_keyframes_at_cuts=True)
     return options, 0. if sections else item.start
 
-# %% ../../nbs/data/11_vggsound.ipynb #9aa54581
+# %% ../../nbs/data/11_vggsound.ipynb #30cbff1d
 def _has(path, kind):
     with av.open(str(path)) as f: return bool(getattr(f.streams, kind))
 
@@ -792,7 +792,7 @@ def fetch_clip(
     finally:
         for f in files: f.unlink(missing_ok=True)
 
-# %% ../../nbs/data/11_vggsound.ipynb #ec66db05
+# %% ../../nbs/data/11_vggsound.ipynb #4d64e83b
 def _try_fetch(item, folder, how, cookies):
     "`(reason, detail)`, both empty if all went well"
     try: fetch_clip(item, folder, how, cookies)
@@ -809,7 +809,7 @@ class DownloadReport:
     failed:Counter      # Clips by reason, earlier runs included
     left:int            # Clips that were not tried
 
-# %% ../../nbs/data/11_vggsound.ipynb #f8a5990b
+# %% ../../nbs/data/11_vggsound.ipynb #d6545fc3
 def _failures(log): return {row['name']: row for _, row in log.lines()}
 
 def _todo(items, failures, again):
@@ -826,7 +826,7 @@ def _fetch_all(items, folder, how, workers, patience):
             refused = refused+1 if reason=='rate_limited' else refused if reason=='stopped' or refused >= patience else 0
             if reason!='stopped': yield item, reason, detail
 
-# %% ../../nbs/data/11_vggsound.ipynb #eb51da5d
+# %% ../../nbs/data/11_vggsound.ipynb #c86e7788
 def download(
     items:list,                # `Item`s, as in `join_clips(...).missing`
     folder,                    # Where the clips go
