@@ -165,7 +165,8 @@ def _at_least_a_column(a, b, duration):
     b = min(b, duration)
     first = math.ceil(a*COLUMNS_PER_SECOND-.5)                        # first column whose centre is not before `a`
     if (first+.5)/COLUMNS_PER_SECOND < b: return a, b
-    k = min(math.floor((a+b)/2*COLUMNS_PER_SECOND), math.ceil(duration*COLUMNS_PER_SECOND)-1)
+    last = max(0, math.ceil(duration*COLUMNS_PER_SECOND-.5)-1)        # last column whose centre lies within the clip
+    k = min(math.floor((a+b)/2*COLUMNS_PER_SECOND), last)
     return k/COLUMNS_PER_SECOND, (k+1)/COLUMNS_PER_SECOND
 
 def spans(
@@ -174,7 +175,7 @@ def spans(
 )->list:              # `(start, end)`, seconds, rising, none touching another
     "When a label sounds in a clip"
     if item.events is None: raise FoleyError(f'{item.name}: has no timeline; take clips with events, or ground them first')
-    return merged(_at_least_a_column(a, b, item.duration) for a, b, name in item.events if label in (None, name))
+    return merged(_at_least_a_column(a, b, item.duration) for a, b, name in item.events if label in (None, name) and a <= item.duration)
 
 # %% ../../nbs/data/12_audioset.ipynb #b419eaea
 def condition(
