@@ -8,8 +8,8 @@ __all__ = ['SPLITS', 'ID', 'VIDEOS', 'FACTS', 'REASONS', 'FOR_GOOD', 'Item', 'vg
            'Limits', 'judge', 'inspect_clips', 'AuditReport', 'folder_items', 'audit', 'cut_clip', 'why_failed',
            'Fetching', 'fetch_clip', 'DownloadReport', 'download']
 
-# %% ../../nbs/data/11_vggsound.ipynb #fc1a3442
-import base64, csv, fcntl, hashlib, io, json, math, os, re, resource, shutil, signal, subprocess, sys, threading
+# %% ../../nbs/data/11_vggsound.ipynb #86a16e77
+import base64, csv, errno, fcntl, hashlib, io, json, math, os, re, resource, shutil, signal, subprocess, sys, threading, time
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -77,7 +77,7 @@ def _item(row, split):
     "An `Item` out of the cells of one line"
     if len(row)==2: row = [*_from_name(row[0]), row[1], split or '']
     if len(row)!=4: raise FoleyError(f'{len(row)} columns, and 4 (id, start, label, split) or 2 (file, label) are needed' + ('; a label with a comma needs quotes' if len(row)>4 else ''))
-    id, start, label, split = row[0], _start(row[1]), row[2], row[3].strip()
+    id, start, label, split = row[0], _start(row[1]), row[2], row[3]
     if not ID.fullmatch(id): raise FoleyError(f'id {id!r}: not 11 characters out of A-Z a-z 0-9 - _')
     if split not in SPLITS: raise FoleyError(f'split {split!r}: must be one of {", ".join(SPLITS)}')
     return Item(id, start, check_vggsound_label(label), split)
@@ -87,10 +87,10 @@ def _rows(line):
     "The cells of one line"
     try: text = line.decode('utf-8-sig').rstrip('\r\n')
     except UnicodeDecodeError: raise FoleyError('is not UTF-8; save the file with that encoding') from None
-    try: return next(csv.reader([text], strict=True, skipinitialspace=True), [])
-    except csv.Error as e: raise FoleyError(f'quotes that do not match ({e})') from None
+    if text.count('"') % 2: raise FoleyError('quotes that do not match')
+    return [cell.strip() for cell in next(csv.reader([text], skipinitialspace=True), [])]
 
-def _is_header(row): return len(row) in (2, 4) and row[0].strip().lower().lstrip('#').strip() in ('id', 'youtube_id', 'ytid', 'video_id', 'file', 'filename')
+def _is_header(row): return len(row) in (2, 4) and row[0].lower().lstrip('# ') in ('id', 'youtube_id', 'ytid', 'video_id', 'file', 'filename')
 
 # %% ../../nbs/data/11_vggsound.ipynb #edc959d0
 def read_vggsound(
@@ -303,7 +303,9 @@ class _Track:
         "Frames of a packet; what can't be decoded is counted"
         if packet.size: self.packets += 1; self.sha.update(packet)
         try: frames = packet.decode()
-        except (av.error.FFmpegError, ValueError): self.bad += 1; return []
+        except (av.error.FFmpegError, ValueError) as e:
+            if getattr(e, 'errno', None)==errno.ENOMEM: raise
+            self.bad += 1; return []
         self.bad += sum(f.is_corrupt for f in frames)
         return [f for f in frames if f.pts is not None]
     def lasts(self, start, length):
@@ -372,7 +374,9 @@ def _read_through(f):
     broken = None
     try:
         for packet in f.demux([t.stream for t in tracks.values()]) if tracks else (): tracks[packet.stream.index].take(packet)
-    except (av.error.FFmpegError, OSError) as e: broken = _why(e)
+    except (av.error.FFmpegError, OSError) as e:
+        if e.errno==errno.ENOMEM: raise
+        broken = _why(e)
     facts = _facts(f, tracks.get(v.index if v else None), tracks.get(a.index if a else None))
     return facts | (dict(broken=broken) if broken else {})
 
@@ -386,7 +390,7 @@ def inspect_clip(
         with av.open(str(path)) as f: return _read_through(f)
     except FileNotFoundError: return dict(error='missing', detail='no such file')
     except MemoryError: return dict(error='memory', detail='more memory than a worker may have')
-    except (av.error.FFmpegError, OSError) as e: return dict(error='unreadable', detail=_why(e))
+    except (av.error.FFmpegError, OSError) as e: return dict(error='memory' if e.errno==errno.ENOMEM else 'unreadable', detail=_why(e))
     except Exception as e: return dict(error='unreadable', detail=' '.join(f'{type(e).__name__}: {e}'.split()))
 
 # %% ../../nbs/data/11_vggsound.ipynb #940daaf2
@@ -606,13 +610,14 @@ class AuditReport:
 def _writer(stack, path):
     "A CSV that appears when `stack` ends well"
     tmp = stack.enter_context(atomic_path(path))
-    return csv.writer(stack.enter_context(open(tmp, 'w', newline='', encoding='utf-8', errors='backslashreplace')), lineterminator='\n')
+    file = stack.enter_context(open(tmp, 'w', newline='', encoding='utf-8', errors='backslashreplace'))
+    return file, csv.writer(file, lineterminator='\n')
 
 def _report(out, items, facts, limits, surplus):
     "Write the tables of an audit, streaming from the log"
     report = AuditReport(out, len(items), 0, Counter())
     with ExitStack() as stack:
-        every, bad, clean = (_writer(stack, out/f) for f in ('audit.csv', 'faults.csv', 'clean.csv'))
+        files, (every, bad, clean) = zip(*[_writer(stack, out/f) for f in ('audit.csv', 'faults.csv', 'clean.csv')])
         every.writerow(('id', 'start', 'label', 'split', 'path', 'faults') + FACTS)
         bad.writerow(('id', 'start', 'split', 'path', 'reason', 'detail'))
         for item, x, faults in _faults(items, facts, limits):
@@ -622,6 +627,7 @@ def _report(out, items, facts, limits, surplus):
             if not faults: clean.writerow([item.id, start, item.label, item.split]); report.clean += 1
             report.faults.update({r for r, _ in faults})
         for f in surplus: bad.writerow(['', '', '', f, 'surplus', 'not on the list']); report.faults['surplus'] += 1
+        for file in files: file.flush()     # a disk that is full shows before any table is replaced
     return report
 
 # %% ../../nbs/data/11_vggsound.ipynb #0a42b6b4
@@ -734,7 +740,7 @@ class Fetching:
     cookies:Path=None         # Netscape cookie file of a browser that is signed in
     rate:float=None           # Bytes per second; None is as fast as it goes
     pause:float=0.            # Seconds to wait between two requests for data about videos
-    retries:int=5             # Per request
+    retries:int=5             # Of a request, and of a clip that the network spoilt
     timeout:float=20.         # Seconds without an answer
     height:int=360            # Of the picture, px, at most
     proxy:str=None            # Address of a proxy
@@ -794,12 +800,15 @@ def fetch_clip(
 
 # %% ../../nbs/data/11_vggsound.ipynb #4d64e83b
 def _try_fetch(item, folder, how, cookies):
-    "`(reason, detail)`, both empty if all went well"
-    try: fetch_clip(item, folder, how, cookies)
-    except Exception as e:                  # a download may fail in any way, and the next one is tried all the same
-        detail = _plain(e)
-        return why_failed(detail), detail.replace(f'{Path(folder)/".parts"}{os.sep}', '')
-    return '', ''
+    "`(reason, detail)`, both empty if all went well; what the network spoils is tried again, after a while"
+    for k in range(how.retries+1):
+        try: fetch_clip(item, folder, how, cookies); return '', ''
+        except Exception as e:              # a download may fail in any way, and the next one is tried all the same
+            detail = _plain(e).replace(f'{Path(folder)/".parts"}{os.sep}', '')
+            reason = why_failed(detail)
+        if reason!='network': break
+        if k < how.retries: time.sleep(min(.5*2**k, 30))
+    return reason, detail
 
 @dataclass
 class DownloadReport:
@@ -819,11 +828,15 @@ def _todo(items, failures, again):
 def _fetch_all(items, folder, how, workers, patience):
     "Yields `(item, reason, detail)`; stops asking after `patience` refusals in a row"
     cookies, refused = _cookies(how), 0
-    def fetch(item): return (item, *(_try_fetch(item, folder, how, cookies) if refused < patience else ('stopped', '')))
+    def fetch(item):
+        nonlocal refused
+        if refused >= patience: return item, 'stopped', ''
+        reason, detail = _try_fetch(item, folder, how, cookies)
+        refused = refused+1 if reason in ('rate_limited', 'network') else refused if refused >= patience else 0
+        return item, reason, detail
     with ThreadPool(workers) as pool:
         for item, reason, detail in pool.imap_unordered(fetch, items):
             if reason=='disk': raise FoleyError(f'{folder}: {detail}; make room and run the same again: what is done is kept')
-            refused = refused+1 if reason=='rate_limited' else refused if reason=='stopped' or refused >= patience else 0
             if reason!='stopped': yield item, reason, detail
 
 # %% ../../nbs/data/11_vggsound.ipynb #c86e7788
@@ -832,7 +845,7 @@ def download(
     folder,                    # Where the clips go
     how:Fetching=Fetching(),   # Cookies, rate, retries ...
     workers:int=1,             # Clips at once
-    patience:int=5,            # Refusals in a row (rate limit, bot check) after which to stop
+    patience:int=5,            # Refusals (rate limit, bot check) or failures of the network in a row after which to stop
     again:bool=False,          # Try also what failed for good in an earlier run?
 )->DownloadReport:
     "Fetch clips; the reason of every failure goes into download.csv"
