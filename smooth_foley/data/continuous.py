@@ -66,7 +66,7 @@ class GroundingFilter:
     min_active:float=5.    # Least sounding time, seconds of `whole`
     min_run:float=3.       # Least longest stretch, seconds of `whole`
     min_mean:float=.5      # Mean probability that is enough by itself; None: none is
-    min_match:float=1.     # Sounding time below which it is another sound, seconds of `whole`
+    min_match:float=1.     # Sounding time below which it does not match, seconds of `whole`
     whole:float=10.        # Length these times refer to, seconds; shorter clips need the same shares
 
     def __post_init__(self):
@@ -120,7 +120,7 @@ def decide(
     said = partial(Verdict, active, longest, mean)
     if active >= need-1e-6 and longest >= run-1e-6: return said(True, 'sounds long enough')
     if rule.min_mean is not None and mean >= rule.min_mean: return said(True, 'probable on average')
-    if active < max(match, 1e-6): return said(False, 'another sound')
+    if active < max(match, 1e-6): return said(False, 'no match')
     return said(False, f'sounds for less than {need:g} s' if active < need-1e-6 else f'no stretch of {run:g} s')
 
 # %% ../../nbs/data/14_continuous.ipynb #afd744f8
@@ -128,11 +128,12 @@ FAULTS = ('id', 'path', 'reason', 'detail')   # Columns of a table of faults
 
 def _stored(folder, item): return Path(folder)/f'{item.name}.npz'
 
-def _fits(folder, item):
-    "Is there a measurement of this clip as it is now?"
+def _arrays(folder, item):
+    "The measurement of a clip as it is now, or None"
     try:
-        with np.load(_stored(folder, item)) as z: return str(z['label'])==item.label and int(z['size'])==item.path.stat().st_size
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return False
+        with np.load(_stored(folder, item)) as z: a = dict(z)
+        return a if str(a['label'])==item.label and (item.path is None or int(a['size'])==item.path.stat().st_size) else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return None
 
 def _fault(item, reason, detail=''): return dict(id=item.id, path=str(item.path or ''), reason=reason, detail=' '.join(str(detail).split()))
 
@@ -174,9 +175,13 @@ def _spread(work, items, processes):
     while items:
         left = []
         with _pool(processes) as pool:
-            for future, item in [(pool.submit(work, i), i) for i in items]:
-                try: yield future.result()
-                except BrokenProcessPool: left.append(item)
+            try:
+                for future, item in [(pool.submit(work, i), i) for i in items]:
+                    try: yield future.result()
+                    except BrokenProcessPool: left.append(item)
+            except BaseException:                                           # a full disk, or Ctrl-C: what has not begun does not begin
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         for item in left[:processes]: yield _try_alone(work, item)      # whoever broke the pool was among these
         items = left[processes:]
 
@@ -201,7 +206,7 @@ def measure_clips(
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     _same_settings(folder, measure.settings)
     mine = sorted({i.name: i for i in items if i.path is not None}.items())[part[0]::part[1]]
-    todo = [i for _, i in mine if not _fits(folder, i)]
+    todo = [i for _, i in mine if _arrays(folder, i) is None]
     results = _spread(partial(_measure_one, measure, folder), todo, processes)
     return sorted((f for f in progress(results, Path(folder).name, 'clip', len(todo)) if f), key=lambda f: f['path'])
 
@@ -249,11 +254,10 @@ def ground_clips(
 def read_heard(
     item:Item,
     out,          # Folder given to `ground_clips`
-)->Heard:         # None if it was not listened to
+)->Heard:         # None if it was not listened to as it is now
     "The curve of a clip"
-    try:
-        with np.load(_stored(Path(out)/'grounding', item)) as z: return Heard(z['times'], z['probabilities'], float(z['duration']))
-    except FileNotFoundError: return None
+    a = _arrays(Path(out)/'grounding', item)
+    return a and Heard(a['times'], a['probabilities'], float(a['duration']))
 
 # %% ../../nbs/data/14_continuous.ipynb #f897dde6
 COLUMNS = ('id', 'start', 'label', 'split', 'duration', 'active', 'longest', 'mean', 'kept', 'reason')   # Of `filter.csv`
@@ -280,7 +284,7 @@ def filter_clips(
 )->list:                                      # Rows, as dicts with `COLUMNS`, ordered by id and start
     "Decide about every clip with a continuous label, from its curve"
     rows = []
-    for item in sorted(select(items, tiers), key=lambda i: (i.id, i.start)):
+    for item in sorted({i.name: i for i in select(items, tiers)}.values(), key=lambda i: (i.id, i.start)):
         heard = None if item.path is None else read_heard(item, out)
         rows.append(_row(item, heard, heard and decide(heard, rule)))
     _write(Path(out)/'filter.csv', rows, COLUMNS)
@@ -295,15 +299,15 @@ def sweep(
     thresholds:tuple=THRESHOLDS,
     rule:GroundingFilter=GroundingFilter(),   # Everything but the threshold
     labels:list=None,                         # Of each clip: rows per label are added
-)->list:                                      # Rows: threshold, label ('' for all), clips, kept, another sound, too short
+)->list:                                      # Rows: threshold, label ('' for all), clips, kept, no match, too short
     "How many clips each threshold keeps"
     rows, labels = [], labels or ['']*len(heard)
     for t in thresholds:
         said = [decide(h, replace(rule, threshold=t)) for h in heard]
         for name in ['', *sorted(set(labels)-{''})]:
             mine = [v for v, l in zip(said, labels) if name in ('', l)]
-            other = sum(v.reason=='another sound' for v in mine); kept = sum(v.kept for v in mine)
-            rows.append({'threshold':t, 'label':name, 'clips':len(mine), 'kept':kept, 'another sound':other, 'too short':len(mine)-kept-other})
+            other = sum(v.reason=='no match' for v in mine); kept = sum(v.kept for v in mine)
+            rows.append({'threshold':t, 'label':name, 'clips':len(mine), 'kept':kept, 'no match':other, 'too short':len(mine)-kept-other})
     return rows
 
 def plot_sweep(
@@ -316,7 +320,7 @@ def plot_sweep(
     if ax is None: ax = plt.subplots(figsize=(6, 2.4), dpi=80, layout='constrained')[1]
     rows = [r for r in rows if r['label']=='']
     t = [r['threshold'] for r in rows]
-    parts = {k: [r[k]/max(1, r['clips']) for r in rows] for k in ('kept', 'too short', 'another sound')}
+    parts = {k: [r[k]/max(1, r['clips']) for r in rows] for k in ('kept', 'too short', 'no match')}
     ax.stackplot(t, *parts.values(), labels=parts, colors=('#93c47d', '#ffe599', '#ea9999'))
     if threshold: ax.axvline(threshold, color='k', lw=.8, ls='--')
     ax.set(xlabel='threshold on the grounding probability', ylabel='share of clips', xlim=(min(t), max(t)), ylim=(0, 1)); ax.legend(fontsize=7, loc='lower left')
@@ -326,10 +330,10 @@ def plot_sweep(
 def sharpness(
     frames,      # `(T, H, W, 3)` uint8
 )->np.ndarray:   # `(T,)`, in [0, 4]
-    "Strength of the sharpest edges: the 99.9 % quantile of the Laplacian of brightness"
+    "Strength of the sharpest edges: the 99.95 % quantile of the Laplacian of brightness"
     g = np.asarray(frames, np.float32)@np.array([.299,.587,.114], np.float32)/255
     edges = g[:,1:-1,2:]+g[:,1:-1,:-2]+g[:,2:,1:-1]+g[:,:-2,1:-1]-4*g[:,1:-1,1:-1]
-    return np.quantile(np.abs(edges).reshape(len(g), -1), .999, axis=1).astype(np.float32)
+    return np.quantile(np.abs(edges).reshape(len(g), -1), .9995, axis=1).astype(np.float32)
 
 @lru_cache(2)
 def _eyes(folder, device):
@@ -449,9 +453,8 @@ def pictures(
     threshold = json.loads((Path(out)/'filter.json').read_text())['threshold']
     for r in rows:
         item = by_name[_name(r)]
-        if not (r['kept'] and r['split']=='test' and _stored(Path(out)/'pictures', item).exists()): continue
-        with np.load(_stored(Path(out)/'pictures', item)) as z: seen = picture_of(read_heard(item, out), z['times'], z['similarity'], z['sharpness'], threshold)
-        found.append(dict(id=r['id'], start=r['start'], label=r['label'], **seen))
+        if not (r['kept'] and r['split']=='test' and (a := _arrays(Path(out)/'pictures', item)) and (heard := read_heard(item, out))): continue
+        found.append(dict(id=r['id'], start=r['start'], label=r['label'], **picture_of(heard, a['times'], a['similarity'], a['sharpness'], threshold)))
     return found
 
 def write_split(
@@ -460,8 +463,8 @@ def write_split(
     out,              # Folder
 )->dict:              # Name of the split -> rows
     "`vggsound_continuous_train.csv`, `vggsound_continuous_test.csv` and `challenge.csv`"
-    picked = {_name(c) for c in candidates if c['picked']}
-    lists = dict(train=[r for r in rows if r['kept'] and r['split']=='train'], test=[r for r in rows if r['split']=='test' and _name(r) in picked])
+    picked, videos = ({f(c) for c in candidates if c['picked']} for f in (_name, lambda c: c['id']))
+    lists = dict(train=[r for r in rows if r['kept'] and r['split']=='train' and r['id'] not in videos], test=[r for r in rows if r['split']=='test' and _name(r) in picked])
     for name, mine in lists.items(): _write(Path(out)/f'vggsound_continuous_{name}.csv', mine, LIST)
     _write(Path(out)/'challenge.csv', candidates, CHALLENGE)
     return lists
@@ -626,14 +629,14 @@ def figure3(
 # %% ../../nbs/data/14_continuous.ipynb #df10fbfb
 FAMILIES = (('police car (siren)', 'civil defense siren'), ('railroad car, train wagon', 'train horning'), ('airplane flyby', 'helicopter'),
             ('driving motorcycle', 'car passing by', 'race car, auto racing', 'motorboat, speedboat acceleration'))
-KINDS = ('other', 'silence', 'other', 'ambience')   # How a clip becomes mismatched, in turn
+KINDS = ('other', 'silence', 'same family', 'ambience')   # How a clip becomes mismatched, in turn
 
 @dataclass(frozen=True)
 class Mixed:
     "A Passby clip and the sound it is given"
     seed:int              # Of the scene
     label:str
-    kind:str=''           # '' as it is; 'same family', 'other', 'silence', 'ambience'
+    kind:str=''           # '' as it is, or one of `KINDS`
     sound_seed:int=None   # Of the scene that is heard; None: none
     sound_label:str=''
 
@@ -654,8 +657,10 @@ def mixed_set(
     rng = np.random.default_rng([seed, n])
     for k, i in enumerate(sorted(rng.permutation(n)[:round(wrong*n)].tolist())):
         m, kind = found[i], KINDS[k%len(KINDS)]
-        s, l = others[rng.choice([j for j, o in enumerate(others) if o[1]!=m.label])] if kind=='other' else (None, '')
-        found[i] = replace(m, kind='same family' if _kin(l, m.label) else kind, sound_seed=s, sound_label=l)
+        fit = [o for o in others if o[1]!=m.label and _kin(o[1], m.label)==(kind=='same family')] if kind in ('other', 'same family') else [(None, '')]
+        if not fit: raise FoleyError(f'n={n}: too few scenes to mix; take more')
+        s, l = fit[rng.integers(len(fit))]
+        found[i] = replace(m, kind=kind, sound_seed=s, sound_label=l)
     return found
 
 def passby_label(seed):
@@ -710,8 +715,8 @@ def find_mismatched(
     heard:list,     # `Heard` of the same clips
     rule:GroundingFilter,
 )->dict:            # `scores` for the mismatched clips
-    "Does the filter find the clips with another sound?"
-    return scores([decide(h, rule).reason=='another sound' for h in heard], [bool(m.kind) for m in mixed])
+    "Does the filter find the clips whose sound is not theirs?"
+    return scores([decide(h, rule).reason=='no match' for h in heard], [bool(m.kind) for m in mixed])
 
 # %% ../../nbs/data/14_continuous.ipynb #75be5832
 GRID = dict(threshold=THRESHOLDS, min_match=(.2, .5, 1., 1.5, 2., 3.))
@@ -732,12 +737,12 @@ def by_kind(
     mixed:list,     # `Mixed`
     heard:list,     # `Heard` of the same clips
     rule:GroundingFilter,
-)->list:            # Rows: kind, n, said 'another sound', kept
+)->list:            # Rows: kind, n, no match, kept
     "What the filter says of each kind of clip"
     said, rows = [decide(h, rule) for h in heard], []
-    for kind in ('', 'silence', 'ambience', 'other', 'same family'):
+    for kind in ('', *KINDS):
         mine = [v for v, m in zip(said, mixed) if m.kind==kind]
-        rows.append({'kind':kind or 'as it is', 'n':len(mine), 'another sound':sum(v.reason=='another sound' for v in mine), 'kept':sum(v.kept for v in mine)})
+        rows.append({'kind':kind or 'as it is', 'n':len(mine), 'no match':sum(v.reason=='no match' for v in mine), 'kept':sum(v.kept for v in mine)})
     return rows
 
 def keeping(
@@ -761,7 +766,8 @@ def plot_f1(
     mine = [r for r in rows if float(r['min_match'])==rule.min_match]
     for k, c in (('precision', 'tab:blue'), ('recall', 'tab:orange'), ('f1', 'k')): ax.plot([float(r['threshold']) for r in mine], [float(r[k]) for r in mine], '.-', color=c, label=k)
     ax.axvline(rule.threshold, color='k', lw=.8, ls='--')
-    ax.set(xlabel='threshold on the grounding probability', ylabel='mismatched clips', ylim=(0, 1.02)); ax.legend(fontsize=7, loc='lower center')
+    low = min(float(r[k]) for r in mine for k in ('precision', 'recall', 'f1'))
+    ax.set(xlabel='threshold on the grounding probability', ylabel='mismatched clips', ylim=(min(.9, low)-.02, 1.005)); ax.legend(fontsize=7, loc='lower center')
     return ax
 
 # %% ../../nbs/data/14_continuous.ipynb #c92c238b
@@ -876,7 +882,7 @@ def main(argv=None):
 
 if __name__=='__main__' and '__file__' in globals(): main()    # a notebook has no __file__
 
-# %% ../../nbs/data/14_continuous.ipynb #01f7ec96
+# %% ../../nbs/data/14_continuous.ipynb #aef4dfbb
 def _clips(args):
     "The clips of a command"
     if not args.folder: raise FoleyError(f'FOLDER: `{args.action}` needs the folder that holds the clips')
@@ -901,7 +907,7 @@ def _figure(args, draw):
     ax = draw()
     with atomic_path(args.plot) as tmp: ax.figure.savefig(tmp, format=Path(args.plot).suffix.lstrip('.') or 'png', dpi=110)
 
-# %% ../../nbs/data/14_continuous.ipynb #aefbb054
+# %% ../../nbs/data/14_continuous.ipynb #d8f8c705
 def _select(args):
     if args.label:
         d = continuous_labels()[check_vggsound_label(args.label)]
@@ -924,14 +930,14 @@ def _filter(args):
     rows = filter_clips(clips, out, rule, _tiers(args))
     return f"{sum(r['kept'] for r in rows)} of {len(rows)} clips kept ({_told(rows)}), {len(faults)} faults; {out/'filter.csv'}"
 
-# %% ../../nbs/data/14_continuous.ipynb #5aab5575
+# %% ../../nbs/data/14_continuous.ipynb #36039201
 def _sweep(args):
     out, pairs = _out(args), []
     for i in select(_clips(args), _tiers(args)): pairs += [(h, i.label)] if (h := read_heard(i, out)) else []
     if not pairs: raise FoleyError(f'{out}: no curve is there; run `filter` first')
     rows = sweep([h for h, _ in pairs], rule=_rule(args), labels=[l for _, l in pairs])
     _write(out/'sweep.csv', rows, list(rows[0])); _figure(args, lambda: plot_sweep(rows, args.threshold))
-    return '\n'.join(f"threshold {r['threshold']:.2f}: {r['kept']} of {r['clips']} kept, {r['too short']} too short, {r['another sound']} another sound" for r in rows if not r['label'])
+    return '\n'.join(f"threshold {r['threshold']:.2f}: {r['kept']} of {r['clips']} kept, {r['too short']} too short, {r['no match']} no match" for r in rows if not r['label'])
 
 def _split(args):
     out, clips = _out(args), _clips(args)
