@@ -1,5 +1,5 @@
 "Lists, joins, downloads and audits of VGGSound, with everything that goes wrong on the way"
-import csv, json, os, resource, shutil, signal, subprocess, sys, threading, time
+import contextlib, csv, json, os, resource, shutil, signal, subprocess, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import av, numpy as np, psutil, pytest
@@ -164,11 +164,13 @@ def test_hang(long_film, clips):
 
 def test_crash(long_film, clips):
     worker, answers = _Worker(60., 4.), []
-    worker.start()
     asking = threading.Thread(target=lambda: answers.append(worker.ask(long_film)))
-    asking.start(); time.sleep(.1)
-    os.kill(worker.process.pid, signal.SIGSEGV)
-    asking.join(30)
+    asking.start()
+    while asking.is_alive():     # every decoder that touches it dies, the one that gives a second opinion, too
+        process = worker.process
+        with contextlib.suppress(psutil.Error):
+            if process and str(long_film) in {f.path for f in psutil.Process(process.pid).open_files()}: os.kill(process.pid, signal.SIGSEGV)
+        time.sleep(.01)
     assert answers == [dict(error='crash', detail='the decoder ended with SIGSEGV')]
     assert 'error' not in worker.ask(clips[0].path)     # a fresh one goes on
     worker.stop()
@@ -180,9 +182,9 @@ def test_memory(tmp_path, clips):
     assert {r for r, _ in judge(free.ask(clips[0].path))} <= {'silent'}
     held = psutil.Process(free.process.pid).memory_info().vms/2**30
     assert {r for r, _ in judge(free.ask(tmp_path/'huge.mp4'))} == {'no_sound'}
-    tight = _Worker(60., held+.03)
+    tight = _Worker(60., held+.07)
     for _ in range(2):
-        assert {'memory', 'crash', 'no_picture'} & {r for r, _ in judge(tight.ask(tmp_path/'huge.mp4'))}
+        assert {'memory', 'crash', 'damaged'} & {r for r, _ in judge(tight.ask(tmp_path/'huge.mp4'))}
         assert tight.ask(clips[0].path) == free.ask(clips[0].path)
     free.stop(); tight.stop()
 
