@@ -78,8 +78,9 @@ def load_pipeline(
     if dtype=='float16' and device=='cpu': raise FoleyError('--dtype float16: a CPU computes float16 badly or not at all; use bfloat16 or float32 there')
     try: pipe = SmoothFoleyPipeline.from_pretrained(None if model=='mini' else model, torch_dtype=getattr(torch, dtype or 'float32'))
     except FoleyError as e: raise FoleyError(f'--model {e}') from e
-    if not offload: return pipe.to(device)
-    pipe.enable_model_cpu_offload(device=device)
+    if offload: pipe.enable_model_cpu_offload(device=device)
+    else: pipe.to(device)
+    if model!='mini' and device=='cpu' and torch.backends.mkldnn.is_available(): pipe.enable_fast_cpu()
     return pipe
 
 # %% ../nbs/app/60_cli.ipynb #64aadea2
@@ -261,9 +262,17 @@ def _fetch_metrics(args):
     print(f'together ~{sum(r.size for r in rows)/1e9:.1f} GB')
     if not args.dry_run: print(f'wrote {len(fetch_metrics(args.out))} files')
 
+def _fetch_grounding(args):
+    "The published grounding model, or what it would be"
+    from smooth_foley.data import grounding as g
+    out = args.out or g.grounding_path()
+    if args.dry_run: print(f"{g.HUB['repo']}: {', '.join(g.HUB['files'])}; {g.HUB['licence']}\nwould become {out}")
+    else: print(f'wrote {g.fetch_grounding(out, args.overwrite)}; use it with --model full, or --grounding full')
+
 def fetch(args):
     "Fetch published weights and make them ready to load"
     if args.what=='metrics': return _fetch_metrics(args)
+    if args.what=='grounding': return _fetch_grounding(args)
     from smooth_foley import published
     folders = _given_sources(args.folders) if args.folders else None
     out = published.fetch(args.out, args.dry_run, args.dtype, folders, overwrite=args.overwrite)
@@ -355,12 +364,12 @@ def _train_options(p):
 
 # %% ../nbs/app/60_cli.ipynb #25f2160c
 def _fetch_options(p):
-    p.add_argument('what', choices=['full', 'metrics'], help='full: Auffusion, FoleyCrafter\'s adapters and CLIP ViT-H-14; metrics: the networks of the published metrics')
+    p.add_argument('what', choices=['full', 'metrics', 'grounding'], help='full: Auffusion, FoleyCrafter\'s adapters and CLIP ViT-H-14; metrics: the networks of the published metrics; grounding: text-to-audio grounding')
     p.add_argument('--dry-run', action='store_true', help='list hub ids, files, sizes and licences; fetch nothing')
     p.add_argument('--out', metavar='FOLDER', help='where the result goes; default: where --model full, or the metrics, look for it')
     p.add_argument('--dtype', choices=['float32', 'float16', 'bfloat16'], default='float32', help='full: type of the weights that are written (default float32)')
     p.add_argument('--from', dest='folders', nargs='+', metavar='FOLDER', help='full: use published files that are here already: folders to search, or PART=PATH where two have the same part')
-    p.add_argument('--overwrite', action='store_true', help='full: replace a folder that exists')
+    p.add_argument('--overwrite', action='store_true', help='full, grounding: replace a folder that exists')
     p.epilog = 'example: smooth-foley fetch full --dry-run, then smooth-foley fetch full --dtype bfloat16; or --from checkpoints checkpoints/auffusion vit-h vocoder=checkpoints/vocoder'
 
 def _bench_options(p):
@@ -428,6 +437,8 @@ def build_parser()->argparse.ArgumentParser:
     command('fetch', fetch, 'Fetch published weights; --dry-run lists files, sizes and licences first.', _fetch_options)
     command('bench', bench, 'Time, memory and arithmetic of every stage.', _bench_options)
     command('evaluate', evaluate, 'Compare systems on the same clips, or score folders of wavs.', _evaluate_options, _model_options).epilog = EVALUATE
+    from smooth_foley.data_commands import add_data_commands
+    add_data_commands(commands.add_parser('data', help='Data sets: lists, clips, audits, grounding, filters, shards.', description='Data sets: lists, clips, audits, grounding, filters, shards.'))
     command('info', info, 'Show the model, the sizes of its parts, the device, the licences.', _model_options)
     return p
 
