@@ -312,8 +312,21 @@ def test_real_footage(tmp_path):
 
 # ---- downloads, from a server on this machine
 
+MPD = '''<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT10S" profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period>
+<AdaptationSet mimeType="video/mp4"><Representation id="v" codecs="avc1.4d401f" width="64" height="64" bandwidth="90000"><BaseURL>/picture.mp4</BaseURL></Representation></AdaptationSet>
+<AdaptationSet mimeType="audio/mp4"><Representation id="a" codecs="mp4a.40.2" bandwidth="64000"><BaseURL>/sound.m4a</BaseURL></Representation></AdaptationSet></Period></MPD>'''
+
+def alone(source, out, kind):
+    "One stream of a file"
+    with av.open(str(source)) as f, av.open(str(out), 'w', format='mp4') as g:
+        stream = getattr(f.streams, kind)[0]
+        to = g.add_stream_from_template(stream)
+        for p in f.demux(stream):
+            if p.dts is not None: p.stream = to; g.mux(p)
+    return out.read_bytes()
+
 class Tube(BaseHTTPRequestHandler):
-    "Answers by the id: gone, busy, sick (broken twice, then well), slow, page, or the video"
+    "Answers by the id: gone, busy, sick (broken twice, then well), slow, page, dash (picture and sound apart), or the video"
     protocol_version = 'HTTP/1.1'
     def log_message(self, *_): pass
     def do_HEAD(self): self.do_GET()
@@ -324,8 +337,10 @@ class Tube(BaseHTTPRequestHandler):
         if id_.endswith('sick') and sum(i==id_ for i, *_ in s.seen) <= 2: code = 503
         if code!=200: return self.reply(code, b'')
         if id_.endswith('page'): return self.reply(200, b'<html><title>no film here</title></html>', 'text/html')
+        if id_.endswith('dash'): return self.reply(200, MPD.encode(), 'application/dash+xml')
+        film = s.parts.get(self.path, s.film)
         start = int((self.headers.get('Range') or 'bytes=0-')[6:].split('-')[0])
-        self.reply(206 if start else 200, s.film[start:], start=start, pace=id_.endswith('slow'))
+        self.reply(206 if start else 200, film[start:], start=start, pace=id_.endswith('slow'))
     def reply(self, code, body, kind='video/mp4', start=0, pace=False):
         self.send_response(code)
         for k, v in (('Content-Type', kind), ('Content-Length', len(body)), ('Accept-Ranges', 'bytes')): self.send_header(k, str(v))
@@ -340,7 +355,7 @@ class Tube(BaseHTTPRequestHandler):
 def tube(film):
     pytest.importorskip('yt_dlp')
     with ThreadingHTTPServer(('127.0.0.1', 0), Tube) as server:
-        server.film, server.seen, server.hurry = film.read_bytes(), [], False
+        server.film, server.seen, server.hurry, server.parts = film.read_bytes(), [], False, {}
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -367,6 +382,13 @@ def test_download(tube, tmp_path):
     assert dict(again.failed) == dict(report.failed)
     download(items[1:2], tmp_path, how(tube), again=True)
     assert '_-----_gone' in {i for i, *_ in tube.seen}
+
+def test_picture_and_sound_apart(tube, film, tmp_path):
+    tube.parts = {'/picture.mp4': alone(film, tmp_path/'v', 'video'), '/sound.m4a': alone(film, tmp_path/'a', 'audio')}
+    path = fetch_clip(want('-------dash')[0], tmp_path/'clips', how(tube))
+    assert {'/picture.mp4', '/sound.m4a'} <= {i for i, *_ in tube.seen}
+    assert not judge(inspect_clip(path), 2.) and not list((tmp_path/'clips'/'.parts').iterdir())
+    assert np.corrcoef(read_audio(path)[:2*SR], scene(5, frames=False).audio[4*SR:6*SR])[0, 1] > .9
 
 def test_retries(tube, tmp_path):
     assert download(want('-------sick'), tmp_path/'a', how(tube)).failed['network'] == 1
