@@ -237,7 +237,7 @@ def show_vocabulary(
     "The report as text: what is lacking first, then the phrases"
     rows = vocabulary_report(model, labels); labels = list(dict.fromkeys(r['label'] for r in rows))
     deaf, part = ({r['label'] for r in rows if r['deaf']}, {r['label'] for r in rows if r['unknown'] and not r['deaf']})
-    lines = [f'{len(model.numbers)} words; of {len(labels)} labels {len(labels)-len(deaf|part)} are wholly known, {len(part)} in part, {len(deaf)} not at all']
+    lines = [f'{len(model.numbers)} words; {len(labels)} labels: {len(labels)-len(deaf|part)} wholly known, {len(part)} in part, {len(deaf)} not at all']
     for r in rows:
         lacks = ', '.join(w+(f" (near: {', '.join(r['near'][w])})" if r['near'][w] else '') for w in r['unknown'])
         lines.append(f"{'-' if r['deaf'] else '~' if r['unknown'] else '+'} {r['label']:<45}{r['phrase']:<32}{'unknown: '+lacks if lacks else ''}".rstrip())
