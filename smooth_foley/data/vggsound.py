@@ -8,8 +8,8 @@ __all__ = ['SPLITS', 'ID', 'VIDEOS', 'SHORT', 'AREA', 'FACTS', 'REASONS', 'FOR_G
            'passby_folder', 'inspect_clip', 'Limits', 'judge', 'inspect_clips', 'AuditReport', 'folder_items', 'audit',
            'cut_clip', 'why_failed', 'Fetching', 'fetch_clip', 'DownloadReport', 'download']
 
-# %% ../../nbs/data/11_vggsound.ipynb #86a16e77
-import base64, csv, errno, fcntl, hashlib, io, json, math, os, re, resource, shutil, signal, subprocess, sys, threading, time
+# %% ../../nbs/data/11_vggsound.ipynb #c5b02f3b
+import base64, csv, errno, hashlib, io, json, math, os, re, shutil, signal, subprocess, sys, threading, time
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -321,7 +321,7 @@ AREA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT 
 
 class _Picture(_Track):
     "The picture: the largest change of a cell, out of 32 x 32, from the first look or the one before"
-    every = .5    # seconds between two looks
+    every = .25    # seconds between two looks
     def __init__(self, stream):
         super().__init__(stream)
         self.seen, self.motion, self.next = [], None, -math.inf
@@ -444,11 +444,12 @@ def _serve(
     gigabytes:float,    # Address space for all of a worker
 ):
     "A worker: a path on every line of standard input, facts on every line of standard output"
+    import resource
     out = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)                                                    # libraries may print; that is no answer
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes*2**30),)*2)
+    with suppress(ValueError, OSError): resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes*2**30),)*2)     # not every system has it
     print('"ready"', file=out, flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -499,7 +500,7 @@ def inspect_clips(
     gigabytes:float=4.,     # Memory (address space) for one process
 ):                          # Yields `(path, facts)` as they come
     "Measure many files, each in a process that may die of it"
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     mine, all_ = threading.local(), []
     def ask(path):
         if not hasattr(mine, 'worker'): mine.worker = _Worker(seconds, gigabytes); all_.append(mine.worker)
@@ -515,6 +516,7 @@ class _Log:
     "Lines of JSON that survive a kill; one writer at a time"
     def __init__(self, path): self.path = Path(path)
     def __enter__(self):
+        import fcntl
         try: self.file = open(self.path, 'ab', buffering=0)
         except OSError as e: raise FoleyError(f'{self.path}: cannot be written ({_why(e)}); write elsewhere') from None
         try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -550,7 +552,7 @@ def _measure(log, paths, **options):
     paths = list(dict.fromkeys(map(str, paths)))
     known = {p: last[p][0] for p in paths if p in last and last[p][1]==_stamp(p)}
     todo = [p for p in paths if p not in known]
-    for path, facts in progress(inspect_clips(todo, **options), 'audit', 'clip', len(todo)):
+    for path, facts in progress(inspect_clips(todo, **options), 'audit', 'clip', len(todo)) if todo else ():
         known[path] = log.append(dict(path=path, stamp=_stamp(path), facts=facts))
     return known
 
@@ -584,12 +586,11 @@ class _Facts:
         return json.loads(self.file.readline())['facts']
 
 def _hashes(items, facts, limits):
-    "`{index: (picture, sound)}` of what can be compared, and the indices that name a clip again"
-    hashes, seen, again = {}, set(), set()
+    "`{index: (picture, sound)}` of what can be compared, and `{index: first index}` of those that name a clip again"
+    hashes, seen, again = {}, {}, {}
     for k, item in enumerate(items):
-        key = item.path or item.name
-        if key in seen: again.add(k); continue
-        seen.add(key)
+        first = seen.setdefault(item.path or item.name, k)
+        if first != k: again[k] = first; continue
         x = facts(item)
         if x.get('frames'): hashes[k] = x['picture_hash'], x.get('sound_hash') if x.get('loudest_db', limits.silence) > limits.silence else None
     return hashes, again
@@ -600,7 +601,7 @@ def _faults(items, facts, limits):
     copies = _copies(items, hashes)
     for k, item in enumerate(items):
         x = facts(item)
-        more = [copies[k]] if k in copies else [('listed_twice', 'an earlier line names the same clip')] if k in again else []
+        more = [copies[k]] if k in copies else [('listed_twice', f'in {items[again[k]].split or "no split"} already')] if k in again else []
         yield item, x, judge(x, item.duration, limits) + more
 
 # %% ../../nbs/data/11_vggsound.ipynb #aa0cb157
@@ -667,7 +668,7 @@ def audit(
         offsets = _measure(log, (i.path for i in items if i.path is not None), workers=workers, seconds=seconds, gigabytes=gigabytes)
         with _Facts(log, offsets) as facts: return _report(out, items, facts, limits, getattr(items, 'surplus', ()))
 
-# %% ../../nbs/data/11_vggsound.ipynb #e5c48492
+# %% ../../nbs/data/11_vggsound.ipynb #355e4771
 def _sound_cut(path, start, seconds, sr):
     "`(n,)` waveform of a part of a file, or None if it has no sound"
     with av.open(str(path)) as f:
@@ -692,7 +693,7 @@ def _shown(path, start, seconds):
             if t >= seconds-1e-3: return
             if t > -1e-3: yield t, frame
 
-# %% ../../nbs/data/11_vggsound.ipynb #764f39bf
+# %% ../../nbs/data/11_vggsound.ipynb #e44bb02c
 def cut_clip(
     source,            # A longer video
     out,               # The clip, `.mp4`
@@ -716,7 +717,7 @@ def cut_clip(
         for packet in _by_time(*streams): f.mux(packet)
     return Path(out)
 
-# %% ../../nbs/data/11_vggsound.ipynb #3bdfc957
+# %% ../../nbs/data/11_vggsound.ipynb #709c6461
 REASONS = dict(
     disk=r'no space left|disk quota|file too large',
     rate_limited=r'http error 429|too many requests|rate.?limited|try again later|not a bot|unusual traffic',
@@ -745,7 +746,7 @@ def _plain(message):
     text = ' '.join(re.sub(r'\x1b\[[0-9;]*m', '', str(message)).split())
     return re.sub(r'^(ERROR: )?(\[[\w:+]+\] (\S+: )?)?|;? please report this issue.*$| \(caused by .*$', '', text).strip()[:300]
 
-# %% ../../nbs/data/11_vggsound.ipynb #bb1ad2d9
+# %% ../../nbs/data/11_vggsound.ipynb #dc2cd4c2
 @dataclass(frozen=True)
 class Fetching:
     "How to fetch"
@@ -768,7 +769,7 @@ def _yt_dlp():
     except ImportError: raise FoleyError('yt-dlp is not installed; pip install "yt-dlp[default]"') from None
     return yt_dlp
 
-# %% ../../nbs/data/11_vggsound.ipynb #94228d8e
+# %% ../../nbs/data/11_vggsound.ipynb #425caf09
 def _cookies(how):
     "The text of the cookie file, tried before anything is asked for"
     if how.cookies is None: return None
@@ -787,7 +788,7 @@ def _options(how, item, parts, cookies):
     if sections: options |= dict(download_ranges=_yt_dlp().utils.download_range_func(None, [(item.start, item.start+item.duration)]), force_keyframes_at_cuts=True)
     return options, 0. if sections else item.start
 
-# %% ../../nbs/data/11_vggsound.ipynb #fd31282d
+# %% ../../nbs/data/11_vggsound.ipynb #d12cc536
 def _has(path, kind):
     with av.open(str(path)) as f: return bool(getattr(f.streams, kind))
 
@@ -810,7 +811,7 @@ def fetch_clip(
     finally:
         for f in files: f.unlink(missing_ok=True)
 
-# %% ../../nbs/data/11_vggsound.ipynb #de9fa354
+# %% ../../nbs/data/11_vggsound.ipynb #6c02def3
 def _try_fetch(item, folder, how, cookies):
     "`(reason, detail)`, both empty if all went well; what the network spoils is tried again, after a while"
     for k in range(how.retries+1):
@@ -830,7 +831,7 @@ class DownloadReport:
     failed:Counter      # Clips by reason, earlier runs included
     left:int            # Clips that were not tried
 
-# %% ../../nbs/data/11_vggsound.ipynb #f17ce1a3
+# %% ../../nbs/data/11_vggsound.ipynb #9aab51ee
 def _failures(log): return {row['name']: row for _, row in log.lines()}
 
 def _todo(items, failures, again):
@@ -851,7 +852,7 @@ def _fetch_all(items, folder, how, workers, patience):
             if reason=='disk': raise FoleyError(f'{folder}: {detail}; make room and run the same again: what is done is kept')
             if reason!='stopped': yield item, reason, detail
 
-# %% ../../nbs/data/11_vggsound.ipynb #3f720ce9
+# %% ../../nbs/data/11_vggsound.ipynb #250b5e8c
 def download(
     items:list,                # `Item`s, as in `join_clips(...).missing`
     folder,                    # Where the clips go
