@@ -175,6 +175,7 @@ def _told(item, cfg, frames):
     events = None if item.events is None else [[round(float(a), 6), round(float(b), 6), name] for a, b, name in item.events]
     return dict(id=item.id, start=float(item.start), label=item.label, split=item.split, duration=float(item.duration), fps=float(cfg.fps), frames=frames, events=events)
 
+# %% ../../nbs/data/15_shards.ipynb #3ffa701c
 @torch.no_grad()
 def make_sample(
     item:Item,
@@ -205,7 +206,7 @@ def _heard(audio, item, cfg, net, device):
         out['latent.npy'] = encode_latents(net['vae'], net['mel'].to_image(mel))[0].cpu().numpy().astype(np.float16)
     return out
 
-# %% ../../nbs/data/15_shards.ipynb #1c03d0d4
+# %% ../../nbs/data/15_shards.ipynb #6101842c
 def _key(text):
     text = re.sub(r'[^A-Za-z0-9_-]', lambda m: ''.join(f'%{b:02X}' for b in m[0].encode('utf-8', 'surrogatepass')), text)
     return text if len(text) <= 80 else f'{text[:60]}%{hashlib.sha256(text.encode()).hexdigest()[:16]}'
@@ -221,7 +222,7 @@ def keys_of(
         seen.add(key)
     return out
 
-# %% ../../nbs/data/15_shards.ipynb #2ae90dfb
+# %% ../../nbs/data/15_shards.ipynb #ba3e04a8
 def _bytes(value):
     "A member as bytes, the same for the same value"
     if isinstance(value, dict): return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(',', ':')).encode()
@@ -243,7 +244,7 @@ def _add(tar, name, data):
     tar.addfile(info, io.BytesIO(data))
     return at
 
-# %% ../../nbs/data/15_shards.ipynb #1d3b85c5
+# %% ../../nbs/data/15_shards.ipynb #16cc47bc
 def _fault(item, reason, detail): return dict(zip(FAULT, (item.name, str(item.path or ''), reason, ' '.join(str(detail).split()))))
 
 def _samples(pairs, cfg, device, faults, tick):
@@ -267,7 +268,7 @@ def _pack(f, samples):
             index['crc32'].append([zlib.crc32(b) for b in parts.values()])
     return dict(n=len(index['keys']), bytes=out.tell(), sha256=out.sha.hexdigest(), **index)
 
-# %% ../../nbs/data/15_shards.ipynb #fe2ea044
+# %% ../../nbs/data/15_shards.ipynb #6f06786e
 def _names(k): return f'shard-{k:06d}.tar', f'shard-{k:06d}.json'
 
 def _save_json(path, data):
@@ -296,7 +297,7 @@ def _read_index(tar):
         return index if index['bytes']==tar.stat().st_size and index['shard']==tar.name else None
     except (OSError, ValueError, KeyError, TypeError): return None
 
-# %% ../../nbs/data/15_shards.ipynb #ff3ebecd
+# %% ../../nbs/data/15_shards.ipynb #b1cc867b
 def make_plan(
     items:list, cfg:ShardConfig,
 )->dict:
@@ -320,7 +321,7 @@ def _keep_to_plan(out, plan, overwrite):
     elif ours: raise FoleyError(f'{out}: holds shards without a plan.json, which are not ours; give another folder')
     if not path.exists(): _save_json(path, plan)
 
-# %% ../../nbs/data/15_shards.ipynb #dfac65f0
+# %% ../../nbs/data/15_shards.ipynb #7e1caaa7
 def _begin_worker(counter):
     "Die with the parent; leave nothing half-written when told to stop"
     global _counter
@@ -359,7 +360,7 @@ def _each(jobs, processes, bar):
         raise
     finally: pool.shutdown()
 
-# %% ../../nbs/data/15_shards.ipynb #e7d070f3
+# %% ../../nbs/data/15_shards.ipynb #5f2182ae
 def write_shards(
     items:list,               # `Item`s of any source
     out,                      # Folder
@@ -382,6 +383,7 @@ def write_shards(
     with progress(None, desc=out.name, unit='clip', total=sum(len(j[1]) for j in jobs)) as bar: _each(jobs, processes, bar)
     return write_index(out)
 
+# %% ../../nbs/data/15_shards.ipynb #ba5fbc44
 def write_index(
     out,         # Folder with `plan.json`
 )->dict|None:    # The index, or None while a shard is missing
@@ -404,7 +406,7 @@ def write_faults(
     with atomic_path(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
         w = csv.DictWriter(f, FAULT, lineterminator='\n'); w.writeheader(); w.writerows(faults)
 
-# %% ../../nbs/data/15_shards.ipynb #2d1e8480
+# %% ../../nbs/data/15_shards.ipynb #d8e144a8
 def _refused(m):
     "Why a member must not be used, or None"
     if m.name.startswith(('/', '\\')) or re.match('[A-Za-z]:', m.name) or '..' in re.split(r'[/\\]', m.name): return 'climbs', 'leaves the folder; refused'
@@ -431,7 +433,7 @@ def scan_tar(
         if end < size and not zeros(end, size): wrong.append(('', 'header', f'bytes {end} to {size} are no member of a tar'))
     return members, wrong
 
-# %% ../../nbs/data/15_shards.ipynb #51ab645d
+# %% ../../nbs/data/15_shards.ipynb #81f7f22a
 class BadMember(FoleyError):
     "A member of a shard that can't be used; `fault` is its line in the table"
     def __init__(self, shard, key, reason, detail):
@@ -461,7 +463,7 @@ class Shard:
         self.offset, self.size, self.crc = place[..., 0], place[..., 1], None
     def __len__(self): return len(self.keys)
 
-# %% ../../nbs/data/15_shards.ipynb #be281541
+# %% ../../nbs/data/15_shards.ipynb #94cfc333
 @lru_cache(maxsize=1024)
 def _npy_head(head):
     "Type and shape that the head of a .npy tells; the same heads come again and again"
@@ -482,6 +484,7 @@ def _value(field, data):
     if field.endswith('json'): return json.loads(data)
     return _array(data) if field.endswith('npy') else data
 
+# %% ../../nbs/data/15_shards.ipynb #e4d54b21
 def _list_shards(folder):
     "Paths of the shards of a set and how many clips each holds, if an index says so"
     folder = Path(folder)
@@ -493,6 +496,7 @@ def _list_shards(folder):
     if bad := [s for s, _ in rows if Path(s).name!=s or s in ('.', '..') or '\\' in s]: raise FoleyError(f'{folder}/index.json: shard {bad[0]!r} lies outside the folder; refused')
     return [folder/s for s, _ in rows], [n for _, n in rows]
 
+# %% ../../nbs/data/15_shards.ipynb #610922ad
 class Shards(Dataset):
     "Clips of a set of shards by number; a dataset for `torch.utils.data`"
     def __init__(self,
@@ -520,21 +524,24 @@ class Shards(Dataset):
         try: return json.loads((self.folder/'index.json').read_text())['plan']['settings']
         except (OSError, ValueError, KeyError, TypeError): return {}
 
-    def shard(self, k)->Shard:
-        "The index of shard `k`, read when it is first needed"
-        if k not in self._open:
-            self._open[k] = s = Shard(self.paths[k])
-            for name, reason, detail in s.wrong: self.note(BadMember(s.path, name, reason, detail))
-        return self._open[k]
+# %% ../../nbs/data/15_shards.ipynb #27337da7
+@patch
+def shard(self:Shards, k)->Shard:
+    "The index of shard `k`, read when it is first needed"
+    if k not in self._open:
+        self._open[k] = s = Shard(self.paths[k])
+        for name, reason, detail in s.wrong: self.note(BadMember(s.path, name, reason, detail))
+    return self._open[k]
 
-    def note(self, e:BadMember):
-        "Count and name a member that can't be used, once"
-        if e.fault in self.faults: return
-        self.faults.append(e.fault)
-        if self.report:
-            with open(self.report, 'a', newline='', encoding='utf-8') as f: csv.DictWriter(f, FAULT, lineterminator='\n').writerow(e.fault)
+@patch
+def note(self:Shards, e:BadMember):
+    "Count and name a member that can't be used, once"
+    if e.fault in self.faults: return
+    self.faults.append(e.fault)
+    if self.report:
+        with open(self.report, 'a', newline='', encoding='utf-8') as f: csv.DictWriter(f, FAULT, lineterminator='\n').writerow(e.fault)
 
-# %% ../../nbs/data/15_shards.ipynb #0e1a7b23
+# %% ../../nbs/data/15_shards.ipynb #3b7bba13
 @patch
 def _bytes_of(self:Shards, k, row, j):
     "Bytes of one member, held to its checksum"
@@ -549,6 +556,7 @@ def _bytes_of(self:Shards, k, row, j):
     if s.crc is not None and zlib.crc32(data)!=s.crc[row, j]: raise BadMember(s.path, s.keys[row], 'checksum', f'{name} is not as it was written')
     return data
 
+# %% ../../nbs/data/15_shards.ipynb #20ab1115
 @patch
 def __getitem__(self:Shards,
     i:int,     # Number of the clip
@@ -568,7 +576,7 @@ def __getitem__(self:Shards,
         else: out[field.removesuffix('.npy')] = value
     return out
 
-# %% ../../nbs/data/15_shards.ipynb #adcac717
+# %% ../../nbs/data/15_shards.ipynb #26eec8fe
 @patch
 def order(self:Shards,
     epoch:int=0, seed:int=0,
@@ -580,6 +588,7 @@ def order(self:Shards,
     rng = np.random.default_rng([seed, epoch])
     return np.concatenate([first[k]+rng.permutation(self.counts[k]) for k in rng.permutation(len(self.counts))])
 
+# %% ../../nbs/data/15_shards.ipynb #f283242b
 def _node():
     "Which process of how many, as a launch tells it"
     return int(os.environ.get('RANK', '0')), int(os.environ.get('WORLD_SIZE', '1'))
@@ -612,7 +621,7 @@ class ShardStream(IterableDataset):
             except BadMember as e: self.shards.note(e); continue
             yield self.transform(sample) if self.transform else sample
 
-# %% ../../nbs/data/15_shards.ipynb #19c2fe15
+# %% ../../nbs/data/15_shards.ipynb #ad454910
 def _verify_shard(path, listed):
     "Faults of one shard"
     bad = lambda key, reason, detail: dict(zip(FAULT, (key, str(path), reason, detail)))
@@ -641,7 +650,7 @@ def verify(
     surplus = sorted(set(folder.glob('*.tar'))-set(paths))
     return faults + [dict(zip(FAULT, ('', str(p), 'surplus', 'is not listed'))) for p in surplus]
 
-# %% ../../nbs/data/15_shards.ipynb #a338c8ed
+# %% ../../nbs/data/15_shards.ipynb #e2de0588
 class TrainRows:
     "`batch_of` for the training loop, from shards"
     def __init__(self,
@@ -676,7 +685,7 @@ def item_of(
     events = sample['events'] if sample['events'] is None else [tuple(e) for e in sample['events']]
     return Item(sample['id'], sample['start'], sample['label'], sample['split'], duration=sample['duration'], events=events)
 
-# %% ../../nbs/data/15_shards.ipynb #4adfc78d
+# %% ../../nbs/data/15_shards.ipynb #16a53149
 def fit_frames(
     x:np.ndarray,   # `(T, ...)`
     n:int,          # Frames wanted
@@ -701,7 +710,7 @@ def example(self:TrainRows,
         out |= dict(emb=torch.from_numpy(fit_frames(sample['clip'], n)).float(), times=torch.arange(n)/sample['fps'])
     return out
 
-# %% ../../nbs/data/15_shards.ipynb #fde5fc0f
+# %% ../../nbs/data/15_shards.ipynb #f3e92ac4
 @patch
 def _read(self:TrainRows, row):
     "The clip of a row and its label; a damaged clip is replaced by the next"
@@ -719,6 +728,7 @@ def __call__(self:TrainRows,
     rows = [self.example(*self._read(i)) for i in indices]
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
+# %% ../../nbs/data/15_shards.ipynb #06fa04bd
 @patch
 def projection(self:TrainRows,
     indices,        # Numbers of rows, `(b,)`
@@ -741,7 +751,7 @@ def images(self:TrainRows,
     "Rows for the autoencoder"
     return dict(image=mel.to_image(torch.from_numpy(np.stack([self._read(i)[0]['mel'] for i in indices])).float()))
 
-# %% ../../nbs/data/15_shards.ipynb #f0420d4e
+# %% ../../nbs/data/15_shards.ipynb #483896d8
 def clips_per_second(
     batch_of,             # Called with indices
     n:int,                # How many rows there are
