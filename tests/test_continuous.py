@@ -323,7 +323,7 @@ def test_a_review_of_other_clips_keeps_what_was_decided(clips, tmp_path):
 
 def test_the_reviewer_can_be_shown(clips, tmp_path):
     r = review(clips[:1], tmp_path/'r.csv')
-    assert 'text/plain' in r.box._repr_mimebundle_() and {r.keep, r.drop, r.back} <= set(r.box.children[-1].children)
+    assert r._repr_mimebundle_()['application/vnd.jupyter.widget-view+json']['model_id'] == r.box.model_id and {r.keep, r.drop, r.back} <= set(r.box.children[-1].children)
     with pytest.raises(FoleyError, match='no clip'): review([], tmp_path/'r.csv')
 
 
