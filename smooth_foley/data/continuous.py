@@ -19,7 +19,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import FoleyError, atomic_path, mini_path, progress, suggest
+from ..core import FoleyError, atomic_path, mini_path, progress
 from ..media import probe, read_audio, read_clip
 from .vggsound import Item, check_vggsound_label, join_clips, read_vggsound, vggsound_labels
 
