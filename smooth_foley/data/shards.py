@@ -9,7 +9,7 @@ __all__ = ['CONTENT', 'FAULT', 'SPLIT_OF', 'ShardConfig', 'fingerprint', 'networ
            'clips_per_second']
 
 # %% ../../nbs/data/15_shards.ipynb #f0bc633d
-import csv, hashlib, io, json, multiprocessing, os, re, signal, sys, tarfile, threading, time, zlib
+import csv, hashlib, io, json, multiprocessing, os, re, signal, sys, tarfile, time, zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +22,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..core import FoleyError, atomic_path, mini_path, progress
+from ..core import FoleyError, atomic_path, die_with_parent, mini_path, progress
 from ..media import COLUMNS_PER_SECOND, read_audio, read_clip
 from . import passby
 from .audioset import frame_sounding, per_label, read_strong, sounding
@@ -126,6 +126,7 @@ def read_item(
 def _passby_range(source):
     "Scenes of `passby:0-99`, or None if it is something else"
     m = re.fullmatch(r'(passby|passby_continuous):(\d+)(?:-(\d+))?', str(source))
+    if m and int(m[3] or m[2]) < int(m[2]): raise FoleyError(f'{source}: ends before it starts; write the smaller seed first')
     return m and passby_items(range(int(m[2]), int(m[3] or m[2])+1), m[1])
 
 def _read_list(source, names, seconds, faults):
@@ -326,7 +327,7 @@ def _begin_worker(counter):
     "Die with the parent; leave nothing half-written when told to stop"
     global _counter
     _counter = counter
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 

@@ -144,7 +144,7 @@ def plot_pipeline(
     ax.legend(loc='upper right', fontsize=6.5, frameon=False); ax.set(xlim=(-.1,11.7), ylim=(-.1,4.)); ax.set_axis_off()
     return ax
 
-# %% ../../nbs/paper/51_figures.ipynb #30b4db92
+# %% ../../nbs/paper/51_figures.ipynb #a865cf9f
 def _rows(mel, hertz):
     "Hz to rows of a mel picture"
     import librosa

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import FoleyError, progress
+from ..core import FoleyError, die_with_parent, progress
 from ..data import passby
 from ..mel import MelTransform
 from ..clip import FrameEncoder, build_tokenizer, mini_clip_cfg
@@ -129,7 +129,7 @@ def _pool(fn, todo, desc):
     "Run `fn` over `todo` on all cores"
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context('spawn')) as ex:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context('spawn'), initializer=die_with_parent) as ex:
         for _ in progress(ex.map(fn, todo), desc=desc, unit='chunk', total=len(todo)): pass
 
 def scenes_stage(folder, r:Recipe):
