@@ -53,7 +53,7 @@ def imported(path):
 
 def test_every_import_is_a_requirement():
     ini = ConfigParser(delimiters=['=']); ini.read(ROOT/'settings.ini')
-    asked = {re.split('[<>=]', w)[0] for key in ('requirements', 'train_requirements') for w in ini['DEFAULT'][key].split()}
-    names = {'PIL': 'pillow', 'open_clip': 'open_clip_torch', 'sklearn': 'scikit-learn'}
+    asked = {re.split('[<>=]', w)[0] for key in ('requirements', 'train_requirements', 'data_requirements') for w in ini['DEFAULT'][key].split()}
+    names = {'PIL': 'pillow', 'open_clip': 'open_clip_torch', 'sklearn': 'scikit-learn', 'yt_dlp': 'yt-dlp'}
     used = {names.get(n, n) for f in (ROOT/'smooth_foley').rglob('*.py') for n in imported(f)}
     assert used - asked - set(sys.stdlib_module_names) - {'smooth_foley'} == set()
