@@ -251,6 +251,13 @@ def test_train_and_test_come_from_their_own_splits(clips, tmp_path):
     assert all(split[c['id']] == 'test' for c in candidates)
 
 
+def test_no_training_clip_is_from_the_video_of_a_test_clip(tmp_path):
+    row = dict(label='helicopter', active=9., longest=9., mean=.9, kept=1)
+    rows = [dict(row, id=i*11, start=t, split=s) for i, t, s in (('a', 0, 'train'), ('a', 50, 'test'), ('b', 0, 'train'), ('c', 7, 'test'))]
+    lists = write_split(rows, [dict(rows[1], picked=1), dict(rows[3], picked=0)], tmp_path)
+    assert [(r['id'][0], r['start']) for r in lists['train']] == [('b', 0)] and [(r['id'][0], r['start']) for r in lists['test']] == [('a', 50)]
+
+
 # ---- the command
 
 
@@ -306,7 +313,9 @@ def test_clicks_are_on_disk_at_once_and_a_review_goes_on(clips, tmp_path):
     assert again.at == 2 and again.reason.value == '' and again.curve.value == b''      # nobody listened to the third
     again.keep.click(); again.keep.click()
     assert again.keep.disabled and again.drop.disabled and '4 of 4' in again.title.value and again.video.value == b''
-    again.back.click(); again.drop.click()
+    again.back.click()
+    assert 'so far: keep' in again.title.value and not again.drop.disabled
+    again.drop.click()
     assert [x['decision'] for x in csv.DictReader(table.open())] == ['drop', 'keep', 'keep', 'drop']
     assert C.dropped(table) == {items[0].name, items[3].name}
 
