@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import FoleyError, atomic_path, mini_path, progress
+from ..core import FoleyError, atomic_path, die_with_parent, mini_path, progress
 from ..media import probe, read_audio, read_clip
 from .vggsound import Item, check_vggsound_label, join_clips, read_vggsound, vggsound_labels
 
@@ -146,9 +146,10 @@ def _measure_one(measure, folder, item):
     except Exception as e: return _fault(item, 'cannot be measured', f'{type(e).__name__}: {e}')
     with atomic_path(_stored(folder, item)) as tmp: np.savez(tmp, label=item.label, size=item.path.stat().st_size, **arrays)
 
-# %% ../../nbs/data/14_continuous.ipynb #56ba36f8
+# %% ../../nbs/data/14_continuous.ipynb #8520c7ed
 def _one_thread():
     "In a worker, before torch wakes up"
+    die_with_parent()
     os.environ['OMP_NUM_THREADS'] = '1'
     if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(1)
 
@@ -635,7 +636,7 @@ def figure3(
     hours = lambda n: f'{n.sum():,} clips, {n.sum()*seconds/3600:.1f} h'
     ax.barh(names, train, color='#6fa8dc', label=f'train: {hours(train)}'); ax.barh(names, test, left=train, color='#e69138', label=f'test: {hours(test)}')
     for y, n in enumerate(train+test): ax.text(n, y, f' {n:,}', va='center', fontsize=6)
-    ax.tick_params(axis='y', labelsize=7); ax.margins(y=.01)
+    ax.tick_params(axis='y', labelsize=7); ax.margins(x=.08, y=.01)
     ax.set(xlabel=f'clips; {len(names)} labels, {hours(train+test)}', title=title); ax.legend(loc='lower right', fontsize=8)
     return ax
 
