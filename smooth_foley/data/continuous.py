@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TIERS', 'FAULTS', 'COLUMNS', 'THRESHOLDS', 'LIST', 'CHALLENGE', 'REVIEW', 'WHY', 'FAMILIES', 'KINDS', 'GRID', 'SNRS',
            'DIALS', 'continuous_labels', 'select_labels', 'select', 'GroundingFilter', 'Heard', 'Verdict', 'decide',
-           'measure_clips', 'fingerprint', 'Listener', 'ground_clips', 'read_heard', 'filter_clips', 'sweep',
-           'plot_sweep', 'sharpness', 'look', 'Watcher', 'watch_clips', 'ChallengeRule', 'picture_of', 'suspect',
-           'challenge', 'pictures', 'write_split', 'read_filter', 'read_continuous', 'Reviewer', 'review', 'dropped',
-           'published_counts', 'list_counts', 'figure3', 'Mixed', 'mixed_set', 'passby_label', 'sound_of', 'in_noise',
-           'hear', 'true_heard', 'scores', 'find_mismatched', 'search', 'by_kind', 'keeping', 'plot_f1', 'lost',
-           'prove_noise', 'hard_dials', 'scene_pictures', 'challenge_scores', 'area', 'areas', 'next_scenes', 'prove',
-           'prove_challenge', 'main', 'run_command']
+           'one_thread', 'measure_clips', 'fingerprint', 'Listener', 'ground_clips', 'read_heard', 'filter_clips',
+           'sweep', 'plot_sweep', 'sharpness', 'look', 'Watcher', 'watch_clips', 'ChallengeRule', 'picture_of',
+           'suspect', 'challenge', 'pictures', 'write_split', 'read_filter', 'read_continuous', 'Reviewer', 'review',
+           'dropped', 'published_counts', 'list_counts', 'figure3', 'Mixed', 'mixed_set', 'passby_label', 'sound_of',
+           'in_noise', 'hear', 'true_heard', 'scores', 'find_mismatched', 'search', 'by_kind', 'keeping', 'plot_f1',
+           'lost', 'prove_noise', 'hard_dials', 'scene_pictures', 'challenge_scores', 'area', 'areas', 'next_scenes',
+           'prove', 'prove_challenge', 'main', 'run_command']
 
 # %% ../../nbs/data/14_continuous.ipynb #0db93377
 import csv, hashlib, importlib, io, json, os, sys, zipfile
@@ -154,7 +154,7 @@ def _one_thread():
     if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(1)
 
 @contextmanager
-def _alone():
+def one_thread():
     "One thread, so that the last bits are those of a worker"
     import torch
     n = torch.get_num_threads()
@@ -180,7 +180,7 @@ def _try_alone(work, item):
 def _spread(work, items, processes):
     "Results of `work` in the order they come"
     if processes == 1:
-        with _alone(): yield from map(work, items)
+        with one_thread(): yield from map(work, items)
         return
     while items:
         left = []

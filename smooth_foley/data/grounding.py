@@ -570,46 +570,6 @@ def forward(self:GroundingStage, batch, draw)->Tensor:
     loss = F.binary_cross_entropy_with_logits(logits, (own&(on&there[:,None])[...,None]).float(), reduction='none')
     return .5*loss[own].mean()+.5*loss[~own].mean()
 
-# %% ../../nbs/data/13_grounding.ipynb #b82f7702
-def disturb(
-    audio:Tensor,   # `(b, n)`
-    draw,           # Of the step
-)->tuple:           # Audio, and which rows still have their sound, `(b,)`
-    "Gains from -30 to +3 dB, coloured noise under half of the sounds, silence in place of some"
-    u = draw.uniform(6); b, n = audio.shape
-    f = torch.fft.rfftfreq(n, 1/passby.SR, device=audio.device).clamp(min=30.)
-    noise = torch.fft.irfft(torch.fft.rfft(draw.normal(n))*f**-u[:,:1], n)
-    noise = noise/noise.std(1, keepdim=True)*10**((-70+40*u[:,1:2])/20)*(u[:,2:3]<.5)
-    there = u[:,3]>.08
-    gain = 10**((-30+33*u[:,4:5])/20)
-    return ((audio*there[:,None]+noise*.7)*gain).clamp(-1, 1), there
-
-class GroundingStage(nn.Module):
-    "Frame-wise cross-entropy of every phrase; own phrases and others weigh the same"
-    def __init__(self, model:GroundingModel):
-        super().__init__(); self.model = model
-        phrases, owns = passby_phrases()
-        self.register_buffer('ids', model.read_phrases(phrases), persistent=False); self.register_buffer('owns', owns, persistent=False)
-
-@patch
-def cut(self:GroundingStage, batch, draw)->tuple:
-    "The same length for a batch, 2 to 10.24 s and more often short; another place for each sound"
-    ticks, n = batch['sounding'].shape[1], int((2+8.24*float(draw.uniform(1)[0])**3)*25)*4
-    starts = (draw.uniform(1)[:,0]*(ticks-n+1)).long(); at = starts[:,None]+torch.arange(n, device=starts.device)
-    on = batch['sounding'].gather(1, at).float().unflatten(1, (-1,4)).mean(2)>.5                       # 40 ms frames
-    hop = passby.SR//passby.RATE; at = starts[:,None]*hop+torch.arange(n*hop, device=starts.device)
-    return batch['audio'].gather(1, at).float()/32767, on
-
-@patch
-def forward(self:GroundingStage, batch, draw)->Tensor:
-    "The loss of one batch"
-    audio, on = self.cut(batch, draw); audio, there = disturb(audio, draw)
-    ids = F.pad(self.ids, (0,1), value=1*(float(draw.uniform(1)[0])<.3))                                # sometimes an unknown word stands among them
-    with torch.autocast(audio.device.type, enabled=False): mel = self.model.mel(audio)
-    logits = self.model(mel, ids)[:,:on.shape[1]].float(); own = self.owns[batch['label']][:,None].expand_as(logits)
-    loss = F.binary_cross_entropy_with_logits(logits, (own&(on&there[:,None])[...,None]).float(), reduction='none')
-    return .5*loss[own].mean()+.5*loss[~own].mean()
-
 # %% ../../nbs/data/13_grounding.ipynb #59ef6a07
 def save_grounding(model, out, cfg, n_scenes)->Path:
     "Half-precision weights with their log and recipe"

@@ -13,7 +13,6 @@ import csv, hashlib, io, json, multiprocessing, os, re, signal, sys, tarfile, ti
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..core import FoleyError, atomic_path, die_with_parent, mini_path, progress
 from ..media import COLUMNS_PER_SECOND, read_audio, read_clip
 from . import passby
 from .audioset import frame_sounding, per_label, read_strong, sounding
-from .continuous import read_continuous, read_heard
+from .continuous import one_thread, read_continuous, read_heard
 from .vggsound import Item, folder_items, join_clips, read_vggsound
 
 # %% ../../nbs/data/15_shards.ipynb #7f63481f
@@ -163,14 +162,6 @@ def read_source(
     return [i if c is None else replace(i, events=[(a, b, i.label) for a, b in c.stretches(threshold)]) for i, c in zip(items, curves)]
 
 # %% ../../nbs/data/15_shards.ipynb #329647c2
-@contextmanager
-def _one_thread():
-    "Sums in a fixed order, whatever the machine"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
-
 def _told(item, cfg, frames):
     "What is known about a clip, as JSON"
     events = None if item.events is None else [[round(float(a), 6), round(float(b), 6), name] for a, b, name in item.events]
@@ -288,7 +279,7 @@ def write_shard(
     side.unlink(missing_ok=True)
     for junk in Path(out).glob(f'.{tar.stem}.*.part.*'): junk.unlink(missing_ok=True)
     faults, _ = [], networks(cfg, device)
-    with _one_thread(), atomic_path(tar) as tmp, open(tmp, 'wb') as f: index = _pack(f, _samples(pairs, cfg, device, faults, tick))
+    with one_thread(), atomic_path(tar) as tmp, open(tmp, 'wb') as f: index = _pack(f, _samples(pairs, cfg, device, faults, tick))
     _save_json(side, dict(shard=tar.name, **index, faults=faults))
 
 def _read_index(tar):
