@@ -161,7 +161,7 @@ def read_source(
     curves = [read_heard(i, heard) for i in items]
     return [i if c is None else replace(i, events=[(a, b, i.label) for a, b in c.stretches(threshold)]) for i, c in zip(items, curves)]
 
-# %% ../../nbs/data/15_shards.ipynb #329647c2
+# %% ../../nbs/data/15_shards.ipynb #f9f44fb1
 def _told(item, cfg, frames):
     "What is known about a clip, as JSON"
     events = None if item.events is None else [[round(float(a), 6), round(float(b), 6), name] for a, b, name in item.events]
