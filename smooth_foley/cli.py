@@ -454,4 +454,7 @@ def main(
         return 0
     except FoleyError as e: print(f'smooth-foley: error: {e}', file=sys.stderr)
     except KeyboardInterrupt: print('smooth-foley: interrupted', file=sys.stderr); return 130
+    except OSError as e:
+        if e.filename is None: raise
+        print(f'smooth-foley: error: {e.filename}: cannot be read or written ({(e.strerror or str(e)).lower()}); check the path and who may write there', file=sys.stderr)
     return 2

@@ -51,3 +51,18 @@ def test_wrong_input(line, words, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err.startswith('smooth-foley: error: ') and err.count('\n') == 1 and words in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('line', ['vggsound --passby 1 --out file/x', 'audit --clips passby/video --out file/x', 'audioset passby/audioset_strong.tsv --names passby/mid_to_display_name.tsv --seconds 1 --out file/x.csv',
+                                  'grounding --list passby/vggsound.csv --clips passby/video --csv file/x.csv', 'continuous filter passby --out file/x', 'shards passby:0-1 --out file/x',
+                                  'shards passby/vggsound.csv --clips passby/video --out passby/vggsound.csv'])
+def test_nowhere_to_write(line, tmp_path, monkeypatch, capsys):
+    from smooth_foley.data.vggsound import passby_folder
+    monkeypatch.chdir(tmp_path)
+    passby_folder('passby', 1, seconds=1.)
+    (tmp_path/'file').write_text('no folder')
+    before = {p: p.stat().st_size for p in tmp_path.rglob('*')}
+    assert main(['data', *shlex.split(line)]) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith('smooth-foley: error: ') and ('file' in err or 'vggsound.csv' in err) and 'Traceback' not in err
+    assert {p: p.stat().st_size for p in tmp_path.rglob('*')} == before
