@@ -8,8 +8,8 @@ __all__ = ['VIDEOS', 'LONGEST', 'DEFAULTS', 'LICENCES', 'EVALUATE', 'number', 'c
            'make_sound', 'save', 'generate', 'labels', 'train', 'weight_sizes', 'info', 'fetch', 'bench', 'evaluate',
            'sample_video', 'demo', 'build_parser', 'main']
 
-# %% ../nbs/app/60_cli.ipynb #27879a18
-import argparse, json, math, re, signal, struct, sys, tempfile
+# %% ../nbs/app/60_cli.ipynb #44dcc7bd
+import argparse, json, math, os, re, signal, struct, sys, tempfile
 from pathlib import Path
 
 from . import __version__
@@ -445,15 +445,19 @@ def build_parser()->argparse.ArgumentParser:
 # %% ../nbs/app/60_cli.ipynb #7b237e05
 def main(
     argv:list=None,   # Words of the command line; default: the program's own
-)->int:               # Exit code: 0 done, 2 wrong input, 130 interrupted
+)->int:               # Exit code: 0 done, 2 wrong input, 130 interrupted, 141 nobody reads on
     "Run a command of `smooth-foley`"
     try:
         args = build_parser().parse_args(argv)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         args.run(args)
+        sys.stdout.flush()
         return 0
     except FoleyError as e: print(f'smooth-foley: error: {e}', file=sys.stderr)
     except KeyboardInterrupt: print('smooth-foley: interrupted', file=sys.stderr); return 130
+    except BrokenPipeError:     # whoever read the output has had enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as e:
         if e.filename is None: raise
         print(f'smooth-foley: error: {e.filename}: cannot be read or written ({(e.strerror or str(e)).lower()}); check the path and who may write there', file=sys.stderr)

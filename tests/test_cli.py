@@ -126,6 +126,11 @@ def test_labels():
     assert r.returncode == 0 and r.stdout.splitlines() == list(LABELS)
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    r = subprocess.run(f'"{COMMAND}" labels | true; "{COMMAND}" data continuous select | head -1', shell=True, capture_output=True, text=True, timeout=300)
+    assert (r.stdout.count('\n'), r.stderr) == (1, '')
+
+
 def test_version():
     import smooth_foley as package
     assert smooth_foley('--version').stdout.strip() == f'smooth-foley {package.__version__}'
