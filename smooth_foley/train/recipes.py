@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'PICTURE_CAPTIONS', 'CHUNK', 'STAGES', 'Recipe', 'sound_captions', 'picture_truth', 'is_main',
-           'wait_for_all', 'save', 'scene_of', 'cache_arrays', 'render_chunk', 'scenes_stage', 'ClipStage',
-           'make_mini_clip', 'clip_stage', 'VaeStage', 'mel_rows', 'vae_stage', 'VocoderStage', 'vocoder_stage',
-           'caption_ids', 'DiffusionStage', 'latents_cache', 'base_rows', 'base_stage', 'feature_arrays',
-           'encode_chunk', 'features_stage', 'ProjectionStage', 'projection_stage', 'TemporalStage', 'FrameStage',
-           'load_base', 'temporal_stage', 'frame_stage', 'run_stage', 'train_mini', 'load_parts', 'assemble',
-           'plot_training', 'read_log', 'plot_loss_difference']
+           'wait_for_all', 'save', 'scene_of', 'cache_arrays', 'render_chunk', 'picture_arrays', 'picture_chunk',
+           'pictures_stage', 'scenes_stage', 'ClipStage', 'make_mini_clip', 'clip_stage', 'VaeStage', 'mel_rows',
+           'components_stage', 'vae_stage', 'VocoderStage', 'vocoder_stage', 'caption_ids', 'noise_levels',
+           'DiffusionStage', 'latents_cache', 'base_rows', 'base_stage', 'feature_arrays', 'encode_chunk',
+           'features_stage', 'ProjectionStage', 'projection_stage', 'TemporalStage', 'FrameStage', 'load_base',
+           'temporal_stage', 'frame_stage', 'run_stage', 'train_mini', 'load_parts', 'assemble', 'plot_training',
+           'read_log', 'plot_loss_difference']
 
 # %% ../../nbs/train/22_recipes.ipynb #cd2d9376
 import json, os, shutil, time
@@ -18,15 +19,15 @@ from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import FoleyError, die_with_parent, progress
+from ..core import FoleyError, atomic_path, die_with_parent, progress
 from ..data import passby
 from ..mel import MelTransform
 from ..clip import FrameEncoder, build_tokenizer, mini_clip_cfg
 from ..vocoder import PhaseVocoder, make_vocoder, strip_weight_norm
-from ..backbone import (make_vae, make_unet, make_text_encoder, make_scheduler, alphas_cumprod, add_noise, encode_latents, set_latent_stats, tokenize_prompt,
-    AutoencoderKL, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer)
-from .losses import vae_loss, multi_resolution_stft_loss, stft_magnitude, sigmoid_pair_loss, projection_loss, diffusion_target, diffusion_loss
-from .loop import TrainConfig, train, latest_checkpoint, hardware
+from ..backbone import (PatchAutoencoder, decode_latents, make_unet, make_text_encoder, make_scheduler, alphas_cumprod, add_noise, encode_latents, set_latent_stats, tokenize_prompt,
+    UNet2DConditionModel, CLIPTextModel, CLIPTokenizer)
+from .losses import multi_resolution_stft_loss, stft_magnitude, sigmoid_pair_loss, projection_loss, diffusion_target, diffusion_loss
+from .loop import Draw, TrainConfig, train, latest_checkpoint, hardware
 
 # %% ../../nbs/train/22_recipes.ipynb #c04f9f8d
 def _stages()->dict:
@@ -34,9 +35,9 @@ def _stages()->dict:
     T = TrainConfig
     return dict(
         clip=T(max_train_steps=1200, train_batch_size=128, learning_rate=1e-3, weight_decay=.05),
-        vae=T(max_train_steps=2400, train_batch_size=8, learning_rate=8e-4, ema_decay=.998),
+        vae=T(max_train_steps=1500, train_batch_size=8, learning_rate=6e-4, ema_decay=.998),
         vocoder=T(max_train_steps=1600, train_batch_size=8, learning_rate=1e-3, ema_decay=.998, mixed_precision='no'),
-        base=T(max_train_steps=3200, train_batch_size=16, learning_rate=1e-3, lr_warmup_steps=200, ema_decay=.999, mixed_precision='no', checkpointing_steps=250),
+        base=T(max_train_steps=7000, train_batch_size=16, learning_rate=1e-3, lr_warmup_steps=200, ema_decay=.999, mixed_precision='no', checkpointing_steps=500),
         projection=T(max_train_steps=1000, train_batch_size=32, learning_rate=2e-3, weight_decay=0., ema_decay=.99, mixed_precision='no'),
         temporal_adapter=T(max_train_steps=700, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'),
         frame_adapter=T(max_train_steps=1000, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'))
@@ -44,8 +45,11 @@ def _stages()->dict:
 @dataclass
 class Recipe:
     "All that decides what `mini` becomes"
-    n_scenes:int=6000          # Scenes whose sound trains the autoencoder, vocoder and base
-    n_pictures:int=8           # Pictures of each scene that train CLIP
+    n_scenes:int=12000         # Scenes whose sound trains the autoencoder, vocoder and base
+    n_picture_scenes:int=6000  # Scenes whose pictures train CLIP
+    n_pictures:int=8           # Pictures of each of them
+    latent_channels:int=16     # Principal components of each patch
+    focus:float=.5             # Share of noise levels drawn near a signal-to-noise ratio of 1; the others are uniform
     n_feature_scenes:int=3000  # Of these scenes all frames are encoded, for the adapters
     first_seed:int=0           # Train range of Passby
     seed:int=0
@@ -102,13 +106,28 @@ def scene_of(i:int, r:Recipe, **kw)->passby.Scene:
     "Training scene number `i`"
     return passby.scene(r.first_seed+i, 'passby_continuous' if i%2 else 'passby', **kw)
 
-def cache_arrays(folder, r:Recipe, mode='r')->dict:
-    "The memory-mapped arrays of the scene cache"
-    n, k, c = r.n_scenes, r.n_pictures, len(PICTURE_CAPTIONS)
-    spec = dict(mel=('float16',(n,128,1024)), audio=('int16',(n,163840)), pictures=('uint8',(n,k,64,64,3)), true=('bool',(n,k,c)), known=('bool',(n,k,c)),
-                sounding=('bool',(n,1024)), label=('int16',(n,)), high=('bool',(n,)), done=('bool',(-(-n//CHUNK),)))
-    open_ = lambda name, dt, sh: np.lib.format.open_memmap(Path(folder)/f'{name}.npy', 'r+' if mode=='w' and (Path(folder)/f'{name}.npy').exists() else ('w+' if mode=='w' else 'r'), dtype=dt, shape=sh)
-    return {name:open_(name,*v) for name,v in spec.items()}
+def _open_array(path, dtype, shape, mode):
+    "One memory-mapped array: read, or made where it is missing"
+    how = "r" if mode == "r" else "r+" if path.exists() else "w+"
+    return np.lib.format.open_memmap(path, how, dtype=dtype, shape=shape)
+
+def _open_arrays(folder, spec, mode):
+    "Name -> memory-mapped array"
+    return {name: _open_array(Path(folder) / f"{name}.npy", *kind, mode) for name, kind in spec.items()}
+
+def cache_arrays(folder, r: Recipe, mode="r") -> dict:
+    "The memory-mapped arrays of the scenes' sound"
+    n, chunks = r.n_scenes, -(-r.n_scenes // CHUNK)
+    spec = dict(
+        mel=("float16", (n, 128, 1024)),
+        sounding=("bool", (n, 1024)),
+        label=("int16", (n,)),
+        high=("bool", (n,)),
+        done=("bool", (chunks,)),
+    )
+    if r.vocoder == "hifigan":
+        spec["audio"] = ("int16", (n, 163840))
+    return _open_arrays(folder, spec, mode)
 
 def render_chunk(j:int, folder, r:Recipe):
     "Render scenes `j*CHUNK ...` into the cache"
@@ -116,12 +135,11 @@ def render_chunk(j:int, folder, r:Recipe):
     a, mel = cache_arrays(folder, r, 'w'), MelTransform.mini()
     for i in range(j*CHUNK, min((j+1)*CHUNK, r.n_scenes)):
         s = scene_of(i, r, frames=False)
-        ks = np.sort(np.random.default_rng([r.first_seed+i, 9]).choice(1000, r.n_pictures, replace=False))
-        s.frames = passby.render_frames(s.dials, passby.motion(s.dials), s.seed, ks/passby.RATE)
-        a['pictures'][i], a['audio'][i] = s.frames, np.round(s.audio*32768)
+        if 'audio' in a: a['audio'][i] = np.round(s.audio*32768)
         a['mel'][i] = mel.log_mel(torch.from_numpy(s.audio)[None])[0].numpy()
-        for q,k in enumerate(ks): a['true'][i,q], a['known'][i,q] = picture_truth(s, k)
-        a['sounding'][i], a['label'][i], a['high'][i] = s.truth['sounding'][:1024], passby.LABELS.index(s.label), sound_captions(s.label, s.dials)[-1].startswith('high')
+        a['sounding'][i] = s.truth['sounding'][:1024]
+        a['label'][i] = passby.LABELS.index(s.label)
+        a['high'][i] = sound_captions(s.label, s.dials)[-1].startswith('high')
     for v in a.values(): v.flush()
     a['done'][j] = True; a['done'].flush()
 
@@ -131,6 +149,40 @@ def _pool(fn, todo, desc):
     from multiprocessing import get_context
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context('spawn'), initializer=die_with_parent) as ex:
         for _ in progress(ex.map(fn, todo), desc=desc, unit='chunk', total=len(todo)): pass
+
+def picture_arrays(folder, r: Recipe, mode="r") -> dict:
+    "The memory-mapped arrays of the pictures and of what is true of them"
+    n, k, c = r.n_picture_scenes, r.n_pictures, len(PICTURE_CAPTIONS)
+    spec = dict(
+        pictures=("uint8", (n, k, 64, 64, 3)),
+        true=("bool", (n, k, c)),
+        known=("bool", (n, k, c)),
+        pictures_done=("bool", (-(-n // CHUNK),)),
+    )
+    return _open_arrays(folder, spec, mode)
+
+def picture_chunk(j: int, folder, r: Recipe):
+    "Render the pictures of scenes `j*CHUNK ...`"
+    torch.set_num_threads(1)
+    arrays = picture_arrays(folder, r, "w")
+    for i in range(j * CHUNK, min((j + 1) * CHUNK, r.n_picture_scenes)):
+        scene = scene_of(i, r, frames=False, audio=False)
+        moments = np.sort(np.random.default_rng([r.first_seed + i, 9]).choice(1000, r.n_pictures, replace=False))
+        path = passby.motion(scene.dials)
+        scene.frames = passby.render_frames(scene.dials, path, scene.seed, moments / passby.RATE)
+        arrays["pictures"][i] = scene.frames
+        for q, k in enumerate(moments):
+            arrays["true"][i, q], arrays["known"][i, q] = picture_truth(scene, k)
+    for v in arrays.values():
+        v.flush()
+    arrays["pictures_done"][j] = True
+    arrays["pictures_done"].flush()
+
+def pictures_stage(folder, r: Recipe):
+    "Render what is not yet rendered"
+    todo = [int(j) for j in np.where(~picture_arrays(folder, r, "w")["pictures_done"])[0]]
+    if todo:
+        _pool(partial(picture_chunk, folder=folder, r=r), todo, "pictures")
 
 def scenes_stage(folder, r:Recipe):
     "Render what is not yet rendered"
@@ -161,37 +213,43 @@ def make_mini_clip(seed:int=0)->FrameEncoder: # random weights
 
 def clip_stage(out, cache, r:Recipe, cfg):
     "Train the small CLIP"
-    enc, a = make_mini_clip(r.seed), cache_arrays(cache, r)
+    enc, a = make_mini_clip(r.seed), picture_arrays(cache, r)
     rows = lambda idx: {k:torch.from_numpy(a[k][np.sort(idx)]) for k in ('pictures','true','known')}
-    stage = train(ClipStage(enc), rows, r.n_scenes, cfg, out)
+    stage = train(ClipStage(enc), rows, r.n_picture_scenes, cfg, out)
     with torch.no_grad(): stage.model.logit_scale.clamp_(max=np.log(100))
     save(enc, out/'weights')
 
 # %% ../../nbs/train/22_recipes.ipynb #ccc087e0
 class VaeStage(nn.Module):
-    "Crops of log-mels through the autoencoder and back"
-    def __init__(self, vae, mel, cols=256):
-        super().__init__(); self.vae, self.fold, self.cols = vae, mel.config.fold, cols//mel.config.fold
+    "The correction learns what the components left out"
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+        vae.analysis.requires_grad_(False)  # the latents stay what the base has learnt
+
     def forward(self, batch, draw):
-        x = batch['image']; start = draw.integers(x.shape[-1]-self.cols+1)
-        x = torch.stack([o[..., s:s+self.cols] for o,s in zip(x, start)])
-        post = self.vae.encode(x).latent_dist
-        z = post.mean+post.std*draw.normal(*post.mean.shape[1:])
-        return vae_loss(self.vae.decode(z).sample, x, post.mean, post.logvar)
+        image = batch["image"]
+        return (self.vae(image).sample.float() - image).abs().mean()
 
 def mel_rows(a, mel, idx)->Tensor: # `(b, C, h, w)`
     "Cached log-mels as images"
     return mel.to_image(torch.from_numpy(np.stack([a['mel'][i] for i in idx])).float())
 
-def vae_stage(out, cache, r:Recipe, cfg):
-    "Train the autoencoder, then measure the latents' mean and spread per channel"
-    torch.manual_seed(r.seed); a, mel = cache_arrays(cache, r), MelTransform.mini()
-    vae = make_vae(block_out_channels=(64,96,128)).to(memory_format=torch.channels_last).train()
-    train(VaeStage(vae, mel), lambda i: dict(image=mel_rows(a, mel, i)), r.n_scenes, cfg, out)
-    vae.eval(); set_latent_stats(vae, [0.]*8, [1.]*8)
-    z = torch.cat([encode_latents(vae, mel_rows(a, mel, range(i,i+8))) for i in range(0, min(256,r.n_scenes-7), 8)])
-    set_latent_stats(vae, z.mean((0,2,3)), z.std((0,2,3)))
-    save(vae, out/'weights')
+def components_stage(out, cache, r: Recipe):
+    "Fit the principal components on scenes spread over the training set"
+    torch.manual_seed(r.seed)
+    arrays, mel = cache_arrays(cache, r), MelTransform.mini()
+    some = np.linspace(0, r.n_scenes - 1, min(512, r.n_scenes)).astype(int)
+    vae = PatchAutoencoder(latent_channels=r.latent_channels).fit(mel_rows(arrays, mel, some))
+    save(vae, out / "weights")
+
+def vae_stage(out, cache, r: Recipe, cfg, runs):
+    "Train the decoder's correction"
+    arrays, mel = cache_arrays(cache, r), MelTransform.mini()
+    vae = PatchAutoencoder.from_pretrained(runs / "components" / "weights").train()
+    train(VaeStage(vae), lambda i: dict(image=mel_rows(arrays, mel, i)), r.n_scenes, cfg, out)
+    save(vae, out / "weights")
 
 class VocoderStage(nn.Module):
     "Short stretches of sound from their mel"
@@ -221,13 +279,25 @@ def caption_ids(a, idx, draw_long)->list:
         out.append(f"{'high' if a['high'][i] else 'low'}-pitched {label}" if long and tonal else label)
     return out
 
+def noise_levels(
+    draw: Draw,  # Random numbers of this step
+    acp: Tensor,  # `alphas_cumprod`, `(n_timesteps,)`
+    focus: float = 0.5,  # Share of the batch, in [0, 1], near a signal-to-noise ratio of 1
+) -> Tensor:  # Timesteps, `(b,)`
+    "Uniform timesteps, and some whose log-SNR is normal around 0, where most is decided"
+    log_snr = (acp.clamp(1e-8, 1 - 1e-8)).logit()
+    wanted = 2.0 * draw.normal()
+    near = torch.searchsorted(-log_snr.to(wanted), -wanted).clamp(max=len(acp) - 1)
+    return torch.where(draw.uniform() < focus, near, draw.integers(len(acp)))
+
 class DiffusionStage(nn.Module):
     "Eq. 3 for the base and for both adapters; what is not `self.trained` is frozen and not saved"
-    def __init__(self, trained:dict, frozen:dict, tokenizer, scheduler, caption_dropout=.1):
+    def __init__(self, trained:dict, frozen:dict, tokenizer, scheduler, caption_dropout=.1, focus=.5):
         super().__init__(); self.trained = nn.ModuleDict(trained)
         for m in frozen.values(): m.requires_grad_(False).eval()
         self.__dict__['frozen'], self.__dict__['tokenizer'] = frozen, tokenizer
         self.acp, self.kind, self.dropout = alphas_cumprod(scheduler), scheduler.config.prediction_type, caption_dropout
+        self.focus = focus
     def part(self, name): return self.trained[name] if name in self.trained else self.frozen[name]
     def text(self, ids, draw):
         "Prompt embeddings, some of them of the empty prompt"
@@ -238,19 +308,20 @@ class DiffusionStage(nn.Module):
     def predict(self, zt, t, ctx, batch, draw): return self.part('unet')(zt, t, ctx).sample
     def forward(self, batch, draw):
         z0 = batch['z']; ctx = self.text(torch.where((draw.uniform()<.5)[:,None], batch['ids'], batch['ids_long']), draw)
-        t = draw.integers(len(self.acp)); eps = draw.normal(*z0.shape[1:])
+        t = noise_levels(draw, self.acp, self.focus)
+        eps = draw.normal(*z0.shape[1:])
         return diffusion_loss(self.predict(add_noise(z0,eps,t,self.acp), t, ctx, batch, draw), diffusion_target(z0,eps,t,self.acp,self.kind))
 
 # %% ../../nbs/train/22_recipes.ipynb #795407be
-def latents_cache(out, cache, vae, r:Recipe)->np.ndarray: # `(n, 8, 8, 64)` float16
+def latents_cache(runs, cache, r: Recipe) -> np.ndarray:  # `(n, c, 8, 64)` float16
     "Encode every cached mel once"
-    path, mel, a = Path(out)/'latents.npy', MelTransform.mini(), cache_arrays(cache, r)
+    path, mel = Path(runs) / "latents.npy", MelTransform.mini()
     if not path.exists() and is_main():
-        vae.to(memory_format=torch.channels_last); z = np.zeros((r.n_scenes,8,8,64),np.float16)
-        for i in progress(range(0, r.n_scenes, 16), desc='latents', unit='batch'):
-            j = min(i+16, r.n_scenes)
-            with torch.autocast('cpu', torch.bfloat16, enabled=not torch.cuda.is_available()): z[i:j] = encode_latents(vae, mel_rows(a, mel, range(i,j))).float().cpu().numpy()
-        np.save(path.with_suffix('.tmp.npy'), z); os.replace(path.with_suffix('.tmp.npy'), path)
+        vae, arrays = PatchAutoencoder.from_pretrained(runs / "components" / "weights"), cache_arrays(cache, r)
+        groups = [range(i, min(i + 16, r.n_scenes)) for i in range(0, r.n_scenes, 16)]
+        z = [encode_latents(vae, mel_rows(arrays, mel, g)).half() for g in progress(groups, desc="latents", unit="batch")]
+        with atomic_path(path) as tmp:
+            np.save(tmp, torch.cat(z).numpy())
     wait_for_all()
     return np.load(path)
 
@@ -263,14 +334,12 @@ def base_rows(cache, r:Recipe, z, tokenizer, text_encoder):
 def base_stage(out, cache, r:Recipe, cfg, runs):
     "Train the text-to-audio base"
     torch.manual_seed(r.seed)
-    tok = FrameEncoder.from_pretrained(runs/'clip'/'weights').tokenizer
-    vae = AutoencoderKL.from_pretrained(runs/'vae'/'weights').eval()
-    text, unet = make_text_encoder(tok).train(), make_unet(block_out_channels=(64,96,128)).to(memory_format=torch.channels_last).train()
-    z = latents_cache(runs, cache, vae, r)
-    stage = DiffusionStage(dict(unet=unet, text_encoder=text), {}, tok, make_scheduler())
+    tok = make_mini_clip(r.seed).tokenizer
+    text, unet = make_text_encoder(tok).train(), make_unet(r.latent_channels, block_out_channels=(64,96,128)).train()
+    z = latents_cache(runs, cache, r)
+    stage = DiffusionStage(dict(unet=unet, text_encoder=text), {}, tok, make_scheduler(), focus=r.focus)
     train(stage, base_rows(cache, r, z, tok, text), len(z), cfg, out)
     for name,m in stage.trained.items(): save(m, out/'weights'/name)
-    save(vae, out/'weights'/'vae')
     if is_main(): make_scheduler().save_pretrained(out/'weights'/'scheduler'); tok.save_pretrained(out/'weights'/'tokenizer')
 
 # %% ../../nbs/train/22_recipes.ipynb #36babc32
@@ -360,7 +429,7 @@ def frame_stage(out, cache, r:Recipe, cfg, runs):
     adapter.uninstall(base['unet']); save(adapter, out/'weights')
 
 # %% ../../nbs/train/22_recipes.ipynb #4c34c9fe
-STAGES = ('scenes','clip','vae','vocoder','base','features','projection','temporal_adapter','frame_adapter','assemble')
+STAGES = ('scenes','components','base','vae','vocoder','pictures','clip','features','projection','temporal_adapter','frame_adapter','assemble')
 
 def run_stage(name, out:Path, r:Recipe):
     "One stage, skipped if its mark says that it is done"
@@ -370,8 +439,10 @@ def run_stage(name, out:Path, r:Recipe):
     start = time.time()
     if name=='scenes': is_main() and scenes_stage(cache, r)
     elif name=='features': is_main() and features_stage(cache, runs/'clip'/'weights', r)
-    elif name in ('clip','vae','vocoder'): dict(clip=clip_stage, vae=vae_stage, vocoder=vocoder_stage)[name](out/name, cache, r, cfg)
-    else: dict(base=base_stage, projection=projection_stage, temporal_adapter=temporal_stage, frame_adapter=frame_stage)[name](out/name, cache, r, cfg, runs)
+    elif name=='components': is_main() and components_stage(out/name, cache, r)
+    elif name=='pictures': is_main() and pictures_stage(cache, r)
+    elif name in ('clip','vocoder'): dict(clip=clip_stage, vocoder=vocoder_stage)[name](out/name, cache, r, cfg)
+    else: dict(base=base_stage, vae=vae_stage, projection=projection_stage, temporal_adapter=temporal_stage, frame_adapter=frame_stage)[name](out/name, cache, r, cfg, runs)
     wait_for_all()
     if is_main():
         (out/name/'done.json').write_text(json.dumps(dict(stage=name, seconds_of_last_run=round(time.time()-start,1), hardware=hardware(), config=asdict(cfg) if cfg else None), indent=1)+'\n')
@@ -392,7 +463,7 @@ def train_mini(
     out, r = Path(out), Recipe()
     if bad:=[s for s in stages if s not in STAGES]: raise FoleyError(f"stages: unknown {', '.join(bad)}; choose from {', '.join(STAGES)}")
     if max_steps is not None and max_steps<1: raise FoleyError(f'max_steps: must be at least 1, got {max_steps}')
-    if n_scenes: r = replace(r, n_scenes=n_scenes, n_feature_scenes=min(n_scenes, r.n_feature_scenes))
+    if n_scenes: r = replace(r, n_scenes=n_scenes, n_picture_scenes=min(n_scenes, r.n_picture_scenes), n_feature_scenes=min(n_scenes, r.n_feature_scenes))
     if frame_position: r = replace(r, frame_position=frame_position)
     if frame_wise is not None: r = replace(r, frame_wise=frame_wise)
     if vocoder: r = replace(r, vocoder=vocoder)
@@ -414,7 +485,7 @@ def load_parts(runs, r:Recipe)->dict:
     from smooth_foley.frame_adapter import FrameAdapter
     from smooth_foley.temporal_condition import LabelProjection
     w = lambda s: Path(runs)/s/'weights'
-    return dict(vae=AutoencoderKL.from_pretrained(w('base')/'vae'), tokenizer=CLIPTokenizer.from_pretrained(w('base')/'tokenizer'), **load_base(runs), scheduler=make_scheduler(), vocoder=SpeechT5HifiGan.from_pretrained(w('vocoder')) if r.vocoder=='hifigan' else PhaseVocoder(),
+    return dict(vae=PatchAutoencoder.from_pretrained(w('vae')), tokenizer=CLIPTokenizer.from_pretrained(w('base')/'tokenizer'), **load_base(runs), scheduler=make_scheduler(), vocoder=SpeechT5HifiGan.from_pretrained(w('vocoder')) if r.vocoder=='hifigan' else PhaseVocoder(),
         mel=MelTransform.mini(), frame_encoder=FrameEncoder.from_pretrained(w('clip')), frame_adapter=FrameAdapter.from_pretrained(w('frame_adapter')),
         label_projection=LabelProjection.from_pretrained(w('projection')), temporal_adapter=ControlNetModel.from_pretrained(w('temporal_adapter')))
 
