@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['C', 'SR', 'DURATION', 'RATE', 'SOURCES', 'LABELS', 'CONTINUOUS', 'MOVERS', 'TONAL', 'SPLITS', 'ALWAYS', 'LOOKS',
-           'FOCAL', 'Source', 'Dials', 'draw_dials', 'Motion', 'motion', 'pitch', 'gate', 'render_audio', 'project',
-           'render_frames', 'Scene', 'truth_of', 'scene']
+           'FOCAL', 'Source', 'Dials', 'draw_dials', 'Motion', 'motion', 'pitch', 'revs', 'gate', 'render_audio',
+           'project', 'render_frames', 'Scene', 'truth_of', 'scene', 'MixedScene', 'mixed_dials', 'mixed_scene']
 
 # %% ../../nbs/data/10_passby.ipynb #9058cd80
 from dataclasses import dataclass, field, replace
@@ -53,7 +53,7 @@ LABELS = tuple(SOURCES)
 CONTINUOUS = tuple(l for l,s in SOURCES.items() if s.continuous)
 MOVERS = tuple(l for l,s in SOURCES.items() if s.mover)
 TONAL = tuple(l for l,s in SOURCES.items() if s.f0 and s.mover)
-SPLITS = dict(passby=LABELS, passby_continuous=CONTINUOUS)
+SPLITS = dict(passby=LABELS, passby_continuous=CONTINUOUS, passby_mixed=LABELS)
 
 # %% ../../nbs/data/10_passby.ipynb #b3a3812d
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Dials:
     leaves:float=None          # The camera stops following at this time (s) and the source leaves the picture
     occluded:tuple=None        # (start, stop) s: something stands in front of it
     active:tuple=None          # Intervals (s, at the source) in which it sounds; None = always
-    distractors:tuple=()       # Labels of silent things in the picture
+    distractors:tuple=()       # Labels of silent things in the picture; may be the source's own
     noise:float=60.            # Ambient noise below the peak, dB
     duration:float=DURATION    # Length of the scene, s
 
@@ -130,7 +130,7 @@ def _repeated(strikes, duration):
 
 # %% ../../nbs/data/10_passby.ipynb #e41e89a1
 def draw_dials(seed:int,                # Any non-negative integer; the splits are ranges of it
-               split:str='passby',      # 'passby' (all labels) or 'passby_continuous' (the hard continuous ones)
+               split:str='passby',      # 'passby' (all labels), 'passby_continuous' (the hard continuous ones) or 'passby_mixed' (the first source of two)
                **override)->Dials:      # Any field of `Dials`
     "All that is random about a scene, except noise samples"
     if split not in SPLITS: raise FoleyError(f"split: no split named '{split}', choose one of {', '.join(SPLITS)}")
@@ -151,7 +151,9 @@ def draw_dials(seed:int,                # Any non-negative integer; the splits a
         active=_active(s, rng, hard), noise=rng.uniform(52,64))
     t0,dt = rng.uniform(1.,8.), rng.uniform(.4,1.)
     others = tuple(str(l) for l in rng.permutation([l for l in LABELS if l!=label])[:2])
-    d = replace(d, occluded=(t0,t0+dt) if u[3]<.12*p else None, distractors=others[:int(u[4]<.2*p)+int(u[5]<.08*p)])
+    bystanders = others[:int(u[4]<.2*p)+int(u[5]<.08*p)]
+    if hard and u[6]<.3: bystanders = (label, *bystanders)      # a silent one of the same kind
+    d = replace(d, occluded=(t0,t0+dt) if u[3]<.12*p else None, distractors=bystanders)
     d = _stretched(replace(d, duration=_checked_duration(override.pop('duration', DURATION))))
     return replace(d, **override)
 
@@ -213,6 +215,11 @@ def pitch(d:Dials, t_e)->np.ndarray: # Hz
     if d.label=='motorboat, speedboat acceleration': return d.f0*(1+.5/(1+np.exp(-(t_e-d.t_nearest)/1.2)))
     return np.full_like(t_e, d.f0)
 
+def revs(d: Dials, t_e) -> np.ndarray:  # In [0, 1]
+    "How fast the engine turns, within the range of its kind; one half where nothing changes"
+    low, high = {"driving motorcycle": (0.88, 1.12), "motorboat, speedboat acceleration": (1.0, 1.5)}.get(d.label, (0.5, 1.5))
+    return np.clip((pitch(d, t_e) / d.f0 - low) / (high - low), 0, 1) if d.f0 else np.full_like(t_e, 0.5)
+
 def _sustained(d, t_e, rng):
     "The sound of a continuous source at emission times `t_e`"
     ph = lambda k=1.: k*_phase(t_e, lambda t: pitch(d,t))
@@ -261,33 +268,35 @@ def render_audio(d:Dials, m:Motion, seed:int)->np.ndarray: # (163840,) float32, 
     return np.round(np.clip(x,-1,1)*32767).astype(np.int16).astype(np.float32)/32768
 
 # %% ../../nbs/data/10_passby.ipynb #181b6f8e
-# shape, centre x, y, half width, half height, colour (r,g,b in 0..1), when: '' always, '+' only sounding, '-' only silent, 'a'/'b' alternating flashes while sounding
+# shape, centre x, y, half width, half height, colour (r,g,b in 0..1), when: '' always, '+' only sounding, '-' only silent, 'r' only sounding and larger at higher revs,
+# 'a'/'b' alternating flashes while sounding
 LOOKS = {
  'police car (siren)': [('box',0,0,.5,.13,(.95,.95,.98),''),('box',0,.15,.26,.1,(.2,.25,.5),''),('ell',-.3,-.14,.1,.1,(.05,.05,.05),''),('ell',.3,-.14,.1,.1,(.05,.05,.05),''),
    ('ell',-.12,.34,.2,.14,(1,.05,.05),'a'),('ell',.12,.34,.2,.14,(.1,.3,1),'b'),('box',0,.28,.1,.03,(.3,.3,.35),'-')],
  'airplane flyby': [('ell',0,0,.5,.07,(.85,.87,.9),''),('box',.05,-.03,.1,.2,(.6,.62,.68),''),('box',-.42,.1,.05,.12,(.75,.2,.2),''),('ell',-.75,0,.3,.05,(1,1,1),'+')],
  'helicopter': [('ell',.1,0,.25,.14,(.25,.38,.2),''),('box',-.27,.03,.25,.03,(.25,.38,.2),''),('ell',-.5,.07,.04,.1,(.6,.65,.6),''),('ell',.1,.2,.5,.035,(.8,.85,.8),'+'),('box',.1,-.18,.2,.015,(.1,.1,.1),'')],
- 'railroad car, train wagon': [('box',0,0,.5,.13,(.5,.2,.12),''),('box',0,.1,.5,.02,(.35,.12,.08),''),('ell',-.35,-.15,.05,.05,(.1,.1,.1),''),('ell',-.2,-.15,.05,.05,(.1,.1,.1),''),('ell',.2,-.15,.05,.05,(.1,.1,.1),''),('ell',.35,-.15,.05,.05,(.1,.1,.1),'')],
+ 'railroad car, train wagon': [('box',0,0,.5,.13,(.5,.2,.12),''),('box',0,.1,.5,.02,(.35,.12,.08),''),('ell',-.35,-.15,.05,.05,(.1,.1,.1),''),('ell',-.2,-.15,.05,.05,(.1,.1,.1),''),('ell',.2,-.15,.05,.05,(.1,.1,.1),''),('ell',.35,-.15,.05,.05,(.1,.1,.1),''),('ell',-.28,-.19,.2,.06,(1,.85,.35),'+'),('ell',.27,-.19,.2,.06,(1,.85,.35),'+')],
  'train horning': [('box',0,0,.5,.15,(.12,.14,.2),''),('box',.3,.08,.2,.2,(.95,.75,.1),''),('ell',-.3,-.17,.07,.07,(.05,.05,.05),''),('ell',.1,-.17,.07,.07,(.05,.05,.05),''),('ell',-.1,.42,.28,.2,(1,1,1),'+')],
- 'driving motorcycle': [('ell',-.3,-.15,.18,.18,(.06,.06,.06),''),('ell',.3,-.15,.18,.18,(.06,.06,.06),''),('box',0,0,.28,.08,(.8,.1,.1),''),('ell',-.03,.25,.1,.2,(.2,.2,.3),''),('ell',-.65,-.12,.22,.13,(.75,.8,1),'+'),('ell',.45,.08,.1,.08,(1,1,.6),'+')],
- 'car passing by': [('box',0,0,.5,.11,(.1,.5,.3),''),('box',-.05,.14,.27,.1,(.5,.7,.7),''),('ell',-.3,-.12,.09,.09,(.05,.05,.05),''),('ell',.3,-.12,.09,.09,(.05,.05,.05),'')],
+ 'driving motorcycle': [('ell',-.3,-.15,.18,.18,(.06,.06,.06),''),('ell',.3,-.15,.18,.18,(.06,.06,.06),''),('box',0,0,.28,.08,(.8,.1,.1),''),('ell',-.03,.25,.1,.2,(.2,.2,.3),''),('ell',-.65,-.12,.26,.18,(.75,.8,1),'r'),('ell',.45,.08,.1,.08,(1,1,.6),'+')],
+ 'car passing by': [('box',0,0,.5,.11,(.1,.5,.3),''),('box',-.05,.14,.27,.1,(.5,.7,.7),''),('ell',-.3,-.12,.09,.09,(.05,.05,.05),''),('ell',.3,-.12,.09,.09,(.05,.05,.05),''),('ell',.54,-.02,.1,.07,(1,1,.7),'+'),('ell',-.64,-.06,.15,.09,(.82,.82,.88),'+')],
  'race car, auto racing': [('box',0,-.02,.5,.06,(1,.5,.05),''),('ell',.05,.04,.2,.09,(1,.5,.05),''),('box',-.45,.12,.04,.12,(.1,.1,.1),''),('ell',-.32,-.06,.11,.11,(.05,.05,.05),''),('ell',.32,-.06,.11,.11,(.05,.05,.05),''),('ell',-.62,-.02,.12,.05,(1,.9,.3),'+')],
- 'motorboat, speedboat acceleration': [('box',0,-.02,.45,.1,(.97,.97,.9),''),('box',.05,.12,.15,.07,(.15,.25,.6),''),('ell',0,-.16,.7,.08,(.1,.3,.5),''),('ell',-.65,-.05,.28,.17,(.95,1,1),'+')],
+ 'motorboat, speedboat acceleration': [('box',0,-.02,.45,.1,(.97,.97,.9),''),('box',.05,.12,.15,.07,(.15,.25,.6),''),('ell',0,-.16,.7,.08,(.1,.3,.5),''),('ell',-.68,-.05,.32,.22,(.95,1,1),'r')],
  'civil defense siren': [('box',0,-.3,.05,.5,(.4,.4,.42),''),('box',0,.25,.3,.13,(.9,.85,.2),''),('ell',-.38,.25,.12,.2,(.7,.65,.15),''),('ell',.38,.25,.12,.2,(.7,.65,.15),''),('ell',0,.52,.22,.2,(1,.45,0),'a'),('ell',0,.48,.12,.1,(1,.6,.2),'b')],
  'dog barking': [('ell',-.1,-.05,.36,.2,(.5,.32,.15),''),('ell',.33,.2,.17,.16,(.55,.36,.18),''),('box',-.3,-.3,.04,.14,(.4,.25,.1),''),('box',.1,-.3,.04,.14,(.4,.25,.1),''),('ell',.25,.36,.05,.1,(.3,.18,.08),''),('ell',.52,.14,.14,.13,(.9,.1,.15),'+'),('box',.5,.18,.08,.04,(.5,.32,.15),'-')],
- 'hammering nails': [('box',0,-.45,.5,.08,(.75,.6,.35),''),('box',-.25,.3,.3,.04,(.6,.4,.2),'-'),('box',.1,.32,.08,.2,(.35,.36,.4),'-'),('box',-.25,-.15,.3,.04,(.6,.4,.2),'+'),('box',.1,-.2,.08,.2,(.35,.36,.4),'+'),('ell',.12,-.36,.25,.14,(1,.95,.4),'+')],
+ 'hammering nails': [('box',0,-.45,.5,.08,(.75,.6,.35),''),('box',-.25,.3,.3,.04,(.6,.4,.2),'-'),('box',.1,.32,.08,.2,(.35,.36,.4),'-'),('box',-.25,-.15,.3,.04,(.6,.4,.2),'+'),('box',.1,-.2,.08,.2,(.35,.36,.4),'+'),('ell',.12,-.36,.4,.22,(1,.95,.4),'+')],
  'church bell ringing': [('box',0,.5,.6,.06,(.35,.25,.2),''),('ell',0,.2,.22,.26,(.85,.62,.15),'-'),('box',0,-.08,.3,.07,(.75,.5,.1),'-'),('ell',.2,.2,.24,.26,(1,.8,.25),'+'),('box',.3,-.05,.3,.08,(.95,.7,.2),'+'),('ell',-.05,-.2,.1,.1,(.3,.2,.1),'+')],
  'playing bass drum': [('ell',0,0,.5,.5,(.65,.08,.12),''),('ell',0,0,.4,.4,(.9,.88,.8),'-'),('ell',0,0,.42,.42,(1,1,1),'+'),('ell',.05,0,.16,.16,(.45,.3,.15),'+'),('box',.4,.45,.16,.04,(.5,.35,.2),'-')],
 }
 
 # %% ../../nbs/data/10_passby.ipynb #4317e54d
-def _paint(img, xy, look, u, v, px, blur, on, t, flip):
-    "Paint one look, centred at (u, v) px and `px` px wide, onto frames `img` (T, s, s, 3); `on` (T,) in [0, 1]"
+def _paint(img, xy, look, u, v, px, blur, on, t, flip, revs=0.5):
+    "Paint one look, centred at (u, v) px and `px` px wide, onto frames `img` (T, s, s, 3); `on`, `revs` (T,) in [0, 1]"
     x, y = (xy[0]-u[:,None,None])*flip, v[:,None,None]-xy[1]
     flash = ((t*3.7)%1<.5).astype(np.float32)
-    when = {'':np.ones_like(on), '+':on, '-':1-on, 'a':on*flash, 'b':on*(1-flash)}
+    when = {'':np.ones_like(on), '+':on, '-':1-on, 'r':on, 'a':on*flash, 'b':on*(1-flash)}
     for shape,cx,cy,hw,hh,colour,w in look:
-        a, b = (np.maximum(h*px, .35)[:,None,None] for h in (hw,hh))
+        grown = px*(.4+1.2*revs) if w=='r' else px
+        a, b = (np.maximum(h*grown, .35)[:,None,None] for h in (hw,hh))
         dx, dy = np.abs(x-(cx*px)[:,None,None]), np.abs(y-(cy*px)[:,None,None])
         inside = np.minimum(a-dx, b-dy) if shape=='box' else (1-np.sqrt((dx/a)**2+(dy/b)**2))*np.minimum(a,b)
         cover = np.clip(inside/(1+blur)+.5, 0, 1)*when[w][:,None,None]/(1+.4*blur)
@@ -307,35 +316,72 @@ def _background(rng, size, yaw):
 # %% ../../nbs/data/10_passby.ipynb #1eb2b92c
 FOCAL = .9   # Focal length in picture widths: 58 degrees of view
 
-def project(d:Dials, m:Motion, t)->tuple: # u, v in picture widths from the centre, distance m, yaw rad
-    "Pinhole projection at camera times `t` (light needs no time)"
+def project(d:Dials, m:Motion, t, yaw=None)->tuple: # u, v in picture widths from the centre, distance m, yaw rad
+    "Pinhole projection at camera times `t` (light needs no time), by the camera that follows the source or by one of the given `yaw`"
     x, y, z = (m.at(t, m.pos[:,i]) for i in range(3))
     az = np.arctan2(x, z); flat = np.hypot(x,z); el = np.arctan2(y, flat)
-    hold = np.minimum(t, d.leaves) if d.leaves is not None else t
-    yaw = d.tracking*np.interp(hold, t, az)
-    if d.leaves is not None: yaw = yaw-d.heading*np.clip(t-d.leaves,0,1)*.9      # the camera turns away
+    if yaw is None:
+        hold = np.minimum(t, d.leaves) if d.leaves is not None else t
+        yaw = d.tracking*np.interp(hold, t, az)
+        if d.leaves is not None: yaw = yaw-d.heading*np.clip(t-d.leaves,0,1)*.9      # the camera turns away
     return FOCAL*np.tan(np.clip(az-yaw,-1.3,1.3)), FOCAL*np.tan(el*(1-d.tracking))+.02, np.sqrt(flat**2+y**2), yaw
 
-def render_frames(d:Dials, m:Motion, seed:int, times, size:int=64)->np.ndarray: # (T, size, size, 3) uint8
-    "What the camera sees at `times` (s)"
-    rng = np.random.default_rng([int(seed), 3])
-    t = np.asarray(times, np.float64)
-    u, v, r, yaw = project(d, m, t)
-    img = _background(rng, size, yaw)
-    g = np.arange(size, dtype=np.float32)+.5; xy = g[None,None,:], g[None,:,None]
-    f32 = lambda a: np.asarray(a, np.float32)
-    for other in d.distractors:   # silent things standing around, at rest in the world
-        px = rng.uniform(.12,.3)*size; az = rng.uniform(-.6,.6)
-        _paint(img, xy, LOOKS[other], f32(size*(.5+FOCAL*np.tan(np.clip(az-yaw,-1.3,1.3)))), f32(np.full_like(t,size*rng.uniform(.6,.8))), f32(np.full_like(t,px)), 0., np.zeros_like(img[:,0,0,0]), t, 1)
-    on = f32(np.clip(gate(d.active, t, .01),0,1))
-    px = f32(np.clip(FOCAL*size*SOURCES[d.label].size/r*d.shrink, .8, size*.8))
-    U, V = f32(size*(.5+u)), f32(size*(.5-v))
-    _paint(img, xy, LOOKS[d.label], U, V, px, d.blur, on, t, d.heading if SOURCES[d.label].mover else 1)
-    if d.occluded:   # a wall slides in front
-        a, b = d.occluded; near = (t>=a)&(t<=b)
-        _paint(img, xy, [('box',0,0,.5,1.4,(.3,.27,.25),'')], np.where(near,U,-9*size).astype(np.float32), f32(np.full_like(t,size*.5)), np.maximum(px*1.6,.3*size), 0., on, t, 1)
-    img += rng.standard_normal(img.shape[1:], dtype=np.float32)*.012
-    return (np.clip(img,0,1)*255+.5).astype(np.uint8)
+def _f32(x):
+    return np.asarray(x, np.float32)
+
+def _grid(size):
+    "Pixel centres of a row and of a column"
+    centre = np.arange(size, dtype=np.float32) + 0.5
+    return centre[None, None, :], centre[None, :, None]
+
+def _paint_bystanders(img, d, yaw, t, rng):
+    "Silent things at rest in the world"
+    size = img.shape[1]
+    for label in d.distractors:
+        px, azimuth = rng.uniform(0.12, 0.3) * size, rng.uniform(-0.6, 0.6)
+        u = size * (0.5 + FOCAL * np.tan(np.clip(azimuth - yaw, -1.3, 1.3)))
+        v = np.full_like(t, size * rng.uniform(0.6, 0.8))
+        silent = np.zeros(len(t), np.float32)
+        _paint(img, _grid(size), LOOKS[label], _f32(u), _f32(v), _f32(np.full_like(t, px)), 0.0, silent, t, 1)
+
+def _paint_source(img, d, m, t, yaw=None):
+    "The source of `d`, and the wall that hides it; `yaw` of another source's camera, rad"
+    size, source = img.shape[1], SOURCES[d.label]
+    u, v, r, _ = project(d, m, t, yaw)
+    on = _f32(np.clip(gate(d.active, t, 0.01), 0, 1))
+    px = _f32(np.clip(FOCAL * size * source.size / r * d.shrink, 0.8, size * 0.8))
+    x, y = _f32(size * (0.5 + u)), _f32(size * (0.5 - v))
+    flip = d.heading if source.mover else 1
+    _paint(img, _grid(size), LOOKS[d.label], x, y, px, d.blur * size / 64, on, t, flip, _f32(revs(d, t)))
+    if d.occluded:
+        start, stop = d.occluded
+        wall = _f32(np.where((t >= start) & (t <= stop), x, -9 * size))
+        middle, width = _f32(np.full_like(t, size * 0.5)), np.maximum(px * 1.6, 0.3 * size)
+        _paint(img, _grid(size), [("box", 0, 0, 0.5, 1.4, (0.3, 0.27, 0.25), "")], wall, middle, width, 0.0, on, t, 1)
+
+def _developed(img, rng, supersample=1):
+    "Camera noise, smaller pixels averaged, 8 bits"
+    if supersample > 1:
+        n, side = len(img), img.shape[1] // supersample
+        img = img.reshape(n, side, supersample, side, supersample, 3).mean((2, 4))
+    img = img + rng.standard_normal(img.shape[1:], dtype=np.float32) * 0.012
+    return (np.clip(img, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+def render_frames(
+    d: Dials,
+    m: Motion,
+    seed: int,
+    times,  # Of the frames, s
+    size: int = 64,  # Width and height, px
+    supersample: int = 1,  # Render at this multiple of `size` and average
+) -> np.ndarray:  # (T, size, size, 3) uint8
+    "What the camera sees"
+    rng, t = np.random.default_rng([int(seed), 3]), np.asarray(times, np.float64)
+    yaw = project(d, m, t)[3]
+    img = _background(rng, size * supersample, yaw)
+    _paint_bystanders(img, d, yaw, t, rng)
+    _paint_source(img, d, m, t)
+    return _developed(img, rng, supersample)
 
 # %% ../../nbs/data/10_passby.ipynb #4d3cdc53
 @dataclass
@@ -356,20 +402,20 @@ class Scene:
         on = np.r_[0, self.truth['sounding'].astype(int), 0]; e = np.diff(on)
         return [(float(a)/RATE, float(b)/RATE) for a,b in zip(np.where(e==1)[0], np.where(e==-1)[0])]
 
-def truth_of(d:Dials, m:Motion, size:int=64)->dict:
+def truth_of(d:Dials, m:Motion, size:int=64, yaw=None)->dict:
     "The timeline: what is heard (`sounding`, `doppler`, `f0`) and seen (the rest) at each hundredth of a second"
     t = np.arange(int(d.duration*RATE))/RATE
-    t_e = m.emitted(t); u, v, r, _ = project(d, m, t)
+    t_e = m.emitted(t); u, v, r, _ = project(d, m, t, None if yaw is None else np.interp(t, *yaw))
     vr = np.gradient(m.r, m.t_e)
     hidden = (t>=d.occluded[0])&(t<=d.occluded[1]) if d.occluded else np.zeros_like(t,bool)
     sounding = gate(d.active, t_e, .02)>.3
     tonal = d.label in TONAL or d.label=='civil defense siren'
     doppler = m.at(t_e, 1/(1+vr/C))
     return dict(t=t, sounding=sounding, emitting=gate(d.active, t, .01)>.5, width=size*FOCAL*SOURCES[d.label].size/r*d.shrink, visible=(np.abs(u)<.5)&(np.abs(v)<.5)&~hidden, u=size*(.5+u), v=size*(.5-v), distance=r, radial_speed=m.at(t, vr),
-                doppler=doppler, f0=np.where(sounding, pitch(d,t_e)*doppler, np.nan) if tonal else np.full_like(t,np.nan))
+                level=np.where(sounding, -20*np.log10(m.at(t_e, m.r)), np.nan), doppler=doppler, f0=np.where(sounding, pitch(d,t_e)*doppler, np.nan) if tonal else np.full_like(t,np.nan))
 
 def scene(seed:int,              # Which scene; train [0,1e6), val [1e6,2e6), test [2e6,3e6), judges [3e6,4e6)
-          split:str='passby',    # 'passby' or 'passby_continuous'
+          split:str='passby',    # 'passby', 'passby_continuous' or 'passby_mixed'
           fps:float=15.,         # Frames per second of the picture
           size:int=64,           # Width and height, px
           frames:bool=True,      # Render the picture?
@@ -378,8 +424,84 @@ def scene(seed:int,              # Which scene; train [0,1e6), val [1e6,2e6), te
     "Render scene number `seed`; the same seed gives the same bytes everywhere"
     if not fps>0: raise FoleyError(f'fps: must be positive, got {fps}')
     if size<8: raise FoleyError(f'size: at least 8 px are needed, got {size}')
+    if split=='passby_mixed': return mixed_scene(seed, fps, size, frames, audio, **dials)
     d = draw_dials(seed, split, **dials); m = motion(d)
     s = Scene(int(seed), d.label, d, np.arange(int(d.duration*fps))/fps, truth=truth_of(d,m,size), duration=d.duration)
     if frames: s.frames = render_frames(d, m, seed, s.times, size)
     if audio: s.audio = render_audio(d, m, seed)
     return s
+
+# %% ../../nbs/data/10_passby.ipynb #b8d2f002
+@dataclass
+class MixedScene(Scene):
+    "Two sources in one picture"
+
+    truths: dict = field(default_factory=dict)  # Label -> timeline, as `truth`
+    stems: dict = field(default_factory=dict)  # Label -> its sound alone, as loud as in the mix, `(n,)` float32
+
+
+def mixed_dials(seed: int, **override) -> tuple:  # `Dials` of the first and of the second source
+    "Two different labels, nearly in the same place at the same time"
+    rng = np.random.default_rng([int(seed), 4])
+    label = override.pop("label", None) or draw_dials(seed, **override).label
+    second = str(rng.choice([other for other in LABELS if other != label]))
+    first = draw_dials(seed, _split_of(label), label=label, distractors=(), leaves=None, **override)
+    passing = np.clip(first.t_nearest + rng.uniform(-1.5, 1.5), 0.2 * first.duration, 0.8 * first.duration)
+    alike = dict(distractors=(), leaves=None, occluded=None, tracking=first.tracking, duration=first.duration)
+    number = int(rng.integers(2**31))
+    return first, draw_dials(number, _split_of(second), label=second, t_nearest=float(passing), **alike)
+
+
+def _split_of(label):
+    return "passby_continuous" if SOURCES[label].continuous else "passby"
+
+# %% ../../nbs/data/10_passby.ipynb #b8d2f003
+def _stems(dials, paths, seed):
+    "Sounds of both sources without ambient noise; the louder peak of their sum is .7"
+    rng = np.random.default_rng([int(seed), 5])
+    alone = [render_audio(replace(d, noise=np.inf), m, seed + k) for k, (d, m) in enumerate(zip(dials, paths))]
+    alone[1] = alone[1] * 10 ** (rng.uniform(-6, 0) / 20)
+    peak = np.abs(alone[0] + alone[1]).max()
+    return [np.float32(0.7 / max(peak, 1e-9)) * x for x in alone]
+
+
+def mixed_scene(
+    seed: int,  # Which scene
+    fps: float = 15.0,  # Frames per second of the picture
+    size: int = 64,  # Width and height, px
+    frames: bool = True,  # Render the picture?
+    audio: bool = True,  # Render the sound?
+    **dials,  # Override any field of the first source's `Dials`
+) -> MixedScene:
+    "Render scene number `seed` of `passby_mixed`"
+    both = mixed_dials(seed, **dials)
+    first, paths = both[0], [motion(d) for d in both]
+    clock = np.arange(int(first.duration * RATE)) / RATE
+    yaw = clock, project(first, paths[0], clock)[3]
+    truths = {d.label: truth_of(d, m, size, yaw) for d, m in zip(both, paths)}
+    times = np.arange(int(first.duration * fps)) / fps
+    s = MixedScene(int(seed), first.label, first, times, truth=truths[first.label], duration=first.duration, truths=truths)
+    if frames:
+        s.frames = _mixed_frames(both, paths, seed, times, size)
+    if audio:
+        stems = _stems(both, paths, int(seed))
+        s.stems = {d.label: x for d, x in zip(both, stems)}
+        s.audio = _with_ambience(stems[0] + stems[1], first, seed)
+    return s
+
+
+def _mixed_frames(both, paths, seed, times, size):
+    "The second source behind the first, seen by the first one's camera"
+    rng, t = np.random.default_rng([int(seed), 3]), np.asarray(times, np.float64)
+    yaw = project(both[0], paths[0], t)[3]
+    img = _background(rng, size, yaw)
+    for d, m in zip(both[::-1], paths[::-1]):
+        _paint_source(img, d, m, t, yaw)
+    return _developed(img, rng)
+
+
+def _with_ambience(x, d, seed):
+    "Ambient noise `d.noise` dB below the peak, 16 bits"
+    rng, t = np.random.default_rng([int(seed), 6]), np.arange(len(x)) / SR
+    x = x + 10 ** (-d.noise / 20) * _noise(rng, t, 30, 7500, -0.5)
+    return np.round(np.clip(x, -1, 1) * 32767).astype(np.int16).astype(np.float32) / 32768

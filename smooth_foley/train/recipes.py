@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'PICTURE_CAPTIONS', 'CHUNK', 'STAGES', 'Recipe', 'sound_captions', 'picture_truth', 'is_main',
-           'wait_for_all', 'save', 'scene_of', 'cache_arrays', 'render_chunk', 'picture_arrays', 'picture_chunk',
-           'pictures_stage', 'scenes_stage', 'ClipStage', 'make_mini_clip', 'clip_stage', 'VaeStage', 'mel_rows',
-           'components_stage', 'vae_stage', 'VocoderStage', 'vocoder_stage', 'caption_ids', 'noise_levels',
-           'DiffusionStage', 'latents_cache', 'base_rows', 'base_stage', 'feature_arrays', 'encode_chunk',
-           'features_stage', 'ProjectionStage', 'projection_stage', 'TemporalStage', 'FrameStage', 'load_base',
-           'temporal_stage', 'frame_stage', 'run_stage', 'train_mini', 'load_parts', 'assemble', 'plot_training',
-           'read_log', 'plot_loss_difference']
+           'wait_for_all', 'save', 'scene_of', 'cache_arrays', 'render_chunk', 'picture_arrays', 'picture_moments',
+           'compressed', 'picture_of', 'picture_chunk', 'pictures_stage', 'scenes_stage', 'ClipStage', 'make_mini_clip',
+           'clip_stage', 'VaeStage', 'mel_rows', 'components_stage', 'vae_stage', 'VocoderStage', 'vocoder_stage',
+           'caption_ids', 'noise_levels', 'DiffusionStage', 'latents_cache', 'base_rows', 'base_stage',
+           'feature_arrays', 'encode_chunk', 'features_stage', 'ProjectionStage', 'projection_stage', 'TemporalStage',
+           'FrameStage', 'load_base', 'temporal_stage', 'frame_stage', 'run_stage', 'train_mini', 'load_parts',
+           'assemble', 'plot_training', 'read_log', 'plot_loss_difference']
 
 # %% ../../nbs/train/22_recipes.ipynb #cd2d9376
-import json, os, shutil, time
+import io, json, os, shutil, time
 from dataclasses import dataclass, field, asdict, replace
 from functools import partial
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
+import av, numpy as np, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import FoleyError, atomic_path, die_with_parent, progress
 from ..data import passby
+from ..media import clip_resize
 from ..mel import MelTransform
 from ..clip import FrameEncoder, build_tokenizer, mini_clip_cfg
 from ..vocoder import PhaseVocoder, make_vocoder, strip_weight_norm
@@ -69,18 +70,21 @@ def sound_captions(label:str, dials)->tuple: # of texts
     if not hi: return (label,)
     return (label, f"{'low' if dials.f0<(lo+hi)/2 else 'high'}-pitched {label}")
 
-PLACES = ('something far away','something close','something on the left','something on the right','nothing to see')
+PLACES = ('something far away','something close','something on the left','something on the right','nothing to see','something tiny','something huge')
 PICTURE_CAPTIONS = passby.LABELS + tuple(f'silent {l}' for l in passby.LABELS) + PLACES
 
-def picture_truth(s:passby.Scene, k:int)->tuple: # true, known: `(33,)` bool each
+def picture_truth(s:passby.Scene, k:int)->tuple: # true, known: `(35,)` bool each
     "Which picture captions hold at index `k` of the scene's timeline"
     t, n = {a:b[k] for a,b in s.truth.items()}, len(passby.LABELS)
     true, known = np.zeros(len(PICTURE_CAPTIONS),bool), np.ones(len(PICTURE_CAPTIONS),bool)
     i, size = passby.LABELS.index(s.label), s.frames.shape[1]
+    alike = s.label in s.dials.distractors          # a silent one of the same kind stands around
     for o in s.dials.distractors: known[[passby.LABELS.index(o), n+passby.LABELS.index(o)]] = False
     if t['visible']:
-        true[i], true[n+i] = True, not t['emitting']
+        true[i], true[n+i], known[i] = True, not t['emitting'], True
+        known[n+i] = not (alike and t['emitting'])
         true[2*n:2*n+4] = t['width']<.08*size, t['width']>.22*size, t['u']<.38*size, t['u']>.62*size
+        true[2*n+5:] = t['width']<.03*size, t['width']>.45*size
     else: true[2*n+4] = not s.dials.distractors
     return true, known
 
@@ -161,16 +165,59 @@ def picture_arrays(folder, r: Recipe, mode="r") -> dict:
     )
     return _open_arrays(folder, spec, mode)
 
+def picture_moments(
+    emitting,  # Does the source sound, 100 Hz, `(m,)` bool
+    n: int,  # How many
+    rng,
+) -> np.ndarray:  # Indices of the timeline, `(n,)`, rising
+    "Half anywhere, half while the source sounds: a strike fills a fifth of a scene or less"
+    loud = np.flatnonzero(emitting)
+    pool = loud if len(loud) >= n else np.arange(len(emitting))
+    some = rng.choice(pool, n // 2, replace=False)
+    return np.sort(np.r_[some, rng.choice(len(emitting), n - n // 2, replace=False)])
+
+def compressed(
+    frames: np.ndarray,  # RGB, `(T, H, W, 3)` uint8
+    crf: int,  # x264's constant rate factor: 18 is hardly visible, 40 is poor
+) -> np.ndarray:  # Same shape
+    "Frames after H.264 and back"
+    stream, out = io.BytesIO(), []
+    with av.open(stream, "w", format="mp4") as file:
+        video = file.add_stream("libx264", rate=15, options=dict(crf=str(crf), preset="veryfast", threads="1"))
+        video.height, video.width, video.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for f in frames:
+            file.mux(video.encode(av.VideoFrame.from_ndarray(f, format="rgb24")))
+        file.mux(video.encode())
+    stream.seek(0)
+    with av.open(stream) as file:
+        out = [f.to_ndarray(format="rgb24") for f in file.decode(video=0)]
+    return np.stack(out)
+
+def picture_of(
+    scene: passby.Scene,
+    times,  # s, `(T,)`
+    rng,
+) -> np.ndarray:  # `(T, 64, 64, 3)` uint8
+    "A scene at some moments, drawn small and sharp, smooth, or large, compressed and shrunk as CLIP shrinks a video"
+    d, path = scene.dials, passby.motion(scene.dials)
+    style = rng.integers(3)
+    if style == 0:
+        return passby.render_frames(d, path, scene.seed, times)
+    if style == 1:
+        return passby.render_frames(d, path, scene.seed, times, supersample=int(rng.integers(2, 4)))
+    size = int(rng.choice([96, 128, 192, 256]))
+    large = compressed(passby.render_frames(d, path, scene.seed, times, size), int(rng.integers(20, 36)))
+    return np.stack([clip_resize(f, 64) for f in large])
+
 def picture_chunk(j: int, folder, r: Recipe):
     "Render the pictures of scenes `j*CHUNK ...`"
     torch.set_num_threads(1)
     arrays = picture_arrays(folder, r, "w")
     for i in range(j * CHUNK, min((j + 1) * CHUNK, r.n_picture_scenes)):
+        rng = np.random.default_rng([r.first_seed + i, 9])
         scene = scene_of(i, r, frames=False, audio=False)
-        moments = np.sort(np.random.default_rng([r.first_seed + i, 9]).choice(1000, r.n_pictures, replace=False))
-        path = passby.motion(scene.dials)
-        scene.frames = passby.render_frames(scene.dials, path, scene.seed, moments / passby.RATE)
-        arrays["pictures"][i] = scene.frames
+        moments = picture_moments(scene.truth["emitting"], r.n_pictures, rng)
+        arrays["pictures"][i] = scene.frames = picture_of(scene, moments / passby.RATE, rng)
         for q, k in enumerate(moments):
             arrays["true"][i, q], arrays["known"][i, q] = picture_truth(scene, k)
     for v in arrays.values():
