@@ -13,8 +13,9 @@ from smooth_foley.data.passby import C, DURATION, LABELS, MOVERS, SOURCES, draw_
 HASHES = {
     'passby 0': ['race car, auto racing', '78a81d35699fccdd', '652b895c1b480434'],
     'passby 1000000': ['police car (siren)', 'bcb808a6a9a815db', '50a366ea1d60ceca'],
-    'passby_continuous 2000001': ['airplane flyby', '9374f6409361801d', '0ed7284361c224b0'],
-    'passby_continuous 3000001': ['train horning', '3fccc339166edde5', '0c9899498c0fe4d9'],
+    'passby_continuous 2000001': ['airplane flyby', 'd029675e45abef22', '5b5168aa271e29dc'],
+    'passby_continuous 3000001': ['train horning', '9414d0a05222e9d2', 'ea8f497c81ec46c1'],
+    'passby_mixed 2000002': ['motorboat, speedboat acceleration', '90992414f3782f84', '95caa897415ba5ad'],
 }
 
 
@@ -24,7 +25,7 @@ def fingerprint(seed, split):
     return [s.label, *(hashlib.sha256(a.tobytes()).hexdigest()[:16] for a in (s.frames, pcm))]
 
 
-SHOWN = [(0, 'passby'), (1_000_000, 'passby'), (2_000_001, 'passby_continuous'), (3_000_001, 'passby_continuous')]
+SHOWN = [(0, 'passby'), (1_000_000, 'passby'), (2_000_001, 'passby_continuous'), (3_000_001, 'passby_continuous'), (2_000_002, 'passby_mixed')]
 
 
 @pytest.mark.parametrize('seed,split', SHOWN)
@@ -118,9 +119,44 @@ def test_splits_hold_their_labels():
     assert {draw_dials(i, 'passby_continuous').label for i in range(300)} == set(passby.CONTINUOUS)
 
 
+def test_continuous_scenes_fail_the_trivial_answer():
+    "A condition that is always on scores at most .80 (F1)"
+    share = np.mean([truth_of(d, motion(d))['sounding'].mean() for d in (draw_dials(2_000_000+i, 'passby_continuous') for i in range(200))])
+    assert 2*share/(1+share) <= .80
+
+
+def test_any_duration():
+    s = scene(12, duration=31.5)
+    assert len(s.audio) == int(31.5*16000) and len(s.frames) == 472 and s.truth['t'][-1] == pytest.approx(31.49)
+    assert s.truth['sounding'].any() and s.duration == 31.5
+    assert scene(12, duration=DURATION).dials == scene(12).dials
+
+
+def test_level_is_the_distance_at_emission():
+    d = draw_dials(77, label='airplane flyby')
+    m = motion(d)
+    truth = truth_of(d, m)
+    on = truth['sounding']
+    te = m.emitted(truth['t'])
+    x = d.heading*d.speed*(te-d.t_nearest)
+    r = np.sqrt((x*np.cos(d.depth))**2 + d.height**2 + (d.nearest+x*np.sin(d.depth))**2)
+    assert np.allclose(truth['level'][on], -20*np.log10(r[on]), atol=.01) and np.isnan(truth['level'][~on]).all()
+
+
+@pytest.mark.parametrize('seed', [5, 6, 7])
+def test_two_sources_add_up(seed):
+    s = scene(seed, 'passby_mixed')
+    assert len(s.stems) == len(s.truths) == 2 and s.label in s.stems and s.truth is s.truths[s.label]
+    mix = sum(s.stems.values())
+    assert np.abs(mix).max() == pytest.approx(.7, abs=1e-3)
+    assert np.abs(s.audio-mix).max() < 10**(-40/20)
+    assert all(np.abs(x).max() > .01 for k, x in s.stems.items() if s.truths[k]['sounding'].any())
+
+
 @pytest.mark.parametrize('call,word', [
     (lambda: scene(-1), 'seed'), (lambda: scene(1.5), 'seed'), (lambda: scene(0, 'train'), 'split'), (lambda: scene(0, fps=0), 'fps'),
-    (lambda: scene(0, size=4), 'size'), (lambda: scene(0, label='dog bark'), 'dog barking'), (lambda: scene(0, colour=3), 'dials')])
+    (lambda: scene(0, size=4), 'size'), (lambda: scene(0, label='dog bark'), 'dog barking'), (lambda: scene(0, colour=3), 'dials'),
+    (lambda: scene(0, duration=0), 'duration'), (lambda: scene(0, label=''), 'source')])
 def test_bad_arguments_are_named(call, word):
     with pytest.raises(FoleyError, match=word) as e: call()
     assert '\n' not in str(e.value)
