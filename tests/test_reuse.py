@@ -53,7 +53,7 @@ def differ(a, b): return float((a-b).abs().max()/b.abs().max())
 
 
 @pytest.mark.parametrize("k", [1, 4])
-@pytest.mark.parametrize("frame_position", ["none", "window"])
+@pytest.mark.parametrize("frame_position", ["none", "window", "residual"])
 @pytest.mark.parametrize("pieces", [(p,) for p in PIECES]+[PIECES, ()], ids="+".join)
 def test_every_piece_is_equal(nets, given, k, frame_position, pieces):
     unet, ctrl = nets
@@ -70,9 +70,10 @@ def test_every_piece_is_equal(nets, given, k, frame_position, pieces):
         assert differ(plain(nets, **{**given, "tokens": 0*given["tokens"]}), plain(nets, **given)) > 1e-2      # the frames do matter
 
 
-def test_the_window_is_used_and_kept(nets, given):
+@pytest.mark.parametrize("frame_position", ["window", "residual"])
+def test_the_window_is_used_and_kept(nets, given, frame_position):
     unet, ctrl = nets
-    adapter, outs = adapter_for(unet, 2, frame_position="window", frame_window=.2), []
+    adapter, outs = adapter_for(unet, 2, frame_position=frame_position, frame_window=[.2, 1.]), []
     with adapter.installed(unet):
         for times in (torch.linspace(0, 5, T), torch.linspace(5, 0, T)):
             adapter.look(unet, times.repeat(B, 1), 5.12, (8, 32))
@@ -98,6 +99,18 @@ def test_constant_layers_run_once(nets, given):
     for h in hooks: h.remove()
     assert all(len(rows[m]) == 1 for m in once)
     assert all(len(rows[a.to_out[0]]) == 5 for a in cross)
+
+
+def test_column_features_are_made_once(nets, given):
+    unet, ctrl = nets
+    adapter = adapter_for(unet, frame_position="residual")
+    rows, hooks = count([adapter.residual.proj, *adapter.residual.convs])
+    with adapter.installed(unet):
+        adapter.look(unet, torch.linspace(0, 3, T).repeat(B, 1), 5.12, (8, 32))
+        with reuse(unet, ctrl, given["text"], given["tokens"], given["cond"]) as net:
+            for _ in range(3): net.predict(given["z"], given["t"])
+    for h in hooks: h.remove()
+    assert all(len(r) == 1 for r in rows.values())
 
 
 def test_equal_layers_run_on_one_half(nets, given):
@@ -128,8 +141,9 @@ def state(net): return {n: p.clone() for n, p in net.state_dict().items()}, dict
 @pytest.mark.parametrize("fails", [False, True])
 def test_everything_is_given_back(nets, given, fails):
     unet, ctrl = nets
-    adapter = adapter_for(unet)
+    adapter = adapter_for(unet, frame_position="residual")
     with adapter.installed(unet):
+        adapter.look(unet, torch.linspace(0, 3, T).repeat(B, 1), 5.12, (8, 32))
         before = [state(n) for n in nets]
         try:
             with reuse(unet, ctrl, given["text"], given["tokens"], given["cond"]) as net:
