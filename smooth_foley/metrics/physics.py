@@ -155,11 +155,11 @@ def dropouts(
     pause = pause[pause > round(100 * least)]
     return dict(per_second=float(100 * len(pause) / true.sum()), share=float(pause.sum() / true.sum()))
 
-# %% ../../nbs/metrics/45a_physics.ipynb #ecd5f82f
+# %% ../../nbs/metrics/45a_physics.ipynb #cd337b21
 def turned(
     a, b,                  # Tracks of the two sounds, `(n,)`: dB, or cents
     true_a, true_b,        # What they should be, `(n,)`; nan where there is nothing to compare
-    least:float=2.,        # Less standard deviation of the true difference: nan
+    least:float=1.,        # Less standard deviation of the true difference: nan
     min_frames:int=100,    # Fewer instants: nan, or 1/2 where the sounds are to blame
     tie:float=.05,         # Less standard deviation of the found difference: 1/2
 )->dict:                   # right (1, 1/2, 0), slope, frames
