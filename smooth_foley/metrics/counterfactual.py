@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILMS', 'FARTHER', 'STEADY', 'COLUMNS', 'films', 'outcomes', 'mover_seeds', 'generate_films', 'measure_films',
-           'summarise_films', 'films_table', 'counterfactual']
+           'summarise_films', 'films_table', 'counterfactual', 'run_command']
 
 # %% ../../nbs/metrics/46a_counterfactual.ipynb #aee4d731
 from pathlib import Path
@@ -206,3 +206,12 @@ def counterfactual(
         write_rows(out / "summary.csv", summarise_films(rows), ["split", "film", "measure", "system", "n", "value", "low", "high"])
     state.wait_for_everyone()
     return read_rows(out / "summary.csv")
+
+# %% ../../nbs/metrics/46a_counterfactual.ipynb #aea27ddb
+def run_command(args)->str: # What is to be printed
+    "`smooth-foley evaluate --counterfactual`"
+    wrong = [f"--{k}" for k in ("only", "generated", "reference", "metrics") if getattr(args, k)]
+    if wrong: raise FoleyError(f"--counterfactual: does not go with {', '.join(wrong)}; leave one of them out")
+    out, model = args.out or "evaluation", None if args.model == "mini" else args.model
+    counterfactual(args.systems or "ours,ours-clipwise", args.split or "passby_continuous", out, args.n, args.seed, args.steps, model=model, device=args.device)
+    return f"{films_table(out)}\nwritten: {out}/counterfactual/clips.csv, summary.csv" if processes().is_main_process else ""
