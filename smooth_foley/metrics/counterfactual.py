@@ -156,10 +156,11 @@ def summarise_films(
             out.append(dict(split=split, film=film, measure=m, system=system, n=len(x), **dict(zip(("value", "low", "high"), interval))))
     return out
 
-# %% ../../nbs/metrics/46a_counterfactual.ipynb #ff11dfd7
+# %% ../../nbs/metrics/46a_counterfactual.ipynb #f7a800f0
 def films_table(
     out,                 # Folder of the run
     measures=("level", "level_slope", "loudest", "pitch", "pitch_slope"),
+    names:dict={},       # System -> what the table calls it
 )->str:                  # Markdown
     "Systems down, films and measures across"
     rows, text = read_rows(Path(out) / "counterfactual" / "summary.csv"), []
@@ -169,7 +170,7 @@ def films_table(
         head = "| | " + " | ".join(f"{f}: {m.replace('_', ' ')}" for f, m in columns) + " |"
         text += [f"**{split}**", "", head, "|---" * (len(columns) + 1) + "|"]
         for system in dict.fromkeys(k[2] for k in cells):
-            text.append(f"| {system} | " + " | ".join(_cell(cells.get((f, m, system))) for f, m in columns) + " |")
+            text.append(f"| {names.get(system, system)} | " + " | ".join(_cell(cells.get((f, m, system))) for f, m in columns) + " |")
         text.append("")
     return "\n".join(text).strip()
 
