@@ -292,7 +292,8 @@ def bench(args):
 
 def evaluate(args):
     "Compare systems, or score folders of wavs"
-    from smooth_foley.metrics.evaluate import run_command
+    if args.counterfactual: from smooth_foley.metrics.counterfactual import run_command
+    else: from smooth_foley.metrics.evaluate import run_command
     if not (args.generated or args.reference): args.device = check_device(args.device)
     print(run_command(args))
 
@@ -394,13 +395,14 @@ EVALUATE = '''Compare systems on the same clips with the same noise, or score a 
 
   smooth-foley evaluate --systems ours,ours-clipwise,foleycrafter --split passby,passby_continuous --n 200 --out results/evaluate
   smooth-foley evaluate --systems ours,window=ours:frame_adapter=trained/window --split my_videos --out compared
+  smooth-foley evaluate --counterfactual --systems ours,ours-clipwise,truth-vae --n 60 --out results/evaluate
   smooth-foley evaluate --generated mine/ --reference real/ --embedder mini-judges --metrics fad,kid,kl
 
 An interrupted run goes on when the same command is given again; `accelerate launch --num_processes 2 "$(command -v smooth-foley)" evaluate ...` shares it between processes.'''
 
 def _evaluate_options(p):
     g = p.add_argument_group('generate and compare')
-    g.add_argument('--systems', metavar='S,S,...', help='BASE or NAME=BASE:key=value:...; bases: ours, ours-clipwise, foleycrafter, foleycrafter-noprompt, text, always, truth-vocoded, other; '
+    g.add_argument('--systems', metavar='S,S,...', help='BASE or NAME=BASE:key=value:...; bases: ours, ours-clipwise, foleycrafter, foleycrafter-noprompt, text, always, truth-vocoded, truth-vae, other; '
                    'keys: weights, frame_adapter, temporal_adapter, label_projection, ... (a folder), or frame_scale, temporal_scale, guidance_scale, condition, prompt, frame_wise (default: ours,ours-clipwise)')
     g.add_argument('--split', help='passby, passby_continuous, or a folder of videos with a labels.csv (name,label[,split]); comma-separated (default: passby)')
     g.add_argument('--n', type=number(1, 10**7, int), help='clips per split (default 200; a folder: all)')
@@ -408,6 +410,7 @@ def _evaluate_options(p):
     g.add_argument('--steps', type=number(1, 1000, int), help='diffusion steps')
     g.add_argument('--batch', type=number(1, 1024, int), default=4, help='clips per call (default 4)')
     g.add_argument('--only', choices=['generate', 'measure'], help='one of the two steps, e.g. measure again with other judges')
+    g.add_argument('--counterfactual', action='store_true', help='show scenes of Passby reversed, moved and at another distance, with the same noise, and count the right turns (default: 60 movers of passby_continuous)')
     g = p.add_argument_group('score folders of wavs')
     g.add_argument('--generated', metavar='FOLDER', help='sounds of some system')
     g.add_argument('--reference', metavar='FOLDER', help='real sounds, under the same file names for paired metrics')

@@ -35,6 +35,28 @@ def test_a_run_writes_what_it_promises(whole):
     assert {d['against'] for d in read_rows(whole/'differences.csv')}=={'ours'} and '**ours**' in (whole/'tables.md').read_text()
     with np.load(whole/'embeddings'/'ours.npz') as e: assert len(e['clips'])==len(e['classifier'])==3
 
+def test_physics_is_measured_for_every_system(whole):
+    rows = {(r["clip"], r["system"]): r for r in read_rows(whole/"clips.csv")}
+    going_on = [(c, s) for (c, s), r in rows.items() if r["label"] in passby.CONTINUOUS]
+    assert going_on and all((rows[k]["dropouts"] != "") == (k in going_on) for k in rows)
+    true = [r for (c, s), r in rows.items() if s == "truth" and r["level_adherence"]]
+    assert true and all(float(r["level_adherence"]) > .9 and float(r["dropouts"]) == 0 for r in true)
+    assert all(rows[r["clip"], s]["level_adherence"] for r in true for s in ("ours", "half"))
+
+def test_an_order_free_system_does_not_turn_with_the_film(tmp_path):
+    import torch
+    from smooth_foley.metrics.counterfactual import counterfactual, mover_seeds
+    from smooth_foley.pipeline import SmoothFoleyPipeline
+    torch.set_num_threads(1)
+    pipe = SmoothFoleyPipeline.from_random(labels=passby.LABELS)
+    rows = counterfactual("ours,truth-vae", out=tmp_path, n=1, steps=2, pipe=pipe, device="cpu")
+    value = {(r["system"], r["film"], r["measure"]): float(r["value"]) for r in rows}
+    assert value["ours", "reversed", "level"] == .5 and abs(value["ours", "reversed", "level_slope"]) < 1e-3
+    assert value["truth", "reversed", "level"] == value["truth", "moved", "loudest"] == 1
+    name = f"passby_continuous-{mover_seeds('passby_continuous', 1)[0]}.wav"
+    film, moved = ((tmp_path/"counterfactual"/"ours"/k/name).read_bytes() for k in ("film", "moved"))
+    assert film != moved, "another film changes nothing: the test would pass for a system that sees nothing"
+
 def test_stopped_between_clips_and_resumed_ends_with_the_same_files(whole, tmp_path):
     p = subprocess.Popen([*RUN, str(tmp_path), '--slow'], env=ENV, stderr=subprocess.DEVNULL)
     until = time.time()+300

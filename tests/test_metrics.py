@@ -10,6 +10,7 @@ from smooth_foley.core import FoleyError
 from smooth_foley.data import passby
 from smooth_foley.metrics.doppler import doppler_adherence, f0_correlation, f0_range, f0_track
 from smooth_foley.metrics.embedders import JUDGES, SoundClassifier, judge, judge_mels, judge_path, load_judge
+from smooth_foley.metrics.physics import as_heard, closest_approach, dropouts, level_adherence, level_track, same_shift, turned
 from smooth_foley.metrics.temporal import activity, bootstrap_interval, counts, frame_scores, pooled, scores, short_time_energy
 from smooth_foley.paper import tables
 
@@ -143,6 +144,62 @@ def test_cache_is_read_again(tmp_path):
     assert when == [p.stat().st_mtime_ns for p in tmp_path.iterdir()] and np.array_equal(a['mel'], b['mel'])
 
 
+# physics
+
+def passage(**dials):
+    return passby.scene(1_000_010, "passby_continuous", frames=False, label="race car, auto racing", active=((-9, 99),), **dials)
+
+
+def test_level_knows_nothing_of_gain_and_everything_of_time():
+    s = passage(t_nearest=3.0)
+    law, _ = as_heard(s.truth["distance"])
+    loud, soft, back = (level_adherence(level_track(x, s.sr), law) for x in (s.audio, .01*s.audio, s.audio[::-1]))
+    assert loud["slope"] == pytest.approx(soft["slope"], abs=1e-3) and loud["slope"] == pytest.approx(1, abs=.03)
+    assert back["correlation"] < .3
+
+
+def test_compressed_loudness_has_a_smaller_slope_but_the_same_correlation():
+    s = passage(t_nearest=3.0)
+    law, _ = as_heard(s.truth["distance"])
+    gain = np.interp(np.arange(len(s.audio))/s.sr, s.truth["t"], 10**(-.5*(np.nan_to_num(law, nan=np.nanmin(law))+30)/20))
+    r = level_adherence(level_track(s.audio*gain, s.sr), law)
+    assert r["slope"] == pytest.approx(.5, abs=.05) and r["correlation"] > .98
+
+
+@pytest.mark.parametrize("sr", [8000, 16000, 44100])
+def test_dropouts_at_any_rate(sr):
+    t = np.arange(5*sr)/sr
+    x = np.sin(2*np.pi*300*t)*~((t > 1) & (t < 1.4))
+    r = dropouts(x, sr, np.ones(500))
+    assert r["per_second"] == pytest.approx(.2) and r["share"] == pytest.approx(.08, abs=.006)
+    silent_there = np.ones(500)
+    silent_there[95:145] = 0
+    assert dropouts(x, sr, silent_there)["per_second"] == 0
+
+
+def test_closest_approach_is_asked_only_where_it_can_be_heard():
+    s = passage(t_nearest=5.0)
+    ask = lambda distance, sounding: closest_approach(s.audio, s.sr, distance, sounding)["level"]
+    r, on = s.truth["distance"], s.truth["sounding"]
+    assert ask(r, on) < .1
+    assert np.isnan(ask(np.full_like(r, 20.), on)), "nothing moves"
+    assert np.isnan(ask(r, s.truth["t"] > 5.2)), "it sounds only after it has passed"
+    assert np.isnan(ask(np.linspace(200, 20, len(r)), on)), "it is nearest when the clip ends"
+
+
+def test_a_shape_that_both_sounds_have_does_not_turn():
+    rng_ = np.random.default_rng(1)
+    true = np.linspace(0, 10, 300)
+    right = []
+    for _ in range(400):
+        own, a, b = 20*rng_.standard_normal(300), *.5*rng_.standard_normal((2, 300))
+        right.append(turned(own+a, own+b, true, true[::-1])["right"])
+    assert abs(np.mean(right)-.5) < .08, "noise turns right in half of the cases"
+    assert turned(own+.1*true, own+.1*true[::-1], true, true[::-1])["slope"] == pytest.approx(.1)
+    assert turned(-true, -true[::-1], true, true[::-1])["right"] == 0
+    assert same_shift(1, 2, 4, 3) == 0 and same_shift(2, 1, 4, 3) == 1
+
+
 # tables
 
 SYSTEMS = [s for s in tables.ROWS.values() if s]
@@ -157,7 +214,7 @@ def made_up(folder, n=12):
             for s in SYSTEMS:
                 good = s in ('ours', 'paper', 'ours-clipwise')
                 r = dict(split=split, clip=f'{split}-{i}', label=passby.TONAL[i%6], system=s, heard='x', prob=.5, right=float(s != 'foleycrafter'), kl=.1*(1+i)+(not good),
-                         clip_score=.5+.01*i, f0_adherence=.1*(s == 'ours')+.01*i)
+                         clip_score=.5+.01*i, f0_adherence=.1*(s == 'ours')+.01*i, closest_level=9. if i == 0 else .01*i)
                 rows.append({**dict.fromkeys(evaluate.COLUMNS, ''), **r, **{k: (10+i%3 if good else 5) if k.endswith('tp') else 0 if good else 5 for k in keys}})
     evaluate.write_rows(folder/'clips.csv', rows, list(rows[0]))
     evaluate.summarise(folder)
@@ -175,6 +232,23 @@ def test_tables_of_made_up_rows(tmp_path):
     assert f'{50+50*here["passby", "CLIP score", "paper"]["value"]:.3g} [' in first
 
 
+def test_one_clip_far_off_does_not_decide_the_closest_approach(tmp_path):
+    here = tables.cells(made_up(tmp_path))
+    r = here["passby", "closest approach by level (s)", "ours"]
+    assert r["value"] == pytest.approx(.065) and .01 <= r["low"] < r["value"] < r["high"] < 1
+
+
+def test_tables_show_what_has_been_measured_and_nothing_else(tmp_path):
+    folder = made_up(tmp_path)
+    text = tables.timing_table(folder, tables.PHYSICS)
+    assert "closest approach by level" in text and "level adherence" not in text and "true sound through the VAE" in text
+    with open(folder/"summary.csv", newline="") as f: kept = [r for r in csv.DictReader(f) if r["system"] != "truth-vae" and "closest" not in r["measure"]]
+    from smooth_foley.metrics.evaluate import write_rows
+    write_rows(folder/"summary.csv", kept, list(kept[0]))
+    assert tables.timing_table(folder, tables.PHYSICS) == tables.films_results(folder) == "not measured yet"
+    assert "VAE" not in tables.results_table(folder)+tables.paper_table(folder, tables.TABLE_1)+tables.timing_table(folder)
+
+
 def test_claims_follow_the_numbers(tmp_path):
     found = {(r['claim'], r['split']): r for r in tables.claims(made_up(tmp_path))}
     words = lambda part: {r['verdict'] for (c, _), r in found.items() if part in c}
@@ -188,7 +262,8 @@ def test_shipped_results_are_of_two_hundred_clips():
     folder = Path(__file__).parent.parent/'results'/'evaluate'
     counts_ = {}
     for r in csv.DictReader(open(folder/'clips.csv', newline='')): counts_[r['split'], r['system']] = counts_.get((r['split'], r['system']), 0)+1
-    assert all(counts_[split, s] >= 200 for split in tables.SPLITS.values() for s in SYSTEMS)
+    awaited = {'truth-vae'}     # newer than the shipped results
+    assert all(counts_[split, s] >= 200 for split in tables.SPLITS.values() for s in set(SYSTEMS)-awaited)
 
 
 def test_without_results_the_command_says_so_in_one_line(tmp_path):
