@@ -331,13 +331,15 @@ def predict(self:SmoothFoleyPipeline,
 
 # %% ../nbs/09_pipeline.ipynb #678c1cc7
 def guide(
-    eps:Tensor,          # Predictions, stacked: unconditional, conditional, `(2b, c, h, w)`
+    eps:Tensor,          # Predictions, stacked: unconditional, conditional, `(2b, c, h, w)`; with `frame_scale` text without frames between them
     scale:float,         # Guidance w
     rescale:float=0.,    # Share of the conditional's own spread to restore, 0 to 1
+    frame_scale:float|None=None, # Guidance w_f of the frames; None if they go with the text
 )->Tensor:               # Guided prediction, `(b, c, h, w)`
     "Classifier-free guidance, with the rescaling that keeps strong guidance from over-driving"
-    empty, full = eps.chunk(2)
-    guided = empty+scale*(full-empty)
+    empty, *text, full = eps.chunk(2 if frame_scale is None else 3)
+    guided = empty+scale*((text or [full])[0]-empty)
+    if text: guided = guided+frame_scale*(full-text[0])
     if rescale==0: return guided
     std = lambda x: x.std(dim=(1, 2, 3), keepdim=True)
     return rescale*guided*(std(full)/std(guided))+(1-rescale)*guided
@@ -354,17 +356,20 @@ def denoise(self:SmoothFoleyPipeline,
     on_step:Callable=None,      # Called as `on_step(i, t, z)` after each step; may return other latents
     latents:Tensor|None=None,   # Unit noise to begin with, `(b, c, h, w)`, instead of the generators'
     reuse:bool=None,            # Compute once what is constant over the steps; None for `pipe.reuse`
+    frame_guidance_scale:float|None=None,  # w_f; None guides frames together with the text
 )->Tensor:                      # Latents, `(b, c, h, w)`, float32
     "From noise to latents"
-    net, b, cfg = self.unet, len(generators), guidance_scale!=1
-    text, tokens, cond = (None if x is None else x.to(net.device, net.dtype) for x in (text if cfg else text[b:], tokens, cond))
+    net, b, w_f = self.unet, len(generators), frame_guidance_scale if tokens is not None else None
+    cfg = guidance_scale!=1 or w_f not in (None, 1)
+    if w_f is not None and cfg: text = torch.cat([text, text[b:]])          # negative, text alone, text with frames
+    text, tokens, cond = (None if x is None else x.to(net.device, net.dtype) for x in (text if cfg else text[-b:], tokens, cond))
     self.scheduler.set_timesteps(steps, device=net.device)
     noise = noise_like((b, *self.latent_shape), generators) if latents is None else latents.float()
     z = noise.to(net.device)*self.scheduler.init_noise_sigma
     with self._predictor(text, tokens, cond, cfg, temporal_scale, reuse) as predict:
         for i, t in enumerate(self.scheduler.timesteps):
             eps = predict(self.scheduler.scale_model_input(z, t).to(net.dtype), t).float()
-            if cfg: eps = guide(eps, guidance_scale, guidance_rescale)
+            if cfg: eps = guide(eps, guidance_scale, guidance_rescale, w_f)
             z = self.scheduler.step(eps, t, z, **_step_kwargs(self.scheduler, generators)).prev_sample
             if on_step is not None: z = on_step(i, t, z)
     return z
@@ -378,10 +383,10 @@ def _predictor(self:SmoothFoleyPipeline, text, tokens, cond, cfg, temporal_scale
     if reuse and (tokens is not None or (cond is not None and temporal_scale!=0)):
         with remember(self.unet, self.temporal_adapter, text, tokens, cond, cfg, temporal_scale) as net: yield net.predict
         return
-    two = (lambda x: torch.cat([x, x])) if cfg else (lambda x: x)
-    if tokens is not None and cfg: tokens = torch.cat([torch.zeros_like(tokens), tokens])
-    if cond is not None: cond = two(cond)
-    yield lambda z, t: self.predict(two(z), t, text, tokens, cond, temporal_scale)
+    as_text = lambda x: torch.cat([x]*(len(text)//len(x)))            # one part for each part of the text
+    if tokens is not None: tokens = torch.cat([torch.zeros_like(tokens)]*(len(text)//len(tokens)-1)+[tokens])
+    if cond is not None: cond = as_text(cond)
+    yield lambda z, t: self.predict(as_text(z), t, text, tokens, cond, temporal_scale)
 
 # %% ../nbs/09_pipeline.ipynb #ed49dd16
 def _step_kwargs(scheduler, generators):
@@ -409,7 +414,9 @@ def _generators(self:SmoothFoleyPipeline, generator, seed, names):
 def _settings(self:SmoothFoleyPipeline, **given):
     "Checked numbers, from the weights' own defaults where None"
     get = lambda k: self.config[k] if given[k] is None else given[k]
+    apart = given.pop("frame_guidance_scale", None)
     out = {k: _check_number(k, get(k)) for k in given if k!="num_inference_steps"}
+    out["frame_guidance_scale"] = None if apart is None else _check_number("frame_guidance_scale", apart)
     out["num_inference_steps"] = _check_number("num_inference_steps", get("num_inference_steps"), 1, integer=True)
     if out.get("guidance_rescale", 0)>1: raise FoleyError(f"`guidance_rescale` is {out['guidance_rescale']}: give a share from 0 to 1")
     return out
@@ -512,11 +519,12 @@ def __call__(self:SmoothFoleyPipeline,
     latents:Tensor|None=None,            # Unit noise, `(b, c, h, w)`, instead of `seed`
     reuse:bool=None,                     # Compute once what stays the same; None for `pipe.reuse`
     frame_batch_size:int=32,             # Frames CLIP sees at once
+    frame_guidance_scale:float=None,     # Guidance of the frames apart from the text, one more prediction a step; None guides both by `guidance_scale`
 )->FoleyOutput:
     "The sound of silent videos"
     if output_type not in ("audio", "mel", "latent"): raise FoleyError(f"`output_type` is {output_type!r}: use 'audio', 'mel' or 'latent'")
     s = self._settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, frame_scale=frame_scale,
-                       temporal_scale=temporal_scale, guidance_rescale=guidance_rescale)
+                       temporal_scale=temporal_scale, guidance_rescale=guidance_rescale, frame_guidance_scale=frame_guidance_scale)
     n = len(video) if isinstance(video, (list, tuple)) else 1
     for name, text in (("label", label), ("prompt", prompt)): _texts(name, text, n, nothing=name=="prompt")
     negatives = _texts("negative_prompt", negative_prompt, n, empty=True)
@@ -554,7 +562,7 @@ def _denoise_clips(self:SmoothFoleyPipeline, clips, text, tokens, cond, gens, s,
             if tokens is not None and frame_wise: self._tell_times([clips[i] for i in g])
             out = self.denoise(text[[*g, *(n+i for i in g)]], [gens[i] for i in g], None if tokens is None else torch.cat([tokens[i] for i in g]),
                 None if cond is None else cond[g], steps, s["guidance_scale"], s["guidance_rescale"], s["temporal_scale"], on_step,
-                None if latents is None else latents[g], reuse)
+                None if latents is None else latents[g], reuse, s["frame_guidance_scale"])
             z.update(zip(g, out))
     return torch.stack([z[i] for i in range(n)])
 

@@ -143,16 +143,17 @@ def known_keys(
 def frame_groups(
     unet:UNet2DConditionModel,  # With a frame adapter installed
     tokens:Tensor,              # What `FrameAdapter.tokens` gives, `(b, T, D)`
-    cfg:bool=True,              # Whether an unconditional half comes first
-    group:bool=True,            # One group of tokens for the unconditional half, instead of `T` copies
+    cfg:bool=True,              # Whether samples without frames come first
+    group:bool=True,            # One group of tokens for those without frames, instead of `T` copies
+    empty:int=1,                # How many times these clips come without frames: 2 if text is guided apart from frames
 )->tuple:                       # F_emb, and the groups that attend to it
     "Project the frames once (Eq. 1), and say who attends to what"
     b = len(tokens)
-    if cfg: tokens = torch.cat([torch.zeros_like(tokens[:1] if group else tokens), tokens])
+    if cfg: tokens = torch.cat([torch.zeros_like(tokens[:1]) if group else torch.zeros_like(tokens).repeat(empty, 1, 1), tokens])
     F_emb = unet.encoder_hid_proj([tokens])[0].reshape(len(tokens), -1, unet.config.cross_attention_dim)
     if not cfg or not group: return F_emb, [FrameGroup(slice(0, len(F_emb)), slice(0, len(F_emb)))]
     k = F_emb.shape[1]//tokens.shape[1]
-    return F_emb, [FrameGroup(slice(0, b), slice(0, 1), k), FrameGroup(slice(b, 2*b), slice(1, b+1))]
+    return F_emb, [FrameGroup(slice(0, empty*b), slice(0, 1), k), FrameGroup(slice(empty*b, (empty+1)*b), slice(1, b+1))]
 
 # %% ../nbs/08a_reuse.ipynb #f0636bbd
 def equal_layers(
@@ -173,19 +174,20 @@ def equal_layers(
     return layers
 
 def on_one_half(
-    forward,  # Of a layer that gives a tensor
-):            # The same, for a batch of two equal halves
-    "Compute one half, repeat it"
+    forward,   # Of a layer that gives a tensor
+    copies:int=2, # How many
+):             # The same, for a batch of equal parts
+    "Compute one part, repeat it"
     def run(x, *args, **kwargs):
-        y = forward(x[:len(x)//2], *args, **kwargs)
-        return torch.cat([y, y])
+        y = forward(x[:len(x)//copies], *args, **kwargs)
+        return torch.cat([y]*copies)
     return run
 
 @contextmanager
-def one_half(net):
-    "Run the layers in which both halves are equal on one of them"
+def one_half(net, copies=2):
+    "Run the layers in which all parts are equal on one of them"
     with ExitStack() as stack:
-        for m in equal_layers(net): stack.enter_context(borrowed(m, on_one_half(m.forward)))
+        for m in equal_layers(net): stack.enter_context(borrowed(m, on_one_half(m.forward, copies)))
         yield net
 
 # %% ../nbs/08a_reuse.ipynb #d803516a
@@ -193,16 +195,16 @@ PIECES = ("text", "frames", "group", "condition", "halves")
 
 class Remembering:
     "UNet and temporal adapter that know text, frames and condition already"
-    def __init__(self, unet, controlnet, text, tokens, cond, cfg, temporal_scale):
-        self.unet, self.controlnet, self.text, self.tokens, self.cond, self.cfg, self.temporal_scale = unet, controlnet, text, tokens, cond, cfg, temporal_scale
+    def __init__(self, unet, controlnet, text, tokens, cond, temporal_scale):
+        self.unet, self.controlnet, self.text, self.tokens, self.cond, self.temporal_scale = unet, controlnet, text, tokens, cond, temporal_scale
 
     @torch.no_grad()
     def predict(self,
         z:Tensor,  # Noisy latents of each clip, `(b, c, h, w)`
         t:Tensor,  # Time step
-    )->Tensor:     # Predictions of the UNet, `(2b, c, h, w)`: unconditional, conditional; `(b, c, h, w)` without guidance
+    )->Tensor:     # Predictions of the UNet, `(2b, c, h, w)`: unconditional, conditional; one part for each part of the text
         "One call of the networks"
-        if self.cfg: z = torch.cat([z, z])
+        z = torch.cat([z]*(len(self.text)//len(z)))
         kwargs = {} if self.cond is None else residuals(self.controlnet, z, t, self.text, self.cond, self.temporal_scale)
         if self.tokens is not None: kwargs["added_cond_kwargs"] = {"image_embeds": [self.tokens]}
         return self.unet(z, t, self.text, **kwargs).sample
@@ -212,37 +214,39 @@ class Remembering:
 def reuse(
     unet:UNet2DConditionModel,          # Its frame adapter is installed, where there are `tokens`
     controlnet:ControlNetModel|None,    # Temporal adapter
-    text:Tensor,                        # Text tokens, stacked: negative, positive, `(2b, L, d_ctx)`; `(b, L, d_ctx)` without guidance
+    text:Tensor,                        # Text tokens, stacked: negative, positive, `(2b, L, d_ctx)`; `(b, L, d_ctx)` without guidance; `(3b, L, d_ctx)`: negative, positive without frames, positive
     tokens:Tensor|None=None,            # Frame tokens, `(b, T, D)`; None without frame adapter
     cond:Tensor|None=None,              # Condition image, `(b, C', h', w')`; None without temporal adapter
-    cfg:bool=True,                      # Classifier-free guidance: two halves
+    cfg:bool=True,                      # Classifier-free guidance: two halves, or as many parts as text of frames or condition
     temporal_scale:float=1.,            # Weight of the temporal adapter; 0 never runs it
     pieces:tuple=PIECES,                # What to reuse
 ):
     "Compute what is constant over the steps, and lend networks that know it"
     if odd := set(pieces)-set(PIECES): raise FoleyError(f"`pieces` names {', '.join(sorted(odd))}: choose from {', '.join(PIECES)}")
-    two = (lambda x: torch.cat([x, x])) if cfg else (lambda x: x)
+    first = tokens if tokens is not None else cond
+    copies = len(text)//len(first) if cfg and first is not None else 2 if cfg else 1
+    two = lambda x: torch.cat([x]*copies)
     run_ctrl = cond is not None and controlnet is not None and temporal_scale!=0
     with torch.no_grad(), ExitStack() as stack:
         stacked, keys = None, text if "text" in pieces else None
-        if tokens is not None: stacked = _keep_frames(stack, unet, keys, tokens, cfg, pieces)
+        if tokens is not None: stacked = _keep_frames(stack, unet, keys, tokens, copies-1, pieces)
         elif keys is not None: stack.enter_context(known_keys(unet, keys))
         if run_ctrl and keys is not None: stack.enter_context(known_keys(controlnet, keys))
         if run_ctrl and "condition" in pieces: _keep_condition(stack, controlnet, cond.to(controlnet.dtype), two)
         if cfg and "halves" in pieces:
-            for net in (unet, controlnet) if run_ctrl else (unet,): stack.enter_context(one_half(net))
-        yield Remembering(unet, controlnet, text, stacked, two(cond) if run_ctrl else None, cfg, temporal_scale)
+            for net in (unet, controlnet) if run_ctrl else (unet,): stack.enter_context(one_half(net, copies))
+        yield Remembering(unet, controlnet, text, stacked, two(cond) if run_ctrl else None, temporal_scale)
 
-def _keep_frames(stack, unet, keys, tokens, cfg, pieces):
+def _keep_frames(stack, unet, keys, tokens, empty, pieces):
     "Frame tokens projected, keys and values known; what goes in as `image_embeds`"
     columns = [m for m in unet.modules() if isinstance(m, ColumnResidual)]
-    F_emb, groups = frame_groups(unet, tokens, cfg, "group" in pieces)
+    F_emb, groups = frame_groups(unet, tokens, empty>0, "group" in pieces, empty)
     if keys is not None or {"frames", "group"} & set(pieces): stack.enter_context(known_keys(unet, keys, F_emb, groups, "frames" in pieces))
     if "frames" in pieces:
-        both = torch.cat([F_emb[:1].expand(len(tokens), -1, -1), F_emb[-len(tokens):]]) if cfg else F_emb
+        both = torch.cat([F_emb[:1].expand(empty*len(tokens), -1, -1), F_emb[-len(tokens):]])
         stack.enter_context(borrowed(unet.encoder_hid_proj, lambda _: [both]))
         for m in columns: stack.enter_context(borrowed(m, first_answer(m.forward)))
-    return torch.cat([torch.zeros_like(tokens), tokens]) if cfg else tokens
+    return torch.cat([torch.zeros_like(tokens)]*empty+[tokens])
 
 def _keep_condition(stack, controlnet, cond, two):
     "Condition image embedded once, for one half"

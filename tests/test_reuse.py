@@ -70,6 +70,18 @@ def test_every_piece_is_equal(nets, given, k, frame_position, pieces):
         assert differ(plain(nets, **{**given, "tokens": 0*given["tokens"]}), plain(nets, **given)) > 1e-2      # the frames do matter
 
 
+@pytest.mark.parametrize("pieces", [(p,) for p in PIECES]+[PIECES, ()], ids="+".join)
+def test_frames_guided_apart_are_equal(nets, given, pieces):
+    unet, ctrl = nets
+    adapter, (z, t, text, tokens, cond) = adapter_for(unet, 2, frame_position="residual"), given.values()
+    text, three = torch.cat([text, text[B:]]), lambda x: torch.cat([x]*3)
+    with adapter.installed(unet, .8), torch.no_grad():
+        adapter.look(unet, torch.linspace(0, 3, T).repeat(B, 1), 5.12, (8, 32))
+        want = unet(three(z), t, text, **residuals(ctrl, three(z), t, text, three(cond)), added_cond_kwargs={"image_embeds": [torch.cat([0*tokens, 0*tokens, tokens])]}).sample
+        with reuse(unet, ctrl, text, tokens, cond, pieces=pieces) as net: assert differ(net.predict(z, t), want) < 1e-5
+    assert differ(want[B:2*B], want[2*B:]) > 1e-2
+
+
 @pytest.mark.parametrize("frame_position", ["window", "residual"])
 def test_the_window_is_used_and_kept(nets, given, frame_position):
     unet, ctrl = nets
