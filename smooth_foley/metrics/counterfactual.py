@@ -49,7 +49,7 @@ def films(
     if frames: out["reversed"].frames = film.frames[::-1]
     return out
 
-# %% ../../nbs/metrics/46a_counterfactual.ipynb #c32b92e9
+# %% ../../nbs/metrics/46a_counterfactual.ipynb #e3be73b5
 def _tracks(audio, label):
     "Level (dB), pitch (cents, or None), and the loudest moment (s) of a sound"
     cents = 1200 * np.log2(f0_track(audio, SR, *f0_range(label))) if label in STEADY else None
@@ -72,7 +72,7 @@ def outcomes(
         b, q = found[name], true[name]
         level = turned(a["level"], b["level"], p["level"], q["level"])
         row = dict(film=name, level=level["right"], level_slope=level["slope"])
-        row["loudest"] = same_shift(a["loudest"], b["loudest"], p["loudest"], q["loudest"])
+        if name != "distance": row["loudest"] = same_shift(a["loudest"], b["loudest"], p["loudest"], q["loudest"])
         if a["pitch"] is not None:
             pitch = turned(a["pitch"], b["pitch"], p["pitch"], q["pitch"], least=20, tie=1)
             row |= dict(pitch=pitch["right"], pitch_slope=pitch["slope"])
