@@ -183,8 +183,8 @@ def test_rows_for_every_stage_give_a_loss_with_gradients(whole, items):
     assert np.array_equal(batch['sounding'][0].numpy(), sounding(items[i], items[i].label))
     assert batch['emb'].shape==(2, 153, 96) and not batch['emb'][:, 23:].any() and batch['emb'][:, :22].any()
     adapter = FrameAdapter.from_unet(base.unet, 96, frame_position='window')
-    stage = FrameStage(dict(adapter=adapter), dict(unet=base.unet, text_encoder=base.text_encoder), base.tokenizer, base.scheduler)
-    stage.__dict__.update(frame_wise=True, span=10.24); adapter.install(base.unet).requires_grad_(True).train()
+    stage = FrameStage(dict(adapter=adapter), dict(unet=base.unet, text_encoder=base.text_encoder), base.tokenizer, base.scheduler, frame_wise=True, span=10.24)
+    adapter.install(base.unet).requires_grad_(True).train()
     projection = ProjectionStage(LabelProjection(96), net['frame_encoder'].encode_text(list(LABELS)).clone())
     for stage, batch in ((stage, batch), (projection, rows.projection([i, 0], list(LABELS))), (VaeStage(net['vae'].requires_grad_(True), net['mel']), rows.images([i, 0], net['mel']))):
         loss = stage(batch, Draw(0, 0, 2)); loss.backward()

@@ -20,7 +20,7 @@ def main(out, slow=False):
     net = make_temporal_adapter(unet, mel.config.fold**2, (8,8,8)).train()
     frozen = {f'{n}.{k}':v.clone() for n,m in (('unet',unet),('text',text)) for k,v in m.state_dict().items()}
     before = {k:v.clone() for k,v in net.state_dict().items()}
-    stage = TemporalStage(dict(controlnet=net), dict(unet=unet, text_encoder=text), tok, make_scheduler()); stage.__dict__['mel'] = mel
+    stage = TemporalStage(dict(controlnet=net), dict(unet=unet, text_encoder=text, mel=mel), tok, make_scheduler())
     z, on, ids = torch.randn(12,2,2,4), torch.rand(12,64)>.5, tokenize_prompt(tok, text, ['airplane flyby']*12)
     def rows(i):
         if slow: time.sleep(.1)
