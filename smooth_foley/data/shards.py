@@ -78,8 +78,8 @@ def _networks(folder, parts, device):
         from smooth_foley.clip import FrameEncoder
         out['frame_encoder'] = FrameEncoder.from_pretrained(folder/'frame_encoder').to(device).eval()
     if 'vae' in parts:
-        from smooth_foley.backbone import _load_part, AutoencoderKL
-        out['vae'] = _load_part(AutoencoderKL, folder, 'vae', torch_dtype=torch.float32).to(device).requires_grad_(False)
+        from smooth_foley.backbone import load_vae
+        out['vae'] = load_vae(folder, torch_dtype=torch.float32).to(device).requires_grad_(False)
     return out
 
 def networks(cfg:ShardConfig, device='cpu')->dict: # name -> module

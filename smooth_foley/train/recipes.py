@@ -45,7 +45,7 @@ def _stages()->dict:
         base=T(max_train_steps=4000, train_batch_size=16, learning_rate=1e-3, lr_warmup_steps=200, ema_decay=.999, mixed_precision='no', checkpointing_steps=500),
         projection=T(max_train_steps=1000, train_batch_size=32, learning_rate=2e-3, weight_decay=0., ema_decay=.99, mixed_precision='no'),
         temporal_adapter=T(max_train_steps=700, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'),
-        frame_adapter=T(max_train_steps=1000, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'))
+        frame_adapter=T(max_train_steps=1200, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'))
 
 @dataclass
 class Recipe:
@@ -55,11 +55,12 @@ class Recipe:
     n_pictures:int=8           # Pictures of each of them
     latent_channels:int=16     # Principal components of each patch
     focus:float=.5             # Share of noise levels drawn near a signal-to-noise ratio of 1; the others are uniform
-    n_feature_scenes:int=3000  # Of these scenes all frames are encoded, for the adapters
+    n_feature_scenes:int=2500  # Of these scenes all frames are encoded, for the adapters
     first_seed:int=0           # Train range of Passby
     seed:int=0
     fps:float=15.
-    frame_position:str='window' # 'none' is the paper's Eq. 2; 'sinusoidal' and 'window' know when a frame was seen
+    frame_position:str='residual' # 'none' is the paper's Eq. 2; 'sinusoidal', 'window' and 'residual' know when a frame was seen
+    frame_motion:bool=True     # Append to each frame's embedding how fast it changes
     frame_wise:bool=True       # Every frame for itself; False trains the clip-wise adapter of FoleyCrafter and of "w/o frame-wise"
     vocoder:str='phase'        # 'phase' plays by rule, 'hifigan' trains a small HiFi-GAN
     guidance_scale:float=2.    # Defaults of the assembled pipeline, chosen on val seeds
@@ -68,7 +69,7 @@ class Recipe:
     stages:dict=field(default_factory=_stages)
 
 # %% ../../nbs/train/22_recipes.ipynb #5082a9df
-POSITIONS = ("none", "sinusoidal", "window")
+POSITIONS = ("none", "sinusoidal", "window", "residual")
 
 
 def check_recipe(r: Recipe) -> None:
@@ -104,10 +105,10 @@ def _check_names(r):
         raise FoleyError(f"vocoder: 'phase' or 'hifigan', got {r.vocoder!r}")
     if r.frame_position not in POSITIONS:
         raise FoleyError(f"frame_position is {r.frame_position!r}: choose from {', '.join(POSITIONS)}")
-    if not r.frame_wise and r.frame_position != "none":
+    if not r.frame_wise and (r.frame_position != "none" or r.frame_motion):
         raise FoleyError(
-            f"frame_wise is False and frame_position {r.frame_position!r}: "
-            "one token for the whole clip has no time; leave one of the two out"
+            f"frame_wise is False, frame_position {r.frame_position!r} and frame_motion {r.frame_motion}: "
+            "one token for the whole clip has no time and no motion; leave the others out"
         )
 
 # %% ../../nbs/train/22_recipes.ipynb #659771dd
@@ -140,7 +141,7 @@ def _completed(given):
         for key in ("n_picture_scenes", "n_feature_scenes"):
             more[key] = min(given["n_scenes"], getattr(r, key))
     if given.get("frame_wise") is False:
-        more["frame_position"] = "none"
+        more.update(frame_position="none", frame_motion=False)
     return {**more, **given}
 
 
@@ -717,7 +718,7 @@ def frame_stage(out, cache, r: Recipe, cfg, runs, val):
     base, f = load_base(runs), feature_arrays(cache, r)
     tok = CLIPTokenizer.from_pretrained(runs / "base" / "weights" / "tokenizer")
     z = np.load(runs / "latents.npy")[: r.n_feature_scenes]
-    adapter = FrameAdapter.from_unet(base["unet"], f["emb"].shape[-1], frame_position=r.frame_position)
+    adapter = FrameAdapter.from_unet(base["unet"], f["emb"].shape[-1], frame_position=r.frame_position, motion=r.frame_motion)
     stage = FrameStage(dict(adapter=adapter), base, tok, make_scheduler(), frame_wise=r.frame_wise)
     adapter.install(base["unet"]).requires_grad_(True).train()
     plain = lambda arrays, z: base_rows(arrays, z, tok, base["text_encoder"])
@@ -907,6 +908,7 @@ READ_BY = dict(
     seed=("components", "base", "vocoder", "clip", "temporal_adapter", "frame_adapter"),
     fps=("features",),
     frame_position=("frame_adapter",),
+    frame_motion=("frame_adapter",),
     frame_wise=("frame_adapter",),
     vocoder=("scenes", "vocoder"),
     passby=("scenes", "pictures", "features"),
