@@ -27,7 +27,7 @@ from .mel import MelTransform, plot_mel
 from .vocoder import PhaseVocoder, make_vocoder, vocode
 from .clip import FrameEncoder, build_tokenizer, mini_clip_cfg, rank_labels
 from .backbone import (decode_latents, encode_prompt, make_scheduler, make_text_encoder, make_unet,
-                                   make_vae, noise_like)
+                                   make_vae, noise_like, vae_factor)
 from .frame_adapter import FrameAdapter
 from .temporal_adapter import make_temporal_adapter, residuals
 from .temporal_condition import LabelProjection, TemporalCondition, plot_condition
@@ -78,7 +78,7 @@ class SmoothFoleyPipeline(DiffusionPipeline):
     @property
     def latent_shape(self)->tuple:
         "Channels, rows and columns of the latents of one clip"
-        c, f = self.mel.config, self.mel.config.fold*2**(len(self.vae.config.block_out_channels)-1)
+        c, f = self.mel.config, self.mel.config.fold*vae_factor(self.vae)
         return self.unet.config.in_channels, c.n_mels//f, c.n_cols//f
 
 # %% ../nbs/09_pipeline.ipynb #e90ecbcf
