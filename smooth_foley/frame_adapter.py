@@ -109,12 +109,14 @@ class ColumnResidual(nn.Module):
 # %% ../nbs/06_frame_adapter.ipynb #93449740
 @patch
 def weights(self:ColumnResidual, tokens, cols):
-    "Share of each frame in each column, for a batch of one or more times the clips `look` was told of; a single frame is everywhere"
+    "Share of each frame in each column, for one or more times the clips `look` was told of; a single frame is everywhere"
     b, T, _ = tokens.shape
     if T==1: return tokens.new_ones(b, cols, 1)
-    if self.when is None: raise FoleyError("this frame adapter has a column residual: tell it the times of the frames with `look` first")
+    if self.when is None:
+        raise FoleyError("this frame adapter has a column residual: tell it the times of the frames with `look` first")
     times, _, span = self.when
-    if times.shape[1]!=T or b%len(times): raise FoleyError(f"{T} frames for {b} samples, but `look` was given times of shape {tuple(times.shape)}")
+    if times.shape[1]!=T or b%len(times):
+        raise FoleyError(f"{T} frames for {b} samples, but `look` was given times of shape {tuple(times.shape)}")
     return column_weights(times.to(tokens.device), cols, span).to(tokens).repeat(b//len(times), 1, 1)
 
 @patch
@@ -146,7 +148,8 @@ def _check_config(frame_position, frame_window, conv_in_dim):
     if not windows or not all(math.isfinite(w) and w>0 for w in windows):
         raise FoleyError(f"`frame_window` is {frame_window}: give seconds, more than 0, one for all heads or one for each")
     if frame_position=="residual" and not conv_in_dim:
-        raise FoleyError("`conv_in_dim` is missing: with `frame_position='residual'` give the width of the UNet's first convolution, or use `from_unet`")
+        raise FoleyError("`conv_in_dim` is missing: with `frame_position='residual'` give the width of the UNet's "
+                         "first convolution, or use `from_unet`")
 
 def _windows(frame_window):
     "As a list"
@@ -163,9 +166,9 @@ class FrameAdapter(ModelMixin, ConfigMixin):
         attention_dims:list[int],  # Width h of each cross-attention, in the order of `cross_attentions`
         num_tokens:int=1,          # Tokens per frame, k
         projection:str="linear",   # "linear" (Linear + LayerNorm) or "mlp" (two layers)
-        frame_position:str="none", # "none" (the paper), "sinusoidal", "window" or "residual" (window and column residual)
+        frame_position:str="none", # "none" (the paper), "sinusoidal", "window" or "residual" (with window)
         position_dim:int=32,       # Size of the time code, used with "sinusoidal"
-        frame_window:float=.25,    # Standard deviation of the look around a column's time, seconds, one or one per head; "window" and "residual"
+        frame_window:float=.25,    # Look around a column's time, standard deviation, seconds; one, or one per head
         motion:bool=False,         # Append the change of each embedding, per second
         conv_in_dim:int|None=None, # Width of the UNet's first convolution, needed with "residual"
     ):
@@ -198,7 +201,8 @@ def from_unet(cls:FrameAdapter,
 )->FrameAdapter:               # Adapter with W_k, W_v copied from the text's
     "An adapter that fits `unet`, on its device and in its dtype"
     attns = cross_attentions(unet)
-    dims, conv_in_dim = [a.to_k.out_features for a in attns], unet.conv_in.out_channels if frame_position=="residual" else None
+    dims = [a.to_k.out_features for a in attns]
+    conv_in_dim = unet.conv_in.out_channels if frame_position=="residual" else None
     self = cls(clip_dim, unet.config.cross_attention_dim, dims, num_tokens, projection, frame_position,
                frame_window=frame_window, motion=motion, conv_in_dim=conv_in_dim)
     for a, to_k, to_v in zip(attns, self.to_k_ip, self.to_v_ip):
@@ -213,7 +217,8 @@ def level_columns(
 )->int:          # Columns at this level
     "How many columns a level of the UNet has"
     cols = math.isqrt(places*shape[1]//shape[0])
-    if cols*cols*shape[0]!=places*shape[1]: raise FoleyError(f"{places} places are no level of a latent of {shape[0]} rows and {shape[1]} columns")
+    if cols*cols*shape[0]!=places*shape[1]:
+        raise FoleyError(f"{places} places are no level of a latent of {shape[0]} rows and {shape[1]} columns")
     return cols
 
 def window_bias(
@@ -320,7 +325,9 @@ def _check_fit(adapter, unet, attns):
         raise FoleyError(f"frame adapter adds to a first convolution of width {adapter.config.conv_in_dim}, the UNet's has "
                          f"{unet.conv_in.out_channels}: use the adapter trained for this UNet")
     n, heads = len(_windows(adapter.config.frame_window)), sorted({a.heads for a in attns})
-    if n>1 and heads!=[n]: raise FoleyError(f"`frame_window` has {n} windows, the UNet's attentions have {heads} heads: give one for all, or one for each head")
+    if n>1 and heads!=[n]:
+        raise FoleyError(f"`frame_window` has {n} windows, the UNet's attentions have {heads} heads: "
+                         "give one for all, or one for each head")
     if adapter.config.cross_attention_dim!=unet.config.cross_attention_dim:
         raise FoleyError(f"frame adapter makes tokens of size {adapter.config.cross_attention_dim}, the UNet reads "
                          f"{unet.config.cross_attention_dim}: use the adapter trained for this UNet")
@@ -387,7 +394,8 @@ def tokens(self:FrameAdapter,
     extra = (c.clip_dim if c.motion else 0)+(c.position_dim if c.frame_position=="sinusoidal" else 0)
     if not extra: return emb
     if not frame_wise: return nn.functional.pad(emb, (0, extra))
-    if times is None: raise FoleyError("`times` is missing: a frame adapter with a time code or with motion needs the time of each frame in seconds")
+    if times is None:
+        raise FoleyError("`times` is missing: a frame adapter with a time code or motion needs the time of each frame in seconds")
     times, parts = times.to(emb.device), [emb]
     if c.motion: parts.append((motion_weights(times)@emb.float()).to(emb.dtype))
     if c.frame_position=="sinusoidal": parts.append(time_code(times, c.position_dim).to(emb.dtype))
@@ -431,8 +439,10 @@ def to_ip_adapter_state_dict(self:FrameAdapter
 )->dict[str, Tensor]: # Weights under IP-Adapter's flat names
     "The weights as other IP-Adapter readers expect them"
     if self.config.frame_position in ("sinusoidal", "residual"):
-        raise FoleyError(f"`frame_position` is {self.config.frame_position!r}, which IP-Adapter's layout cannot hold: use `save_pretrained`")
-    if self.config.motion: raise FoleyError("`motion` is True, which IP-Adapter's layout cannot hold: use `save_pretrained`")
+        raise FoleyError(f"`frame_position` is {self.config.frame_position!r}, which IP-Adapter's layout cannot hold: "
+                         "use `save_pretrained`")
+    if self.config.motion:
+        raise FoleyError("`motion` is True, which IP-Adapter's layout cannot hold: use `save_pretrained`")
     sd = self.state_dict()
     return {theirs: sd[ours] for theirs, ours in _ip_keys(self).items()}
 
@@ -451,7 +461,8 @@ def from_ip_adapter_state_dict(cls:FrameAdapter,
     if W is None or norm is None: raise FoleyError("IP-Adapter weights: missing image_proj.proj.weight or image_proj.norm.weight; give an IP-Adapter state dict")
     numbers = sorted(int(k.split(".")[1]) for k in sd if k.endswith(".to_k_ip.weight"))
     dims, d_ctx = [len(sd[f"ip_adapter.{n}.to_k_ip.weight"]) for n in numbers], len(norm)
-    self = cls(W.shape[1], d_ctx, dims, 1 if kind=="mlp" else len(W)//d_ctx, kind, frame_position, motion=motion, conv_in_dim=conv_in_dim)
+    k = 1 if kind=="mlp" else len(W)//d_ctx
+    self = cls(W.shape[1], d_ctx, dims, k, kind, frame_position, motion=motion, conv_in_dim=conv_in_dim)
     keys = _ip_keys(self)
     missing, extra = sorted(set(keys)-set(sd)), sorted(set(sd)-set(keys))
     if missing or extra: raise FoleyError(f"IP-Adapter weights do not fit: missing {missing[:4]}, unexpected {extra[:4]}")

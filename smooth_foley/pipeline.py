@@ -331,7 +331,7 @@ def predict(self:SmoothFoleyPipeline,
 
 # %% ../nbs/09_pipeline.ipynb #678c1cc7
 def guide(
-    eps:Tensor,          # Predictions, stacked: unconditional, conditional, `(2b, c, h, w)`; with `frame_scale` text without frames between them
+    eps:Tensor,          # Predictions, `(2b, c, h, w)`: unconditional, (text without frames,) conditional
     scale:float,         # Guidance w
     rescale:float=0.,    # Share of the conditional's own spread to restore, 0 to 1
     frame_scale:float|None=None, # Guidance w_f of the frames; None if they go with the text
@@ -519,12 +519,13 @@ def __call__(self:SmoothFoleyPipeline,
     latents:Tensor|None=None,            # Unit noise, `(b, c, h, w)`, instead of `seed`
     reuse:bool=None,                     # Compute once what stays the same; None for `pipe.reuse`
     frame_batch_size:int=32,             # Frames CLIP sees at once
-    frame_guidance_scale:float=None,     # Guidance of the frames apart from the text, one more prediction a step; None guides both by `guidance_scale`
+    frame_guidance_scale:float=None,     # Guidance of the frames alone, a third prediction; None for `guidance_scale`
 )->FoleyOutput:
     "The sound of silent videos"
     if output_type not in ("audio", "mel", "latent"): raise FoleyError(f"`output_type` is {output_type!r}: use 'audio', 'mel' or 'latent'")
     s = self._settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, frame_scale=frame_scale,
-                       temporal_scale=temporal_scale, guidance_rescale=guidance_rescale, frame_guidance_scale=frame_guidance_scale)
+                       temporal_scale=temporal_scale, guidance_rescale=guidance_rescale,
+                       frame_guidance_scale=frame_guidance_scale)
     n = len(video) if isinstance(video, (list, tuple)) else 1
     for name, text in (("label", label), ("prompt", prompt)): _texts(name, text, n, nothing=name=="prompt")
     negatives = _texts("negative_prompt", negative_prompt, n, empty=True)

@@ -149,11 +149,13 @@ def frame_groups(
 )->tuple:                       # F_emb, and the groups that attend to it
     "Project the frames once (Eq. 1), and say who attends to what"
     b = len(tokens)
-    if cfg: tokens = torch.cat([torch.zeros_like(tokens[:1]) if group else torch.zeros_like(tokens).repeat(empty, 1, 1), tokens])
+    zeros = torch.zeros_like(tokens)
+    if cfg: tokens = torch.cat([zeros[:1] if group else zeros.repeat(empty, 1, 1), tokens])
     F_emb = unet.encoder_hid_proj([tokens])[0].reshape(len(tokens), -1, unet.config.cross_attention_dim)
     if not cfg or not group: return F_emb, [FrameGroup(slice(0, len(F_emb)), slice(0, len(F_emb)))]
     k = F_emb.shape[1]//tokens.shape[1]
-    return F_emb, [FrameGroup(slice(0, empty*b), slice(0, 1), k), FrameGroup(slice(empty*b, (empty+1)*b), slice(1, b+1))]
+    without, full = FrameGroup(slice(0, empty*b), slice(0, 1), k), FrameGroup(slice(empty*b, (empty+1)*b), slice(1, b+1))
+    return F_emb, [without, full]
 
 # %% ../nbs/08a_reuse.ipynb #f0636bbd
 def equal_layers(
@@ -196,13 +198,14 @@ PIECES = ("text", "frames", "group", "condition", "halves")
 class Remembering:
     "UNet and temporal adapter that know text, frames and condition already"
     def __init__(self, unet, controlnet, text, tokens, cond, temporal_scale):
-        self.unet, self.controlnet, self.text, self.tokens, self.cond, self.temporal_scale = unet, controlnet, text, tokens, cond, temporal_scale
+        self.unet, self.controlnet, self.text = unet, controlnet, text
+        self.tokens, self.cond, self.temporal_scale = tokens, cond, temporal_scale
 
     @torch.no_grad()
     def predict(self,
         z:Tensor,  # Noisy latents of each clip, `(b, c, h, w)`
         t:Tensor,  # Time step
-    )->Tensor:     # Predictions of the UNet, `(2b, c, h, w)`: unconditional, conditional; one part for each part of the text
+    )->Tensor:     # Predictions of the UNet, one part for each part of the text, `(2b, c, h, w)` with guidance
         "One call of the networks"
         z = torch.cat([z]*(len(self.text)//len(z)))
         kwargs = {} if self.cond is None else residuals(self.controlnet, z, t, self.text, self.cond, self.temporal_scale)
@@ -214,7 +217,7 @@ class Remembering:
 def reuse(
     unet:UNet2DConditionModel,          # Its frame adapter is installed, where there are `tokens`
     controlnet:ControlNetModel|None,    # Temporal adapter
-    text:Tensor,                        # Text tokens, stacked: negative, positive, `(2b, L, d_ctx)`; `(b, L, d_ctx)` without guidance; `(3b, L, d_ctx)`: negative, positive without frames, positive
+    text:Tensor,                        # Text tokens, `(b, L, d_ctx)`, or stacked: negative, (positive without frames,) positive
     tokens:Tensor|None=None,            # Frame tokens, `(b, T, D)`; None without frame adapter
     cond:Tensor|None=None,              # Condition image, `(b, C', h', w')`; None without temporal adapter
     cfg:bool=True,                      # Classifier-free guidance: two halves, or as many parts as text of frames or condition
