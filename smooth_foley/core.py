@@ -7,7 +7,7 @@ __all__ = ['FoleyError', 'suggest', 'derive_seed', 'derive_generator', 'default_
            'die_with_parent']
 
 # %% ../nbs/00_core.ipynb #32b9f55e
-import errno, hashlib, importlib.util, os, threading
+import errno, hashlib, importlib.util, os, re, stat, threading
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -36,7 +36,7 @@ def derive_seed(
     clip_id:str,   # Name of the clip
 )->int:            # 63-bit seed
     "One seed per (seed, clip), the same on every machine"
-    digest = hashlib.sha256(f'{int(seed)}:{clip_id}'.encode()).digest()
+    digest = hashlib.sha256(f'{int(seed)}:{clip_id}'.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], 'big') >> 1
 
 # %% ../nbs/00_core.ipynb #9e047fc0
@@ -64,25 +64,47 @@ def mini_path()->Path:
 # %% ../nbs/00_core.ipynb #a2f276d9
 def _os_reason(e:OSError)->str: return (e.strerror or str(e)).lower()
 
+def _place(path)->Path:
+    "Where a file really goes: a link is followed only while it stays inside its own folder"
+    path = Path(path)
+    folder, real = (Path(os.path.realpath(p)) for p in (path.parent, path))
+    return real if real.is_relative_to(folder) else folder/path.name
+
+def _old_mode(path:Path):
+    "Permissions of the file that is replaced, `None` for a new one; or why there can be no such file"
+    try: status = path.lstat()
+    except FileNotFoundError: return None
+    except OSError as e: raise FoleyError(f"{path}: cannot be written ({_os_reason(e)}); write elsewhere") from e
+    if stat.S_ISLNK(status.st_mode): return None
+    if not stat.S_ISREG(status.st_mode): raise FoleyError(f"{path}: is no ordinary file (a pipe or a device); write elsewhere")
+    return stat.S_IMODE(status.st_mode) & 0o777
+
 def _claim(path:Path):
     "Make the temporary file beside `path`, or say why that can't be"
-    tmp = path.with_name(f'.{path.stem}.{os.getpid()}.{os.urandom(3).hex()}.part{path.suffix}')
-    if path.is_dir(): raise FoleyError(f'{path}: is a folder; give the name of a file')
-    if not path.parent.exists(): raise FoleyError(f'{path.parent}: no such folder; make it first, or write elsewhere')
-    try: tmp.touch()
-    except OSError as e: raise FoleyError(f'{path}: cannot be written ({_os_reason(e)}); write elsewhere') from e
+    if path.is_dir(): raise FoleyError(f"{path}: is a folder; give the name of a file")
+    if not path.parent.exists(): raise FoleyError(f"{path.parent}: no such folder; make it first, or write elsewhere")
+    mode = _old_mode(path)
+    tmp = path.with_name(_temporary_name(path))
+    try: os.close(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode | 0o600))
+    except OSError as e: raise FoleyError(f"{path}: cannot be written ({_os_reason(e)}); write elsewhere") from e
     return tmp
+
+def _temporary_name(path:Path)->str:
+    "A name that every system takes: short, without colons or bytes that are no text"
+    stem, suffix = (re.sub(r"[^\w.-]", "_", part)[:16] for part in (path.stem, path.suffix))
+    return f".{stem}.{os.getpid()}.{os.urandom(3).hex()}.part{suffix}"
 
 # %% ../nbs/00_core.ipynb #876580ad
 @contextmanager
 def atomic_path(
     path,   # Where the finished file goes
 ):          # Temporary sibling with the same suffix
-    "Write to a temporary sibling that replaces `path` only if the block ends well"
-    path = Path(os.path.realpath(path))
-    tmp = _claim(path)
+    "Write to a temporary sibling that replaces `path`, and takes over its permissions, only if the block ends well"
+    path = _place(path)
+    tmp, mode = _claim(path), _old_mode(path)
     try:
         yield tmp
+        if mode is not None: os.chmod(tmp, mode)
         os.replace(tmp, path)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG): raise
