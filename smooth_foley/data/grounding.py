@@ -325,7 +325,7 @@ def segments(
     if not 0<=threshold<=1: raise FoleyError(f'threshold={threshold}: is a probability, 0 to 1')
     if window>1:
         from scipy.ndimage import median_filter
-        probs = median_filter(probs, window, mode='nearest')
+        probs = median_filter(probs, window)  # reflects at the ends, as the reference does
     edges = np.diff(np.r_[0, probs>threshold, 0].astype(int)); ends = np.r_[times, times[-1]+times[1]-times[0]]
     return [(float(ends[a]), float(ends[b])) for a,b in zip(np.flatnonzero(edges==1), np.flatnonzero(edges==-1))]
 
