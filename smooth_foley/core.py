@@ -81,8 +81,8 @@ def _old_mode(path:Path):
 
 def _claim(path:Path):
     "Make the temporary file beside `path`, or say why that can't be"
-    if path.is_dir(): raise FoleyError(f"{path}: is a folder; give the name of a file")
-    if not path.parent.exists(): raise FoleyError(f"{path.parent}: no such folder; make it first, or write elsewhere")
+    if os.path.isdir(path): raise FoleyError(f"{path}: is a folder; give the name of a file")
+    if not os.path.exists(path.parent): raise FoleyError(f"{path.parent}: no such folder; make it first, or write elsewhere")
     mode = _old_mode(path)
     tmp = path.with_name(_temporary_name(path))
     try: os.close(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode | 0o600))

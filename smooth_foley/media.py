@@ -211,7 +211,8 @@ def _packets(container, stream, path):
 # %% ../nbs/01_media.ipynb #c0d1a7e2
 def _span(container, stream, path):
     "Measure a video stream by its packets"
-    promised = len(stream.index_entries)
+    sizes = [entry.size for entry in stream.index_entries]   # an .mkv lists key frames only, without sizes
+    promised = sum(size > 0 for size in sizes)
     rows = _packets(container, stream, path)
     if _cut_short(container, stream, promised, len(rows)):
         there = f"{len(rows)} of {promised if len(rows) < promised else stream.frames} frames are there"
@@ -220,9 +221,8 @@ def _span(container, stream, path):
     pictures = [(pts, duration) for pts, duration, size in shown if size]
     _check_pictures(path, rows, pictures)
     (last, length), (empty, more, _) = max(pictures), max(shown)
-    length = length or round(1/(stream.average_rate or 15)/stream.time_base)
-    end = max(last + length, empty + more)
-    if container.format.name == "avi": end = max(end, stream.duration or 0)
+    end = max(last + (length or round(1/(stream.average_rate or 15)/stream.time_base)), empty + more)
+    if container.format.name == "avi" or 0 < promised < len(sizes): end = max(end, stream.duration or 0)
     start = min(pictures)[0]
     timed = [(pts, hidden) for pts, _, size, hidden in rows if size and pts is not None]
     seconds = [float(t*stream.time_base) for t in (start, end)]
@@ -407,9 +407,9 @@ def check_output(
     out = Path(out)
     if out.suffix.lower() not in suffixes:
         raise FoleyError(f"{out}: cannot write {out.suffix or 'a name without suffix'}; use {', '.join(suffixes)}")
-    if source is not None and out.exists() and os.path.samefile(out, source):
+    if source is not None and os.path.exists(out) and os.path.samefile(out, source):
         raise FoleyError(f"{out}: is the input itself; give another name")
-    if os.path.lexists(out) and not out.is_dir() and not overwrite:
+    if os.path.lexists(out) and not os.path.isdir(out) and not overwrite:
         raise FoleyError(f"{out}: exists already; pass --overwrite (`overwrite=True`) or give another name")
     _claim(_place(out)).unlink()
     return out
