@@ -13,7 +13,7 @@ import argparse, json, math, os, re, signal, struct, sys, tempfile
 from pathlib import Path
 
 from . import __version__
-from .core import FoleyError, default_device, progress, suggest
+from .core import FoleyError, default_device, printable, progress, suggest
 from .media import SR, check_length, check_output, container_for, mux, plan_mux, probe, read_clip, write_video, write_wav
 
 # %% ../nbs/app/60_cli.ipynb #453a88fe
@@ -172,7 +172,7 @@ def proposed(
     n:int=5,      # How many to tell
 )->str:           # Some lines
     "What CLIP saw, and what was taken"
-    lines = [f'{name}: no --label given; CLIP sees'] + [f'  {score:6.1%}  {label}' for label, score in ranked[:n]]
+    lines = [f'{printable(name)}: no --label given; CLIP sees'] + [f'  {score:6.1%}  {label}' for label, score in ranked[:n]]
     return '\n'.join([*lines, f'  taken: {ranked[0][0]!r}; choose another one with --label'])
 
 # %% ../nbs/app/60_cli.ipynb #2a3b56a6
@@ -193,11 +193,11 @@ def save(clip, output, out, plot, args):
     if plot:
         from smooth_foley.pipeline import plot_foley
         plot_foley(clip, output, 0, plot)
-        print(f'wrote {plot}')
+        print(f'wrote {printable(plot)}')
     audio, sr = output.audios[0], output.sample_rate
     if out.suffix.lower() == '.wav': write_wav(out, audio, sr)
-    else: mux(clip.path, audio, sr, out, keep_original=args.keep_original, overwrite=args.overwrite, tell=print)
-    print(f'wrote {out} ({len(audio)/sr:.2f} s of {output.labels[0]!r})')
+    else: mux(clip.path, audio, sr, out, keep_original=args.keep_original, overwrite=args.overwrite, tell=lambda note: print(printable(note)))
+    print(f'wrote {printable(out)} ({len(audio)/sr:.2f} s of {output.labels[0]!r})')
 
 def generate(
     args,                 # Words of the command line
@@ -460,7 +460,6 @@ def main(
     argv:list=None,   # Words of the command line; default: the program's own
 )->int:               # Exit code: 0 done, 2 wrong input, 130 interrupted, 141 nobody reads on
     "Run a command of `smooth-foley`"
-    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")   # for names that are no text
     try:
         args = build_parser().parse_args(argv)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

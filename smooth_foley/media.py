@@ -462,8 +462,8 @@ FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 TAGS = ("title", "artist", "date", "comment", "creation_time")     # Of a file
 STREAM_TAGS = ("language", "title", "handler_name")                # Of a stream
 OLD_LANGUAGES = dict(                                              # A .mov spells some languages in another way
-    deu="ger", fra="fre", nld="dut", ces="cze", ell="gre", zho="chi", fas="per", isl="ice", ron="rum",
-    slk="slo", sqi="alb", mkd="mac", hye="arm", kat="geo", mya="bur", bod="tib", msa="may", cym="wel", eus="baq",
+    deu="ger", nld="dut", swe="sve", ell="gre", isl="ice", zho="chi", fas="per", sqi="alb", mkd="mac", hye="arm",
+    kat="geo", bod="tib", mya="bur", msa="may", cym="wel", eus="baq", fre="fra", rum="ron", cze="ces", slo="slk",
 )
 
 def _codec_tag(stream, out):
