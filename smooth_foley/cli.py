@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['VIDEOS', 'LONGEST', 'DEFAULTS', 'LICENCES', 'RECIPE_OPTIONS', 'STAGE_OPTIONS', 'TRAIN', 'EVALUATE', 'number',
            'condition', 'check_device', 'local_model', 'load_pipeline', 'known_labels', 'check_label', 'find_videos',
-           'targets', 'check_generate', 'proposed', 'make_sound', 'save', 'generate', 'labels', 'sample_measures',
-           'train', 'weight_sizes', 'info', 'fetch', 'bench', 'evaluate', 'sample_video', 'demo', 'build_parser',
-           'main']
+           'targets', 'check_video', 'check_generate', 'proposed', 'make_sound', 'save', 'generate', 'labels',
+           'sample_measures', 'train', 'weight_sizes', 'info', 'fetch', 'bench', 'evaluate', 'sample_video', 'demo',
+           'build_parser', 'main']
 
 # %% ../nbs/app/60_cli.ipynb #44dcc7bd
 import argparse, json, math, os, re, signal, struct, sys, tempfile
 from pathlib import Path
 
 from . import __version__
-from .core import FoleyError, default_device, progress, suggest
-from .media import SR, check_output, mux, probe, read_clip, write_video, write_wav
+from .core import FoleyError, default_device, printable, progress, suggest
+from .media import SR, check_length, check_output, container_for, mux, plan_mux, probe, read_clip, write_video, write_wav
 
 # %% ../nbs/app/60_cli.ipynb #453a88fe
 def number(
@@ -109,7 +109,9 @@ def check_label(
     raise FoleyError(f'--label {label!r}: mini does not know it; {hint} {"(all: smooth-foley labels)" if near else ", ".join(names.values())}')
 
 # %% ../nbs/app/60_cli.ipynb #313312c9
-VIDEOS = ('.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi')
+VIDEOS = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv",
+)
 
 def find_videos(
     paths:list,   # Files and folders
@@ -127,13 +129,13 @@ def find_videos(
 def targets(
     videos:list,         # Inputs
     out:str,             # `-o` or `--plot`: a file, an existing folder, or None for "beside the input"
-    suffix:str='.mp4',   # Kind of file where no name is given
+    suffix='.mp4',       # Kind of file where no name is given, or a function that gives it for a video
 )->list:                 # One path per input
     "Where each result goes"
-    names = [v.stem+'_foley'+suffix for v in videos]
-    if out is None: paths = [v.with_name(n) for v, n in zip(videos, names)]
-    elif Path(out).is_dir(): paths = [Path(out)/n for n in names]
-    elif len(videos)==1 and not out.endswith('/'): paths = [Path(out)]
+    name = lambda v: v.stem + "_foley" + (suffix(v) if callable(suffix) else suffix)
+    if out is None: paths = [v.with_name(name(v)) for v in videos]
+    elif Path(out).is_dir(): paths = [Path(out)/name(v) for v in videos]
+    elif len(videos) == 1 and not out.endswith("/"): paths = [Path(out)]
     else: raise FoleyError(f'{out}: no such folder; {len(videos)} videos need an existing folder to write to')
     twice = [p for p in paths if paths.count(p)>1]
     if twice: raise FoleyError(f'{twice[0]}: two of the videos would be written there; run them one by one with -o')
@@ -142,17 +144,25 @@ def targets(
 # %% ../nbs/app/60_cli.ipynb #6808aca4
 LONGEST = 10.24   # Seconds that one run of the model covers
 
+def check_video(
+    video,   # A file
+)->float:    # Its length, seconds
+    "Try to read a video, and whether it is short enough"
+    facts = probe(video)
+    check_length(video, facts["duration"], LONGEST, facts["fps"])
+    return facts["duration"]
+
 def check_generate(args):
     "Try inputs and outputs of `generate`; return `(video, out, plot)` per clip"
     videos = find_videos(args.videos)
-    outs = targets(videos, args.out)
+    lengths = [check_video(v) for v in videos]
+    outs = targets(videos, args.out, lambda v: container_for(v, args.keep_original))
     plots = targets(videos, args.plot, '.png') if args.plot else [None]*len(videos)
-    for v, o, p in zip(videos, outs, plots):
-        length = probe(v)['duration']
-        if round(length*SR) > round(LONGEST*SR): raise FoleyError(f'{v}: lasts {length:.2f} s, and at most {LONGEST} s are supported for now; cut it shorter')
+    for v, length, o, p in zip(videos, lengths, outs, plots):
         late = [s for s in args.condition if s[0] >= length] if isinstance(args.condition, list) else []
         if late: raise FoleyError(f'--condition: {late[0][0]:g}-{late[0][1]:g} begins after {v} ends ({length:.2f} s)')
         check_output(o, args.overwrite, ('.mp4', '.m4v', '.mov', '.mkv', '.wav'), source=v)
+        if o.suffix.lower() != ".wav": plan_mux(v, o.suffix)
         if p: check_output(p, args.overwrite, ('.png',))
     return list(zip(videos, outs, plots))
 
@@ -163,7 +173,7 @@ def proposed(
     n:int=5,      # How many to tell
 )->str:           # Some lines
     "What CLIP saw, and what was taken"
-    lines = [f'{name}: no --label given; CLIP sees'] + [f'  {score:6.1%}  {label}' for label, score in ranked[:n]]
+    lines = [f'{printable(name)}: no --label given; CLIP sees'] + [f'  {score:6.1%}  {label}' for label, score in ranked[:n]]
     return '\n'.join([*lines, f'  taken: {ranked[0][0]!r}; choose another one with --label'])
 
 # %% ../nbs/app/60_cli.ipynb #2a3b56a6
@@ -184,11 +194,11 @@ def save(clip, output, out, plot, args):
     if plot:
         from smooth_foley.pipeline import plot_foley
         plot_foley(clip, output, 0, plot)
-        print(f'wrote {plot}')
+        print(f'wrote {printable(plot)}')
     audio, sr = output.audios[0], output.sample_rate
     if out.suffix.lower() == '.wav': write_wav(out, audio, sr)
-    else: mux(clip.path, audio, sr, out, keep_original=args.keep_original, overwrite=args.overwrite)
-    print(f'wrote {out} ({len(audio)/sr:.2f} s of {output.labels[0]!r})')
+    else: mux(clip.path, audio, sr, out, keep_original=args.keep_original, overwrite=args.overwrite, tell=lambda note: print(printable(note)))
+    print(f'wrote {printable(out)} ({len(audio)/sr:.2f} s of {output.labels[0]!r})')
 
 def generate(
     args,                 # Words of the command line

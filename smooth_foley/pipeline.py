@@ -21,7 +21,7 @@ from diffusers.utils import BaseOutput, logging as diffusers_logging
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, SpeechT5HifiGan
 from transformers.utils import logging as transformers_logging
 from fastcore.basics import patch
-from .core import FoleyError, atomic_path, default_device, derive_generator, mini_path
+from .core import FoleyError, atomic_path, default_device, derive_generator, mini_path, printable
 from .media import Clip, SR, read_clip, seconds_to_samples
 from .mel import MelTransform, plot_mel
 from .vocoder import PhaseVocoder, make_vocoder, vocode
@@ -691,7 +691,8 @@ def plot_foley(
     _plot_frames(clip, n_frames, strip)
     if output.conditions[i] is not None: plot_condition(output.conditions[i], cond)
     if output.mels is not None: plot_mel(output.mels[i], spec)
-    strip.set_title(f"{clip.name}: {output.labels[i] or output.prompts[i] or 'no prompt'}", fontsize=10)
+    title = f"{clip.name}: {output.labels[i] or output.prompts[i] or 'no prompt'}"
+    strip.set_title(printable(title), fontsize=10, parse_math=False)
     for ax in (strip, cond): ax.set_xlabel("")
     spec.set(xlim=(0, clip.duration), xlabel="time (s)")
     if path is not None:

@@ -46,6 +46,8 @@ def inputs(tmp_path_factory):
     (folder/'cut.mp4').write_bytes((folder/'good.mp4').read_bytes()[:3000])
     (folder/'empty.mp4').touch()
     (folder/'exists.mp4').write_text('precious')
+    shutil.copy(Path(__file__).parent/'fixtures'/'media'/'vp8_vorbis.webm', folder/'vp8.webm')
+    os.mkfifo(folder/'pipe.mp4')
     (folder/'nothing').mkdir(); (folder/'model').mkdir()
     return folder
 
@@ -70,6 +72,11 @@ WRONG = {   # name: (words, what the line must say)
     'output is the input': (['generate', 'good.mp4', '-o', 'good.mp4', '--overwrite'], 'input itself'),
     'unwritable': (['generate', 'good.mp4', '-o', '/proc/x.mp4'], '/proc/x.mp4: cannot be written'),
     'unknown format': (['generate', 'good.mp4', '-o', 'x.ogg'], 'cannot write .ogg'),
+    'container that cannot hold the picture': (['generate', 'vp8.webm', '-o', 'x.mp4'], '.mp4 cannot hold its picture'),
+    'pipe': (['generate', 'pipe.mp4'], 'pipe.mp4: is a pipe; save it to a file first'),
+    'output is a pipe': (['generate', 'good.mp4', '-o', 'pipe.mp4', '--overwrite'], 'pipe.mp4: is no ordinary file'),
+    'output name too long': (['generate', 'good.mp4', '-o', 'x'*260+'.mp4'], 'file name too long'),
+    'a URL is a name': (['generate', 'http://127.0.0.1:9/x.mp4'], 'no such file'),
     'plot of unknown format': (['generate', 'good.mp4', '--plot', 'x.txt'], 'cannot write .txt'),
     'nan scale': (['generate', 'good.mp4', '--frame-scale', 'nan'], '--frame-scale: must be'),
     'negative scale': (['generate', 'good.mp4', '--temporal-scale', '-1'], '--temporal-scale: must be'),
@@ -100,6 +107,19 @@ def test_wrong_input(name, inputs, inside):
     assert (r.returncode, r.stdout) == (2, ''), r.stderr
     assert r.stderr.startswith('smooth-foley: error: ') and r.stderr.count('\n') == 1 and says in r.stderr, r.stderr
     assert tree(inputs) == before
+
+
+def test_videos_of_a_folder_in_any_spelling(tmp_path):
+    names = ['a.MP4', 'b.mts', 'c.TS', 'd.mpg', 'e.m2ts', 'f.Mkv', 'g.webm', '12:30 h.mov']
+    for name in [*names, 'text.txt', '.hidden.mp4', 'a_foley.mp4']: (tmp_path/name).touch()
+    assert sorted(p.name for p in cli.find_videos([tmp_path])) == sorted(names)
+
+
+def test_the_default_output_holds_the_picture(inputs, tmp_path):
+    def outputs(*words): return [out.name for _, out, _ in cli.check_generate(cli.build_parser().parse_args(['generate', *map(str, words)]))]
+    vp8, good = inputs/'vp8.webm', inputs/'good.mp4'
+    assert outputs(vp8, good, '-o', tmp_path) == ['vp8_foley.mkv', 'good_foley.mp4']
+    assert outputs(vp8, '-o', tmp_path/'x.MKV') == ['x.MKV'] and outputs(vp8, '-o', tmp_path/'x.wav') == ['x.wav']
 
 
 def test_help_is_quick_and_light():
@@ -175,6 +195,22 @@ def test_a_folder_and_the_seed(video, tmp_path, inside):
     first, again, other = (read_audio(p) for p in (tmp_path/'out'/'a_foley.mp4', tmp_path/'again.mp4', tmp_path/'other.mp4'))
     assert (first == again).all()          # alone or in company: the same sound
     assert not np.allclose(first, other)
+
+
+@needs_mini
+def test_names_and_containers_of_any_kind(video, inputs, tmp_path):
+    take, bytes_, long = '12:30 take.mp4', os.fsdecode(b'caf\xe9.mp4'), 'é'*120+'.mp4'
+    (tmp_path/'in').mkdir(); (tmp_path/'out').mkdir()
+    for name in (take, bytes_, long): shutil.copy(video, tmp_path/'in'/name)
+    shutil.copy(inputs/'vp8.webm', tmp_path/'in')
+    words = ['in', '-o', 'out', '--label', 'airplane flyby', '--steps', '1', '--keep-original']
+    r = smooth_foley('generate', *words, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    made = sorted(os.listdir(tmp_path/'out'))
+    assert made == sorted([Path(n).stem+'_foley.mp4' for n in (take, bytes_, long)] + ['vp8_foley.mkv'])
+    assert all(probe(tmp_path/'out'/n)['audio'] == 'aac' for n in made)
+    r = smooth_foley('generate', f'in/{bytes_}', '-o', f'out/{bytes_}', '--plot', 'out/plot.png', '--label', 'airplane flyby', '--steps', '1', cwd=tmp_path)
+    assert r.returncode == 0 and r'wrote out/caf\udce9.mp4' in r.stdout and (tmp_path/'out'/'plot.png').exists(), r.stderr
 
 
 @needs_mini

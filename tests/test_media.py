@@ -161,3 +161,21 @@ def test_overwriting_keeps_the_mode_and_follows_links(tmp_path):
     assert link.is_symlink() and len(read_audio(real)) == 20
     os.umask(mask := os.umask(0))
     assert real.stat().st_mode & 0o777 == 0o666 & ~mask
+    for mode in (0o600, 0o640, 0o444):
+        real.chmod(mode)
+        write_wav(real, np.zeros(30))
+        assert real.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize('there', [True, False])
+def test_a_link_to_elsewhere_is_replaced_and_what_it_names_stays(tmp_path, there):
+    v, target = write_video(tmp_path/'v.mp4', NOISE), tmp_path/'else'/'precious.mp4'
+    target.parent.mkdir()
+    if there: target.write_text('precious')
+    (tmp_path/'out').mkdir()
+    link = tmp_path/'out'/'link.mp4'
+    link.symlink_to(target)
+    with pytest.raises(FoleyError, match='exists already'): mux(v, np.zeros(SR), SR, link)
+    mux(v, np.zeros(SR), SR, link, overwrite=True)
+    assert not link.is_symlink() and probe(link)['frames'] == 15
+    assert (target.read_text() == 'precious') if there else not target.exists()

@@ -21,7 +21,7 @@ from torch import nn, Tensor
 from diffusers import ModelMixin, ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
-from ..core import FoleyError, atomic_path, progress, suggest
+from ..core import FoleyError, atomic_path, printable, progress, suggest
 from ..media import fit_duration, read_audio, write_video
 from ..mel import mel_filters
 from ..vocoder import load_checked
@@ -325,7 +325,7 @@ def segments(
     if not 0<=threshold<=1: raise FoleyError(f'threshold={threshold}: is a probability, 0 to 1')
     if window>1:
         from scipy.ndimage import median_filter
-        probs = median_filter(probs, window, mode='nearest')
+        probs = median_filter(probs, window)  # reflects at the ends, as the reference does
     edges = np.diff(np.r_[0, probs>threshold, 0].astype(int)); ends = np.r_[times, times[-1]+times[1]-times[0]]
     return [(float(ends[a]), float(ends[b])) for a,b in zip(np.flatnonzero(edges==1), np.flatnonzero(edges==-1))]
 
@@ -406,7 +406,7 @@ def plot_files(
     "One curve below the other"
     from matplotlib.figure import Figure
     some = list(curves.items())[:n]; fig = Figure(figsize=(8, .3+1.2*len(some)), dpi=80, layout='constrained')
-    for ax,(f,(times,probs)) in zip(fig.subplots(len(some), squeeze=False)[:,0], some): plot_grounding(times, probs, threshold, window, ax).set_title(Path(f).name, fontsize=8)
+    for ax,(f,(times,probs)) in zip(fig.subplots(len(some), squeeze=False)[:,0], some): plot_grounding(times, probs, threshold, window, ax).set_title(printable(Path(f).name), fontsize=8, parse_math=False)
     with atomic_path(path) as tmp: fig.savefig(tmp)
     return Path(path)
 

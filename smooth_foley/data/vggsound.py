@@ -22,7 +22,7 @@ import av, numpy as np
 from av.video.reformatter import Interpolation
 
 from ..core import FoleyError, atomic_path, mini_path, progress, suggest
-from ..media import SR, _add_picture, _add_sound, _by_time, _picture, _picture_packets, _sound_packets, _why, write_video
+from ..media import SR, _add_picture, _add_sound, _by_time, _open_file, _picture, _picture_packets, _sound_packets, _why, write_video
 
 # %% ../../nbs/data/11_vggsound.ipynb #fcbf6f10
 @dataclass
@@ -392,7 +392,7 @@ def inspect_clip(
     "Read a file once and measure it; nothing in the file makes this raise"
     try:
         if not os.stat(path).st_size: return dict(error='empty', detail='zero bytes')
-        with av.open(str(path)) as f: return _read_through(f)
+        with _open_file(path) as f: return _read_through(f)
     except FileNotFoundError: return dict(error='missing', detail='no such file')
     except MemoryError: return dict(error='memory', detail='more memory than a worker may have')
     except (av.error.FFmpegError, OSError) as e: return dict(error='memory' if e.errno in SHORT else 'unreadable', detail=_why(e))
@@ -671,7 +671,7 @@ def audit(
 # %% ../../nbs/data/11_vggsound.ipynb #355e4771
 def _sound_cut(path, start, seconds, sr):
     "`(n,)` waveform of a part of a file, or None if it has no sound"
-    with av.open(str(path)) as f:
+    with _open_file(path) as f:
         if not f.streams.audio: return None
         stream, to_mono, audio = f.streams.audio[0], av.AudioResampler('flt', 'mono', sr), np.zeros(round(seconds*sr), np.float32)
         f.seek(int(max(start-1, 0)/stream.time_base), stream=stream)
@@ -685,7 +685,7 @@ def _sound_cut(path, start, seconds, sr):
 
 def _shown(path, start, seconds):
     "`(time, frame)` of the pictures that appear in a part of a file"
-    with av.open(str(path)) as f:
+    with _open_file(path) as f:
         stream = _picture(f, path)
         f.seek(int(max(start-1, 0)/stream.time_base), stream=stream)
         for frame in f.decode(stream):
@@ -790,7 +790,7 @@ def _options(how, item, parts, cookies):
 
 # %% ../../nbs/data/11_vggsound.ipynb #d12cc536
 def _has(path, kind):
-    with av.open(str(path)) as f: return bool(getattr(f.streams, kind))
+    with _open_file(path) as f: return bool(getattr(f.streams, kind))
 
 def fetch_clip(
     item:Item,                 # What to fetch

@@ -59,7 +59,9 @@ def decode(
 )->tuple:           # Samples `(channels, n)` float32, rate in Hz
     "The sound of a file at its own rate, channel by channel"
     import av
-    try: f = av.open(str(path))
+    from smooth_foley.media import _check_file, _open_file
+    if os.path.exists(path): _check_file(path)
+    try: f = _open_file(path)
     except FileNotFoundError as e: raise FoleyError(f'{path}: there is no such file; check the path') from e
     except (av.error.FFmpegError, OSError, ValueError) as e: raise FoleyError(f'{path}: it cannot be opened as sound ({type(e).__name__}); give a wav, flac or mp4 file') from e
     with f:
