@@ -243,7 +243,7 @@ def test_samplers_with_memory(pipe):
 
 
 def test_given_latents(pipe):
-    noise = torch.stack([torch.randn(8, 8, 64, generator=g) for g in pipe._generators(None, 3, ["clip0.mp4"])])
+    noise = torch.stack([torch.randn(*pipe.latent_shape, generator=g) for g in pipe._generators(None, 3, ["clip0.mp4"])])
     assert torch.equal(pipe(a_clip(1.), label="siren", seed=3).latents, pipe(a_clip(1.), label="siren", latents=noise).latents)
     with pytest.raises(FoleyError, match="latents"): pipe(a_clip(1.), label="siren", latents=noise[:, :4])
 

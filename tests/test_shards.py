@@ -186,7 +186,7 @@ def test_rows_for_every_stage_give_a_loss_with_gradients(whole, items):
     stage = FrameStage(dict(adapter=adapter), dict(unet=base.unet, text_encoder=base.text_encoder), base.tokenizer, base.scheduler, frame_wise=True, span=10.24)
     adapter.install(base.unet).requires_grad_(True).train()
     projection = ProjectionStage(LabelProjection(96), net['frame_encoder'].encode_text(list(LABELS)).clone())
-    for stage, batch in ((stage, batch), (projection, rows.projection([i, 0], list(LABELS))), (VaeStage(net['vae'].requires_grad_(True), net['mel']), rows.images([i, 0], net['mel']))):
+    for stage, batch in ((stage, batch), (projection, rows.projection([i, 0], list(LABELS))), (VaeStage(net['vae'].requires_grad_(True)), rows.images([i, 0], net['mel']))):
         loss = stage(batch, Draw(0, 0, 2)); loss.backward()
         assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in stage.parameters())
     net['vae'].requires_grad_(False)

@@ -45,7 +45,7 @@ def _stages()->dict:
         base=T(max_train_steps=4000, train_batch_size=16, learning_rate=1e-3, lr_warmup_steps=200, ema_decay=.999, mixed_precision='no', checkpointing_steps=500),
         projection=T(max_train_steps=1000, train_batch_size=32, learning_rate=2e-3, weight_decay=0., ema_decay=.99, mixed_precision='no'),
         temporal_adapter=T(max_train_steps=700, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'),
-        frame_adapter=T(max_train_steps=1200, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'))
+        frame_adapter=T(max_train_steps=1000, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'))
 
 @dataclass
 class Recipe:
