@@ -354,7 +354,8 @@ def read_clip(
     with _open(path) as f:
         stream = _picture(f, path)
         if size is None: _check_memory(path, len(times), stream.height, stream.width)
-        for frame, n in _shown_at(_decoded(f, stream, path), times+span.start):
+        eps = min(max(1e-4, .6*float(stream.time_base)), 6e-4)     # an .mkv rounds times to milliseconds
+        for frame, n in _shown_at(_decoded(f, stream, path), times+span.start, eps):
             picture = _upright(frame)
             frames += [clip_resize(picture, size) if size else picture]*n
     if not frames: raise FoleyError(f"{path}: no frame can be decoded; copy or export it again")

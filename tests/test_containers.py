@@ -281,6 +281,13 @@ def test_hevc_without_a_tag_gets_the_one_that_plays(tmp_path):
     assert facts(mux(source, NOISE, SR, tmp_path / "out.mp4"))["tag"] == "hvc1"
 
 
+@pytest.mark.parametrize("fps", [15, 24, 30, Fraction(30000, 1001)])
+def test_an_mkv_of_whole_milliseconds_gives_every_frame_once(tmp_path, fps):
+    films = [write_video(tmp_path / f"v{kind}", np.stack([picture(k) for k in range(20)]), fps=fps) for kind in (".mp4", ".mkv")]
+    first, second = (read_clip(f, float(fps)).frames for f in films)
+    assert (first == second).all() and len(np.unique(first[:, -1, -1, 0])) == 20
+
+
 @pytest.mark.parametrize("name", ["v.mp4", "v.avi"])
 def test_what_is_cut_short_is_still_told(tmp_path, name):
     codec = "mpeg4" if name.endswith("avi") else "libx264"
