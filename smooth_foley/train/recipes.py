@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['POSITIONS', 'VAL_SEED', 'PLACES', 'PICTURE_CAPTIONS', 'CHUNK', 'N_VAL', 'READ_BY', 'UNCOUNTED', 'CACHED', 'STAGES',
            'TRAINED', 'Recipe', 'check_recipe', 'recipe_with', 'sound_captions', 'picture_truth', 'is_main',
-           'wait_for_all', 'save', 'scene_of', 'cache_arrays', 'render_chunk', 'picture_arrays', 'picture_moments',
-           'compressed', 'picture_of', 'picture_chunk', 'pictures_stage', 'scenes_stage', 'ClipStage', 'make_mini_clip',
-           'picture_rows', 'clip_stage', 'VaeStage', 'mel_rows', 'components_stage', 'vae_stage', 'VocoderStage',
-           'vocoder_rows', 'vocoder_stage', 'caption_ids', 'noise_levels', 'DiffusionStage', 'accelerator',
-           'encode_mels', 'latents_cache', 'base_rows', 'base_stage', 'feature_arrays', 'encode_chunk',
+           'wait_for_all', 'save', 'scene_of', 'cache_arrays', 'render_chunk', 'scenes_stage', 'picture_arrays',
+           'picture_moments', 'compressed', 'picture_of', 'picture_chunk', 'pictures_stage', 'ClipStage',
+           'make_mini_clip', 'picture_rows', 'clip_stage', 'VaeStage', 'mel_rows', 'components_stage', 'vae_stage',
+           'VocoderStage', 'vocoder_rows', 'vocoder_stage', 'caption_ids', 'noise_levels', 'DiffusionStage',
+           'accelerator', 'encode_mels', 'latents_cache', 'base_rows', 'base_stage', 'feature_arrays', 'encode_chunk',
            'features_stage', 'ProjectionStage', 'projection_rows', 'projection_stage', 'TemporalStage', 'FrameStage',
            'load_base', 'temporal_stage', 'frame_rows', 'frame_stage', 'ValidationSet', 'steady_loss', 'level_losses',
            'sample_latents', 'plot_sheet', 'SampleSheets', 'diffusion_looks', 'passby_mark', 'has_begun', 'read_recipe',
@@ -247,6 +247,14 @@ def _pool(fn, todo, desc, workers=None):
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context('spawn'), initializer=die_with_parent) as ex:
         for _ in progress(ex.map(fn, todo), desc=desc, unit='chunk', total=len(todo)): pass
 
+# %% ../../nbs/train/22_recipes.ipynb #pictures05
+def scenes_stage(folder, r:Recipe):
+    "Render what is not yet rendered"
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    todo = [int(j) for j in np.where(~cache_arrays(folder, r, 'w')['done'])[0]]
+    if todo: _pool(partial(render_chunk, folder=folder, r=r), todo, 'scenes')
+
+# %% ../../nbs/train/22_recipes.ipynb #pictures00
 def picture_arrays(folder, r: Recipe, mode="r") -> dict:
     "The memory-mapped arrays of the pictures and of what is true of them"
     n, k, c = r.n_picture_scenes, r.n_pictures, len(PICTURE_CAPTIONS)
@@ -258,6 +266,7 @@ def picture_arrays(folder, r: Recipe, mode="r") -> dict:
     )
     return _open_arrays(folder, spec, mode)
 
+# %% ../../nbs/train/22_recipes.ipynb #pictures01
 def picture_moments(
     emitting,  # Does the source sound, 100 Hz, `(m,)` bool
     n: int,  # How many
@@ -269,6 +278,7 @@ def picture_moments(
     some = rng.choice(pool, n // 2, replace=False)
     return np.sort(np.r_[some, rng.choice(len(emitting), n - n // 2, replace=False)])
 
+# %% ../../nbs/train/22_recipes.ipynb #pictures02
 def compressed(
     frames: np.ndarray,  # RGB, `(T, H, W, 3)` uint8
     crf: int,  # x264's constant rate factor: 18 is hardly visible, 40 is poor
@@ -286,6 +296,7 @@ def compressed(
         out = [f.to_ndarray(format="rgb24") for f in file.decode(video=0)]
     return np.stack(out)
 
+# %% ../../nbs/train/22_recipes.ipynb #pictures03
 def picture_of(
     scene: passby.Scene,
     times,  # s, `(T,)`
@@ -302,6 +313,7 @@ def picture_of(
     large = compressed(passby.render_frames(d, path, scene.seed, times, size), int(rng.integers(20, 36)))
     return np.stack([clip_resize(f, 64) for f in large])
 
+# %% ../../nbs/train/22_recipes.ipynb #pictures04
 def picture_chunk(j: int, folder, r: Recipe):
     "Render the pictures of scenes `j*CHUNK ...`"
     torch.set_num_threads(1)
@@ -323,12 +335,6 @@ def pictures_stage(folder, r: Recipe):
     todo = [int(j) for j in np.where(~picture_arrays(folder, r, "w")["pictures_done"])[0]]
     if todo:
         _pool(partial(picture_chunk, folder=folder, r=r), todo, "pictures")
-
-def scenes_stage(folder, r:Recipe):
-    "Render what is not yet rendered"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    todo = [int(j) for j in np.where(~cache_arrays(folder, r, 'w')['done'])[0]]
-    if todo: _pool(partial(render_chunk, folder=folder, r=r), todo, 'scenes')
 
 # %% ../../nbs/train/22_recipes.ipynb #75863893
 class ClipStage(Stage):
