@@ -390,7 +390,8 @@ class VaeStage(Stage):
     def __init__(self, vae):
         super().__init__()
         self.vae = vae
-        vae.analysis.requires_grad_(False)  # the latents stay what the base has learnt
+        encoder = vae.analysis if isinstance(vae, PatchAutoencoder) else vae.encoder
+        encoder.requires_grad_(False)  # the latents stay what the base has learnt
 
     def forward(self, batch, draw):
         image = batch["image"]
