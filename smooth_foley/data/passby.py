@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['C', 'SR', 'DURATION', 'RATE', 'SOURCES', 'LABELS', 'CONTINUOUS', 'MOVERS', 'TONAL', 'SPLITS', 'ALWAYS', 'LOOKS',
-           'FOCAL', 'Source', 'Dials', 'draw_dials', 'Motion', 'motion', 'pitch', 'revs', 'gate', 'render_audio',
-           'project', 'render_frames', 'Scene', 'truth_of', 'scene', 'MixedScene', 'mixed_dials', 'mixed_scene']
+           'GLARE', 'FOCAL', 'Source', 'Dials', 'draw_dials', 'Motion', 'motion', 'pitch', 'revs', 'gate',
+           'render_audio', 'project', 'render_frames', 'Scene', 'truth_of', 'scene', 'MixedScene', 'mixed_dials',
+           'mixed_scene']
 
 # %% ../../nbs/data/10_passby.ipynb #9058cd80
 from dataclasses import dataclass, field, replace
@@ -289,6 +290,8 @@ LOOKS = {
 }
 
 # %% ../../nbs/data/10_passby.ipynb #4317e54d
+GLARE = 1.1   # Half width of the smallest sign that something sounds, px of 64: lamps, steam and dust outshine their size
+
 def _paint(img, xy, look, u, v, px, blur, on, t, flip, revs=0.5):
     "Paint one look, centred at (u, v) px and `px` px wide, onto frames `img` (T, s, s, 3); `on`, `revs` (T,) in [0, 1]"
     x, y = (xy[0]-u[:,None,None])*flip, v[:,None,None]-xy[1]
@@ -296,7 +299,8 @@ def _paint(img, xy, look, u, v, px, blur, on, t, flip, revs=0.5):
     when = {'':np.ones_like(on), '+':on, '-':1-on, 'r':on, 'a':on*flash, 'b':on*(1-flash)}
     for shape,cx,cy,hw,hh,colour,w in look:
         grown = px*(.4+1.2*revs) if w=='r' else px
-        a, b = (np.maximum(h*grown, .35)[:,None,None] for h in (hw,hh))
+        least = (.35 if w in ('', '-') else GLARE)*img.shape[1]/64
+        a, b = (np.maximum(h*grown, least)[:,None,None] for h in (hw,hh))
         dx, dy = np.abs(x-(cx*px)[:,None,None]), np.abs(y-(cy*px)[:,None,None])
         inside = np.minimum(a-dx, b-dy) if shape=='box' else (1-np.sqrt((dx/a)**2+(dy/b)**2))*np.minimum(a,b)
         cover = np.clip(inside/(1+blur)+.5, 0, 1)*when[w][:,None,None]/(1+.4*blur)
@@ -349,7 +353,7 @@ def _paint_source(img, d, m, t, yaw=None):
     size, source = img.shape[1], SOURCES[d.label]
     u, v, r, _ = project(d, m, t, yaw)
     on = _f32(np.clip(gate(d.active, t, 0.01), 0, 1))
-    px = _f32(np.clip(FOCAL * size * source.size / r * d.shrink, 0.8, size * 0.8))
+    px = _f32(np.clip(FOCAL * size * source.size / r * d.shrink, 0.8 * size / 64, size * 0.8))
     x, y = _f32(size * (0.5 + u)), _f32(size * (0.5 - v))
     flip = d.heading if source.mover else 1
     _paint(img, _grid(size), LOOKS[d.label], x, y, px, d.blur * size / 64, on, t, flip, _f32(revs(d, t)))
