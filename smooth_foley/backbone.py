@@ -16,7 +16,14 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 import diffusers
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, UNet2DConditionModel, DPMSolverMultistepScheduler, DDPMScheduler
+from diffusers import (
+    AutoencoderKL,
+    ConfigMixin,
+    ModelMixin,
+    UNet2DConditionModel,
+    DPMSolverMultistepScheduler,
+    DDPMScheduler,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -28,54 +35,67 @@ from .clip import FrameEncoder
 
 # %% ../nbs/05_backbone.ipynb #f7bb67e9
 def make_vae(
-    in_channels:int=16,                # Channels of the mel image
-    block_out_channels:tuple=(64,128,128), # Width per level; every level after the first halves rows and columns
-    latent_channels:int=8,             # Channels of the latent
-    layers_per_block:int=1,            # Residual blocks per level
-    norm_num_groups:int=16,            # Must divide every width
-    mid_block_add_attention:bool=True, # Self-attention at the bottom
-    **kw                               # Other arguments of `AutoencoderKL`
-)->AutoencoderKL:                      # Random weights
+    in_channels: int = 16,  # Channels of the mel image
+    block_out_channels: tuple = (64, 128, 128),  # Width per level; every level after the first halves rows and columns
+    latent_channels: int = 8,  # Channels of the latent
+    layers_per_block: int = 1,  # Residual blocks per level
+    norm_num_groups: int = 16,  # Must divide every width
+    mid_block_add_attention: bool = True,  # Self-attention at the bottom
+    **kw,  # Other arguments of `AutoencoderKL`
+) -> AutoencoderKL:  # Random weights
     "The autoencoder between mel images and latents"
     n = len(block_out_channels)
-    return AutoencoderKL(in_channels=in_channels, out_channels=in_channels, latent_channels=latent_channels, block_out_channels=tuple(block_out_channels),
-        down_block_types=('DownEncoderBlock2D',)*n, up_block_types=('UpDecoderBlock2D',)*n, layers_per_block=layers_per_block,
-        norm_num_groups=norm_num_groups, mid_block_add_attention=mid_block_add_attention, **{'sample_size':256, 'scaling_factor':1., **kw}).eval()
+    return AutoencoderKL(
+        in_channels=in_channels,
+        out_channels=in_channels,
+        latent_channels=latent_channels,
+        block_out_channels=tuple(block_out_channels),
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        layers_per_block=layers_per_block,
+        norm_num_groups=norm_num_groups,
+        mid_block_add_attention=mid_block_add_attention,
+        **{"sample_size": 256, "scaling_factor": 1.0, **kw},
+    ).eval()
 
 # %% ../nbs/05_backbone.ipynb #487657d0
 def _latent_stats(vae, z):
-    m,s = vae.config.latents_mean, vae.config.latents_std
-    if m is None or s is None: return 0., 1/vae.config.scaling_factor
-    return tuple(torch.tensor(o, device=z.device, dtype=z.dtype).view(1,-1,1,1) for o in (m,s))
+    m, s = vae.config.latents_mean, vae.config.latents_std
+    if m is None or s is None:
+        return 0.0, 1 / vae.config.scaling_factor
+    return tuple(torch.tensor(o, device=z.device, dtype=z.dtype).view(1, -1, 1, 1) for o in (m, s))
+
 
 @torch.no_grad()
 def encode_latents(
-    vae:AutoencoderKL,
-    image:Tensor,                # Mel image, `(b, C, h, w)`, in [-1, 1]
-    sample_posterior:bool=False, # Draw from the posterior instead of its mean
-    generator:torch.Generator=None, # Randomness of the draw
-)->Tensor:                       # Latents of about unit variance, `(b, c, h/f, w/f)`
+    vae: AutoencoderKL,
+    image: Tensor,  # Mel image, `(b, C, h, w)`, in [-1, 1]
+    sample_posterior: bool = False,  # Draw from the posterior instead of its mean
+    generator: torch.Generator = None,  # Randomness of the draw
+) -> Tensor:  # Latents of about unit variance, `(b, c, h/f, w/f)`
     "Image to latents at the scale the UNet works in"
     post = vae.encode(image.to(vae.device, vae.dtype)).latent_dist
     z = post.sample(generator) if sample_posterior else post.mode()
-    m,s = _latent_stats(vae, z)
-    return (z-m)/s
+    m, s = _latent_stats(vae, z)
+    return (z - m) / s
+
 
 @torch.no_grad()
 def decode_latents(
-    vae:AutoencoderKL,
-    z:Tensor, # Latents at the UNet's scale, `(b, c, h, w)`
-)->Tensor:    # Mel image, `(b, C, h*f, w*f)`, nominally in [-1, 1]
+    vae: AutoencoderKL,
+    z: Tensor,  # Latents at the UNet's scale, `(b, c, h, w)`
+) -> Tensor:  # Mel image, `(b, C, h*f, w*f)`, nominally in [-1, 1]
     "Latents to image"
     z = z.to(vae.device, vae.dtype)
-    m,s = _latent_stats(vae, z)
-    return vae.decode(z*s+m).sample
+    m, s = _latent_stats(vae, z)
+    return vae.decode(z * s + m).sample
+
 
 def set_latent_stats(
-    vae:AutoencoderKL,
-    mean:Tensor, # Per channel, `(c,)`, of the raw latents
-    std:Tensor,  # Per channel, `(c,)`
-)->None:
+    vae: AutoencoderKL,
+    mean: Tensor,  # Per channel, `(c,)`, of the raw latents
+    std: Tensor,  # Per channel, `(c,)`
+) -> None:
     "Store the per-channel mean and deviation that standardise the latents in the VAE's configuration"
     vae.register_to_config(latents_mean=[float(o) for o in mean], latents_std=[float(o) for o in std])
 
@@ -185,147 +205,221 @@ def vae_factor(
 
 # %% ../nbs/05_backbone.ipynb #f4990b71
 def make_text_encoder(
-    tokenizer:CLIPTokenizer,         # Gives the vocabulary and its special tokens
-    hidden_size:int=96,              # Width, the UNet's `cross_attention_dim`
-    num_hidden_layers:int=2,
-    num_attention_heads:int=4,
-    max_position_embeddings:int=24,  # Longest text, tokens
-    **kw                             # Other arguments of `CLIPTextConfig`
-)->CLIPTextModel:                    # Random weights
+    tokenizer: CLIPTokenizer,  # Gives the vocabulary and its special tokens
+    hidden_size: int = 96,  # Width, the UNet's `cross_attention_dim`
+    num_hidden_layers: int = 2,
+    num_attention_heads: int = 4,
+    max_position_embeddings: int = 24,  # Longest text, tokens
+    **kw,  # Other arguments of `CLIPTextConfig`
+) -> CLIPTextModel:  # Random weights
     "A small CLIP text model"
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=4*hidden_size, num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads, max_position_embeddings=max_position_embeddings, projection_dim=hidden_size,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **kw)).eval()
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=4 * hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            max_position_embeddings=max_position_embeddings,
+            projection_dim=hidden_size,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **kw,
+        )
+    ).eval()
 
 # %% ../nbs/05_backbone.ipynb #122ad642
 def tokenize_prompt(
-    tokenizer:CLIPTokenizer,
-    text_encoder:CLIPTextModel, # Gives the length
-    texts:list,                 # Prompts
-)->Tensor:                      # Token ids, `(b, L)`
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,  # Gives the length
+    texts: list,  # Prompts
+) -> Tensor:  # Token ids, `(b, L)`
     "Every prompt cut or padded to the text encoder's length"
-    if isinstance(texts, str): raise FoleyError(f"texts is the string {texts!r}; give a list of prompts")
-    return tokenizer(list(texts), padding='max_length', truncation=True, max_length=text_encoder.config.max_position_embeddings, return_tensors='pt').input_ids
+    if isinstance(texts, str):
+        raise FoleyError(f"texts is the string {texts!r}; give a list of prompts")
+    return tokenizer(
+        list(texts),
+        padding="max_length",
+        truncation=True,
+        max_length=text_encoder.config.max_position_embeddings,
+        return_tensors="pt",
+    ).input_ids
+
 
 def encode_prompt(
-    tokenizer:CLIPTokenizer,
-    text_encoder:CLIPTextModel,
-    texts:list,                 # Prompts; the empty one is the unconditional
-)->Tensor:                      # Last hidden states, `(b, L, d_ctx)`
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    texts: list,  # Prompts; the empty one is the unconditional
+) -> Tensor:  # Last hidden states, `(b, L, d_ctx)`
     "Prompts to what cross-attention reads"
     return text_encoder(tokenize_prompt(tokenizer, text_encoder, texts).to(text_encoder.device)).last_hidden_state
 
 # %% ../nbs/05_backbone.ipynb #fba76f77
 def make_unet(
-    channels:int=8,                       # Channels of the latent, in and out
-    block_out_channels:tuple=(64,96,128), # Width per level; the first level has no attention
-    layers_per_block:int=1,               # Residual blocks per level
-    attention_head_dim:int=4,             # Number of heads, in diffusers' historical naming
-    norm_num_groups:int=16,               # Must divide every width
-    cross_attention_dim:int=96,           # Width of the text
-    sample_size:tuple=(8,64),             # Rows and columns of the latent
-    **kw                                  # Other arguments of `UNet2DConditionModel`
-)->UNet2DConditionModel:                  # Random weights
+    channels: int = 8,  # Channels of the latent, in and out
+    block_out_channels: tuple = (64, 96, 128),  # Width per level; the first level has no attention
+    layers_per_block: int = 1,  # Residual blocks per level
+    attention_head_dim: int = 4,  # Number of heads, in diffusers' historical naming
+    norm_num_groups: int = 16,  # Must divide every width
+    cross_attention_dim: int = 96,  # Width of the text
+    sample_size: tuple = (8, 64),  # Rows and columns of the latent
+    **kw,  # Other arguments of `UNet2DConditionModel`
+) -> UNet2DConditionModel:  # Random weights
     "The denoiser: text enters by cross-attention on every level but the first"
-    n = len(block_out_channels)-1
-    return UNet2DConditionModel(sample_size=tuple(sample_size), in_channels=channels, out_channels=channels, block_out_channels=tuple(block_out_channels),
-        down_block_types=('DownBlock2D',)+('CrossAttnDownBlock2D',)*n, up_block_types=('CrossAttnUpBlock2D',)*n+('UpBlock2D',),
-        layers_per_block=layers_per_block, attention_head_dim=attention_head_dim, norm_num_groups=norm_num_groups, cross_attention_dim=cross_attention_dim, **kw).eval()
+    n = len(block_out_channels) - 1
+    return UNet2DConditionModel(
+        sample_size=tuple(sample_size),
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(block_out_channels),
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * n,
+        up_block_types=("CrossAttnUpBlock2D",) * n + ("UpBlock2D",),
+        layers_per_block=layers_per_block,
+        attention_head_dim=attention_head_dim,
+        norm_num_groups=norm_num_groups,
+        cross_attention_dim=cross_attention_dim,
+        **kw,
+    ).eval()
 
 # %% ../nbs/05_backbone.ipynb #eff9cdae
 def make_scheduler(
-    num_train_timesteps:int=1000,
-    beta_start:float=.00085, beta_end:float=.012, # Stable Diffusion's range
-    prediction_type:str='v_prediction',           # What the UNet predicts
-    solver_order:int=2,
-    **kw                                          # Other arguments of `DPMSolverMultistepScheduler`
-)->DPMSolverMultistepScheduler:
+    num_train_timesteps: int = 1000,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,  # Stable Diffusion's range
+    prediction_type: str = "v_prediction",  # What the UNet predicts
+    solver_order: int = 2,
+    **kw,  # Other arguments of `DPMSolverMultistepScheduler`
+) -> DPMSolverMultistepScheduler:
     "DPM-Solver++ that starts from pure noise: zero terminal SNR, trailing timesteps"
-    return DPMSolverMultistepScheduler(num_train_timesteps=num_train_timesteps, beta_start=beta_start, beta_end=beta_end, beta_schedule='scaled_linear',
-        prediction_type=prediction_type, solver_order=solver_order, algorithm_type='dpmsolver++', timestep_spacing='trailing', rescale_betas_zero_snr=True, **kw)
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=num_train_timesteps,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        solver_order=solver_order,
+        algorithm_type="dpmsolver++",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        **kw,
+    )
 
 # %% ../nbs/05_backbone.ipynb #c3b2afb8
 def training_scheduler(
-    scheduler,        # Any diffusers scheduler of a discrete DDPM
-)->DDPMScheduler:     # With the same betas and prediction type
+    scheduler,  # Any diffusers scheduler of a discrete DDPM
+) -> DDPMScheduler:  # With the same betas and prediction type
     "The noise schedule that trains what `scheduler` samples"
-    return DDPMScheduler.from_config({k:v for k,v in scheduler.config.items() if k in
-        ('num_train_timesteps','beta_start','beta_end','beta_schedule','trained_betas','prediction_type','rescale_betas_zero_snr','timestep_spacing','steps_offset')})
+    return DDPMScheduler.from_config(
+        {
+            k: v
+            for k, v in scheduler.config.items()
+            if k
+            in (
+                "num_train_timesteps",
+                "beta_start",
+                "beta_end",
+                "beta_schedule",
+                "trained_betas",
+                "prediction_type",
+                "rescale_betas_zero_snr",
+                "timestep_spacing",
+                "steps_offset",
+            )
+        }
+    )
+
 
 def alphas_cumprod(
-    scheduler, # Any diffusers scheduler of a discrete DDPM
-)->Tensor:     # `(num_train_timesteps,)`, float32; the last is exactly 0 under zero terminal SNR
+    scheduler,  # Any diffusers scheduler of a discrete DDPM
+) -> Tensor:  # `(num_train_timesteps,)`, float32; the last is exactly 0 under zero terminal SNR
     "Share of signal energy left at every training timestep"
     return training_scheduler(scheduler).alphas_cumprod
 
 # %% ../nbs/05_backbone.ipynb #b21cbe92
 def _scales(acp, t, like):
-    a = acp.to(like.device, torch.float32)[t].view(-1, *[1]*(like.dim()-1))
-    return a.sqrt().to(like.dtype), (1-a).sqrt().to(like.dtype)
+    a = acp.to(like.device, torch.float32)[t].view(-1, *[1] * (like.dim() - 1))
+    return a.sqrt().to(like.dtype), (1 - a).sqrt().to(like.dtype)
+
 
 def add_noise(
-    x0:Tensor,  # Clean latents, `(b, ...)`
-    eps:Tensor, # Standard normal noise, same shape
-    t:Tensor,   # Timesteps, `(b,)` int
-    acp:Tensor, # `alphas_cumprod`
-)->Tensor:      # Noisy latents
+    x0: Tensor,  # Clean latents, `(b, ...)`
+    eps: Tensor,  # Standard normal noise, same shape
+    t: Tensor,  # Timesteps, `(b,)` int
+    acp: Tensor,  # `alphas_cumprod`
+) -> Tensor:  # Noisy latents
     "$z_t = \\sqrt{\\bar\\alpha_t}\\,x_0 + \\sqrt{1-\\bar\\alpha_t}\\,\\epsilon$"
-    a,s = _scales(acp, t, x0)
-    return a*x0+s*eps
+    a, s = _scales(acp, t, x0)
+    return a * x0 + s * eps
+
 
 def v_target(
-    x0:Tensor,  # Clean latents, `(b, ...)`
-    eps:Tensor, # Standard normal noise, same shape
-    t:Tensor,   # Timesteps, `(b,)` int
-    acp:Tensor, # `alphas_cumprod`
-)->Tensor:      # What a v-predicting UNet learns
+    x0: Tensor,  # Clean latents, `(b, ...)`
+    eps: Tensor,  # Standard normal noise, same shape
+    t: Tensor,  # Timesteps, `(b,)` int
+    acp: Tensor,  # `alphas_cumprod`
+) -> Tensor:  # What a v-predicting UNet learns
     "$v_t = \\sqrt{\\bar\\alpha_t}\\,\\epsilon - \\sqrt{1-\\bar\\alpha_t}\\,x_0$"
-    a,s = _scales(acp, t, x0)
-    return a*eps-s*x0
+    a, s = _scales(acp, t, x0)
+    return a * eps - s * x0
+
 
 def from_v(
-    z_t:Tensor, # Noisy latents, `(b, ...)`
-    v:Tensor,   # Predicted v, same shape
-    t:Tensor,   # Timesteps, `(b,)` int
-    acp:Tensor, # `alphas_cumprod`
-)->tuple:       # Clean latents and noise
+    z_t: Tensor,  # Noisy latents, `(b, ...)`
+    v: Tensor,  # Predicted v, same shape
+    t: Tensor,  # Timesteps, `(b,)` int
+    acp: Tensor,  # `alphas_cumprod`
+) -> tuple:  # Clean latents and noise
     "$x_0 = \\sqrt{\\bar\\alpha_t}\\,z_t - \\sqrt{1-\\bar\\alpha_t}\\,v$ and $\\epsilon = \\sqrt{1-\\bar\\alpha_t}\\,z_t + \\sqrt{\\bar\\alpha_t}\\,v$"
-    a,s = _scales(acp, t, z_t)
-    return a*z_t-s*v, s*z_t+a*v
+    a, s = _scales(acp, t, z_t)
+    return a * z_t - s * v, s * z_t + a * v
 
 # %% ../nbs/05_backbone.ipynb #e0aacb5c
 def noise_like(
-    shape:tuple,     # `(b, c, h, w)`
-    generators:list, # One CPU generator per clip
-)->Tensor:           # Standard normal, float32 on the CPU
+    shape: tuple,  # `(b, c, h, w)`
+    generators: list,  # One CPU generator per clip
+) -> Tensor:  # Standard normal, float32 on the CPU
     "Each clip's noise from its own generator, so that batching never changes it"
-    if len(generators)!=shape[0]: raise FoleyError(f"{len(generators)} generators for a batch of {shape[0]}; give one per clip")
+    if len(generators) != shape[0]:
+        raise FoleyError(f"{len(generators)} generators for a batch of {shape[0]}; give one per clip")
     return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in generators])
 
 # %% ../nbs/05_backbone.ipynb #bb6fcbb7
 @dataclass
 class Backbone:
     "The frozen text-to-audio model"
-    vae:AutoencoderKL
-    text_encoder:CLIPTextModel
-    tokenizer:CLIPTokenizer
-    unet:UNet2DConditionModel
-    scheduler:object
 
-    def save_pretrained(self,
-        folder, # Made if needed
-        **kw,   # Passed to every part
-    )->None:
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    scheduler: object
+
+    def save_pretrained(
+        self,
+        folder,  # Made if needed
+        **kw,  # Passed to every part
+    ) -> None:
         "One sub-folder per part"
-        for f in fields(self): getattr(self, f.name).save_pretrained(Path(folder)/f.name, **kw)
+        for f in fields(self):
+            getattr(self, f.name).save_pretrained(Path(folder) / f.name, **kw)
 
 # %% ../nbs/05_backbone.ipynb #564cf4ae
 def _load_part(cls, folder, name, **kw):
-    try: m, info = cls.from_pretrained(folder, subfolder=name, output_loading_info=True, **kw)
-    except (OSError, ValueError, RuntimeError) as e: raise FoleyError(f"{name} of {folder} cannot be read ({str(e).strip().splitlines()[0][:200]}); give a folder or hub id with complete, matching weights") from e
-    bad = {k:[str(o) for o in info.get(k, []) if not str(o).endswith('position_ids')] for k in ('missing_keys','unexpected_keys','mismatched_keys')}
-    if any(bad.values()): raise FoleyError(f"{name} of {folder} does not fit its config: {bad}; use weights and config of the same model")
+    try:
+        m, info = cls.from_pretrained(folder, subfolder=name, output_loading_info=True, **kw)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise FoleyError(
+            f"{name} of {folder} cannot be read ({str(e).strip().splitlines()[0][:200]}); give a folder or hub id with complete, matching weights"
+        ) from e
+    bad = {
+        k: [str(o) for o in info.get(k, []) if not str(o).endswith("position_ids")]
+        for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if any(bad.values()):
+        raise FoleyError(f"{name} of {folder} does not fit its config: {bad}; use weights and config of the same model")
     return m.eval()
+
 
 def load_vae(
     folder,  # Folder or hub id with a sub-folder `vae`
@@ -337,89 +431,169 @@ def load_vae(
     kind = PatchAutoencoder if name == "PatchAutoencoder" else AutoencoderKL
     return _load_part(kind, folder, "vae", **kw)
 
+
 def load_backbone(
-    folder,                    # Folder or hub id with `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`
-    torch_dtype=torch.float32, # Type of the weights, however they are stored
-    **kw,                      # `revision`, `local_files_only`, ... as in diffusers
-)->Backbone:                   # In evaluation mode, frozen
+    folder,  # Folder or hub id with `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`
+    torch_dtype=torch.float32,  # Type of the weights, however they are stored
+    **kw,  # `revision`, `local_files_only`, ... as in diffusers
+) -> Backbone:  # In evaluation mode, frozen
     "Load the stock parts; weights that do not fit are refused by name"
-    sched = getattr(diffusers, DDPMScheduler.load_config(folder, subfolder='scheduler', **kw)['_class_name'])
-    parts = dict(vae=load_vae(folder, torch_dtype=torch_dtype, **kw), unet=_load_part(UNet2DConditionModel, folder, 'unet', torch_dtype=torch_dtype, **kw),
-        text_encoder=_load_part(CLIPTextModel, folder, 'text_encoder', dtype=torch_dtype, **kw))
-    for m in parts.values(): m.requires_grad_(False)
-    return Backbone(**parts, tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder='tokenizer', **kw), scheduler=sched.from_pretrained(folder, subfolder='scheduler', **kw))
+    sched = getattr(diffusers, DDPMScheduler.load_config(folder, subfolder="scheduler", **kw)["_class_name"])
+    parts = dict(
+        vae=load_vae(folder, torch_dtype=torch_dtype, **kw),
+        unet=_load_part(UNet2DConditionModel, folder, "unet", torch_dtype=torch_dtype, **kw),
+        text_encoder=_load_part(CLIPTextModel, folder, "text_encoder", dtype=torch_dtype, **kw),
+    )
+    for m in parts.values():
+        m.requires_grad_(False)
+    return Backbone(
+        **parts,
+        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **kw),
+        scheduler=sched.from_pretrained(folder, subfolder="scheduler", **kw),
+    )
 
 # %% ../nbs/05_backbone.ipynb #54aa588d
 FULL = dict(
-    unet=dict(sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320,640,1280,1280), layers_per_block=2, attention_head_dim=8, norm_num_groups=32, cross_attention_dim=768,
-        down_block_types=('CrossAttnDownBlock2D',)*3+('DownBlock2D',), up_block_types=('UpBlock2D',)+('CrossAttnUpBlock2D',)*3),
-    vae=dict(in_channels=3, block_out_channels=(128,256,512,512), latent_channels=4, layers_per_block=2, norm_num_groups=32, sample_size=512, scaling_factor=.18215),
-    text_encoder=dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=77, hidden_act='quick_gelu'),
-    scheduler=dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon', timestep_spacing='leading'),
+    unet=dict(
+        sample_size=64,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        attention_head_dim=8,
+        norm_num_groups=32,
+        cross_attention_dim=768,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    ),
+    vae=dict(
+        in_channels=3,
+        block_out_channels=(128, 256, 512, 512),
+        latent_channels=4,
+        layers_per_block=2,
+        norm_num_groups=32,
+        sample_size=512,
+        scaling_factor=0.18215,
+    ),
+    text_encoder=dict(
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+        hidden_act="quick_gelu",
+    ),
+    scheduler=dict(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+        timestep_spacing="leading",
+    ),
     vocoder=dict(num_mels=256, upsample_initial_channel=512),
-    frame_encoder=dict(embed_dim=1024, vision_cfg=dict(image_size=224, layers=32, width=1280, head_width=80, patch_size=14),
-        text_cfg=dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=24)))
+    frame_encoder=dict(
+        embed_dim=1024,
+        vision_cfg=dict(image_size=224, layers=32, width=1280, head_width=80, patch_size=14),
+        text_cfg=dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=24),
+    ),
+)
 
 # %% ../nbs/05_backbone.ipynb #407daabe
-def full_tokenizer(
-)->CLIPTokenizer: # 49408 tokens, padded with the end of text, as Stable Diffusion's
+def full_tokenizer() -> CLIPTokenizer:  # 49408 tokens, padded with the end of text, as Stable Diffusion's
     "CLIP's tokenizer, from the vocabulary inside open_clip"
     from open_clip.tokenizer import SimpleTokenizer
+
     bpe = SimpleTokenizer()
-    ends = ('<|startoftext|>', '<|endoftext|>')
+    ends = ("<|startoftext|>", "<|endoftext|>")
     vocab = dict(zip([*list(bpe.encoder)[:-2], *ends], range(len(bpe.encoder))))
     return CLIPTokenizer(vocab=vocab, merges=list(bpe.bpe_ranks), model_max_length=77)
 
 # %% ../nbs/05_backbone.ipynb #191739b9
 @torch.no_grad()
 def fill_random(
-    model,               # Any module; parameters may be on the meta device
-    device='cpu',        # Where they go
-    dtype=torch.float32, # What they become
-    seed:int=0,          # Same seed, same weights
-):                       # The same module, frozen, in evaluation mode
+    model,  # Any module; parameters may be on the meta device
+    device="cpu",  # Where they go
+    dtype=torch.float32,  # What they become
+    seed: int = 0,  # Same seed, same weights
+):  # The same module, frozen, in evaluation mode
     "Give every parameter of a module random values of a sensible size"
     g = torch.Generator(device).manual_seed(seed)
     for m in model.modules():
-        for k,p in m._parameters.items():
-            if p is None: continue
+        for k, p in m._parameters.items():
+            if p is None:
+                continue
             w = torch.empty(p.shape, dtype=dtype, device=device)
-            if p.dim()<2 and k.endswith('bias'): w.zero_()
-            elif p.dim()==0 or (p.dim()<2 and k=='weight'): w.fill_(1)
-            else: w.normal_(0, (p[0].numel() if p.dim()>1 else p.numel())**-.5, generator=g)
+            if p.dim() < 2 and k.endswith("bias"):
+                w.zero_()
+            elif p.dim() == 0 or (p.dim() < 2 and k == "weight"):
+                w.fill_(1)
+            else:
+                w.normal_(0, (p[0].numel() if p.dim() > 1 else p.numel()) ** -0.5, generator=g)
             m._parameters[k] = torch.nn.Parameter(w, requires_grad=False)
-    return torch.nn.Module.to(model, device, dtype).eval()          # buffers and scalars follow
+    return torch.nn.Module.to(model, device, dtype).eval()  # buffers and scalars follow
 
 # %% ../nbs/05_backbone.ipynb #00c51374
 def _full_modules():
     "How to lay out each part of `full`"
     c = FULL
-    text = lambda: CLIPTextModel(CLIPTextConfig(vocab_size=49408, intermediate_size=4*c['text_encoder']['hidden_size'], projection_dim=768, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407, **c['text_encoder']))
-    n = len(c['vae']['block_out_channels'])
-    vae = lambda: AutoencoderKL(out_channels=3, down_block_types=('DownEncoderBlock2D',)*n, up_block_types=('UpDecoderBlock2D',)*n, **c['vae'])
-    return dict(unet=lambda: UNet2DConditionModel(**c['unet']), vae=vae, text_encoder=text, vocoder=lambda: make_vocoder(**c['vocoder']),
-        frame_encoder=lambda: FrameEncoder.from_config(c['frame_encoder'], dict(size=224)))
+    text = lambda: CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408,
+            intermediate_size=4 * c["text_encoder"]["hidden_size"],
+            projection_dim=768,
+            bos_token_id=49406,
+            eos_token_id=49407,
+            pad_token_id=49407,
+            **c["text_encoder"],
+        )
+    )
+    n = len(c["vae"]["block_out_channels"])
+    vae = lambda: AutoencoderKL(
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        **c["vae"],
+    )
+    return dict(
+        unet=lambda: UNet2DConditionModel(**c["unet"]),
+        vae=vae,
+        text_encoder=text,
+        vocoder=lambda: make_vocoder(**c["vocoder"]),
+        frame_encoder=lambda: FrameEncoder.from_config(c["frame_encoder"], dict(size=224)),
+    )
+
 
 def build_full(
-    part:str,            # "unet", "vae", "text_encoder", "vocoder", "frame_encoder", "scheduler" or "tokenizer"
-    device='cpu',        # "meta" lays it out without weights
-    dtype=torch.float32, # Type of the weights
-    seed:int=0,          # Same seed, same weights
-):                       # The part, frozen, in evaluation mode
+    part: str,  # "unet", "vae", "text_encoder", "vocoder", "frame_encoder", "scheduler" or "tokenizer"
+    device="cpu",  # "meta" lays it out without weights
+    dtype=torch.float32,  # Type of the weights
+    seed: int = 0,  # Same seed, same weights
+):  # The part, frozen, in evaluation mode
     "One part of `full` with random weights"
-    if part=='tokenizer': return full_tokenizer()
-    if part=='scheduler': return diffusers.PNDMScheduler(**FULL['scheduler'])
+    if part == "tokenizer":
+        return full_tokenizer()
+    if part == "scheduler":
+        return diffusers.PNDMScheduler(**FULL["scheduler"])
     modules = _full_modules()
-    if part not in modules: raise FoleyError(f"`part` is {part!r}: use one of {', '.join([*modules, 'scheduler', 'tokenizer'])}")
-    with init_empty_weights(include_buffers=False): model = modules[part]()
-    return model.to('meta').requires_grad_(False).eval() if str(device)=='meta' else fill_random(model, device, dtype, seed)
+    if part not in modules:
+        raise FoleyError(f"`part` is {part!r}: use one of {', '.join([*modules, 'scheduler', 'tokenizer'])}")
+    with init_empty_weights(include_buffers=False):
+        model = modules[part]()
+    return (
+        model.to("meta").requires_grad_(False).eval()
+        if str(device) == "meta"
+        else fill_random(model, device, dtype, seed)
+    )
 
 # %% ../nbs/05_backbone.ipynb #70874316
 def build_full_parts(
-    device='cpu',        # "meta" lays them out without weights
-    dtype=torch.float32, # Type of the weights
-    seed:int=0,          # Same seed, same weights
-    parts:tuple=('unet','vae','text_encoder','scheduler','tokenizer'), # Which ones, as in `build_full`
-)->dict:                 # Name -> part, as `SmoothFoleyPipeline` and `Backbone` name them
+    device="cpu",  # "meta" lays them out without weights
+    dtype=torch.float32,  # Type of the weights
+    seed: int = 0,  # Same seed, same weights
+    parts: tuple = ("unet", "vae", "text_encoder", "scheduler", "tokenizer"),  # Which ones, as in `build_full`
+) -> dict:  # Name -> part, as `SmoothFoleyPipeline` and `Backbone` name them
     "The text-to-audio model of `full` with random weights"
     return {p: build_full(p, device, dtype, seed) for p in parts}

@@ -32,264 +32,373 @@ from .pipeline import SmoothFoleyPipeline, guide
 def _mha_flops(query_shape, key_shape, value_shape, embed_dim, *args, out_shape=None, **kwargs):
     "Four projections, scores and weighted sum of `aten._native_multi_head_attention`"
     b, n, d = query_shape
-    return 2*b*n*d*4*d+4*b*n*n*d
+    return 2 * b * n * d * 4 * d + 4 * b * n * n * d
+
 
 def _linear_flops(x_shape, w_shape, *args, out_shape=None, **kwargs):
     "`mkldnn._linear_pointwise`"
-    return 2*math.prod(x_shape)*w_shape[0]
+    return 2 * math.prod(x_shape) * w_shape[0]
 
-def count_flops(
-):        # Context manager; `.get_total_flops()` afterwards
+
+def count_flops():  # Context manager; `.get_total_flops()` afterwards
     "Count the floating-point operations of everything inside the block, two per multiply-add"
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._native_multi_head_attention: _mha_flops, torch.ops.mkldnn._linear_pointwise: _linear_flops})
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            torch.ops.aten._native_multi_head_attention: _mha_flops,
+            torch.ops.mkldnn._linear_pointwise: _linear_flops,
+        },
+    )
 
 # %% ../nbs/app/62_bench.ipynb #ba097acd
-def resident_bytes()->int:
+def resident_bytes() -> int:
     "Memory the operating system holds for this process"
-    try: return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         import psutil
+
         return psutil.Process().memory_info().rss
+
 
 @contextmanager
 def peak_memory(
-    device:str='cpu',   # Whose memory
-    every:float=.01,    # Seconds between looks, on a CPU
-):                      # List that holds the peak in bytes after the block
+    device: str = "cpu",  # Whose memory
+    every: float = 0.01,  # Seconds between looks, on a CPU
+):  # List that holds the peak in bytes after the block
     "Largest memory in use during the block"
     peak, done = [0], threading.Event()
-    if torch.device(device).type=='cuda':
+    if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        try: yield peak
-        finally: peak[0] = torch.cuda.max_memory_allocated(device)
+        try:
+            yield peak
+        finally:
+            peak[0] = torch.cuda.max_memory_allocated(device)
         return
+
     def look():
-        while not done.wait(every): peak[0] = max(peak[0], resident_bytes())
+        while not done.wait(every):
+            peak[0] = max(peak[0], resident_bytes())
+
     thread = threading.Thread(target=look, daemon=True)
     peak[0] = resident_bytes()
     thread.start()
-    try: yield peak
+    try:
+        yield peak
     finally:
-        done.set(); thread.join()
+        done.set()
+        thread.join()
         peak[0] = max(peak[0], resident_bytes())
 
 # %% ../nbs/app/62_bench.ipynb #c000e0e5
 class Meter:
     "Seconds, peak memory and operations of named stages"
-    def __init__(self,
-        device:str='cpu',    # Where the work runs
-        flops:bool=False,    # Count operations too; costs some 30 us for each operator
-        tell=None,           # Called with a line after each stage
-    ): self.device, self.flops, self.tell, self.stages = torch.device(device), flops, tell, {}
+
+    def __init__(
+        self,
+        device: str = "cpu",  # Where the work runs
+        flops: bool = False,  # Count operations too; costs some 30 us for each operator
+        tell=None,  # Called with a line after each stage
+    ):
+        self.device, self.flops, self.tell, self.stages = torch.device(device), flops, tell, {}
 
     def sync(self):
-        if self.device.type=='cuda': torch.cuda.synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @contextmanager
-    def __call__(self,
-        name:str,   # Stage
+    def __call__(
+        self,
+        name: str,  # Stage
     ):
         "Measure the block"
-        s = self.stages.setdefault(name, dict(seconds=0., peak_bytes=0, flops=0))
+        s = self.stages.setdefault(name, dict(seconds=0.0, peak_bytes=0, flops=0))
         self.sync()
         with peak_memory(self.device) as peak, count_flops() if self.flops else nullcontext() as fc:
             start = time.perf_counter()
             yield
             self.sync()
-            s['seconds'] += time.perf_counter()-start
-        s['peak_bytes'] = max(s['peak_bytes'], peak[0])
-        if self.flops: s['flops'] += fc.get_total_flops()
-        if self.tell: self.tell(f"  {name:<10}{s['seconds']:9.2f} s")
+            s["seconds"] += time.perf_counter() - start
+        s["peak_bytes"] = max(s["peak_bytes"], peak[0])
+        if self.flops:
+            s["flops"] += fc.get_total_flops()
+        if self.tell:
+            self.tell(f"  {name:<10}{s['seconds']:9.2f} s")
 
 # %% ../nbs/app/62_bench.ipynb #3cd3d3da
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
+
 def _workloads(device, dtype, n):
     "Large products and a convolution, as `name -> (function, operations)`"
     r = lambda *s: torch.randn(*s, device=device, dtype=dtype)
-    a, b, c = r(n, n), r(n, n), n//8
+    a, b, c = r(n, n), r(n, n), n // 8
     x, w = (t.to(memory_format=torch.channels_last) for t in (r(2, c, 64, 128), r(c, c, 3, 3)))
-    work = dict(matmul=(lambda: a@b, 2*n**3), conv=(lambda: F.conv2d(x, w, padding=1), 2*2*c*c*9*64*128))
-    if device.type=='cpu': work['onednn'] = (lambda: onednn_linear(a, b), 2*n**3)
+    work = dict(
+        matmul=(lambda: a @ b, 2 * n**3), conv=(lambda: F.conv2d(x, w, padding=1), 2 * 2 * c * c * 9 * 64 * 128)
+    )
+    if device.type == "cpu":
+        work["onednn"] = (lambda: onednn_linear(a, b), 2 * n**3)
     return work
+
 
 @torch.no_grad()
 def machine_peak(
-    device:str='cpu',          # Where
-    dtype=torch.float32,       # In which type
-    size:int=None,             # Rows of the square matrices; 2048 on a CPU, 8192 on a GPU
-    repeats:int=5,             # The best counts
-)->dict:                       # TFLOP/s by workload, and `best`
+    device: str = "cpu",  # Where
+    dtype=torch.float32,  # In which type
+    size: int = None,  # Rows of the square matrices; 2048 on a CPU, 8192 on a GPU
+    repeats: int = 5,  # The best counts
+) -> dict:  # TFLOP/s by workload, and `best`
     "Measured peak rate of the machine"
     meter, out = Meter(device), {}
-    for name, (run, flops) in _workloads(meter.device, dtype, size or (2048 if meter.device.type=='cpu' else 8192)).items():
-        run(); seconds = []
+    for name, (run, flops) in _workloads(
+        meter.device, dtype, size or (2048 if meter.device.type == "cpu" else 8192)
+    ).items():
+        run()
+        seconds = []
         for _ in range(repeats):
-            meter.sync(); start = time.perf_counter()
-            run(); meter.sync(); seconds.append(time.perf_counter()-start)
-        out[name] = flops/min(seconds)/1e12
+            meter.sync()
+            start = time.perf_counter()
+            run()
+            meter.sync()
+            seconds.append(time.perf_counter() - start)
+        out[name] = flops / min(seconds) / 1e12
     return out | dict(best=max(out.values()))
 
 # %% ../nbs/app/62_bench.ipynb #8384b0ac
-def give_back_memory()->None:
+def give_back_memory() -> None:
     "Return what was freed to the operating system, where the C library would keep it"
     gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    try: ctypes.CDLL('libc.so.6').malloc_trim(0)
-    except (OSError, AttributeError): pass        # not glibc
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # not glibc
+
 
 @contextmanager
 def fast_on(
-    pipe:SmoothFoleyPipeline,
-    linear:bool=True,         # On a CPU, linear layers by oneDNN too
-):                            # Context manager
+    pipe: SmoothFoleyPipeline,
+    linear: bool = True,  # On a CPU, linear layers by oneDNN too
+):  # Context manager
     "What pays on the pipeline's device, as a block"
-    if linear and pipe.unet.device.type=='cpu' and torch.backends.mkldnn.is_available(): pipe.enable_fast_cpu()
-    else: pipe.set_memory_format(torch.channels_last)
+    if linear and pipe.unet.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        pipe.enable_fast_cpu()
+    else:
+        pipe.set_memory_format(torch.channels_last)
     give_back_memory()
-    try: yield pipe
+    try:
+        yield pipe
     finally:
         pipe.disable_fast_cpu()
         pipe.set_memory_format(torch.contiguous_format)
 
 # %% ../nbs/app/62_bench.ipynb #6d05eed8
 def random_full(
-    device:str='cpu',       # Where the weights go
-    dtype=torch.float32,    # Their type, from the beginning
-    seed:int=0,             # Same seed, same weights
-)->SmoothFoleyPipeline:
+    device: str = "cpu",  # Where the weights go
+    dtype=torch.float32,  # Their type, from the beginning
+    seed: int = 0,  # Same seed, same weights
+) -> SmoothFoleyPipeline:
     "The full scale with random weights"
-    names = ('unet', 'vae', 'text_encoder', 'scheduler', 'tokenizer', 'vocoder', 'frame_encoder')
-    parts, plan = build_full_parts(device, dtype, seed, names), build_full('unet', 'meta')
-    with torch.device('meta'): adapters = dict(frame_adapter=FrameAdapter.from_unet(plan, 1024, num_tokens=4), temporal_adapter=make_temporal_adapter(plan, 1))
-    for name, net in adapters.items(): parts[name] = fill_random(net, device, dtype, seed+1)
+    names = ("unet", "vae", "text_encoder", "scheduler", "tokenizer", "vocoder", "frame_encoder")
+    parts, plan = build_full_parts(device, dtype, seed, names), build_full("unet", "meta")
+    with torch.device("meta"):
+        adapters = dict(
+            frame_adapter=FrameAdapter.from_unet(plan, 1024, num_tokens=4),
+            temporal_adapter=make_temporal_adapter(plan, 1),
+        )
+    for name, net in adapters.items():
+        parts[name] = fill_random(net, device, dtype, seed + 1)
     projection = nn.Module.to(LabelProjection(1024), device, dtype).eval().requires_grad_(False)
-    return SmoothFoleyPipeline(**parts, mel=MelTransform.full().to(device), label_projection=projection, temporal_scale=.2)
+    return SmoothFoleyPipeline(
+        **parts, mel=MelTransform.full().to(device), label_projection=projection, temporal_scale=0.2
+    )
 
 # %% ../nbs/app/62_bench.ipynb #d5e77d13
 def drifting_video(
-    path,                # Where to
-    seconds:float=10.,   # Length
-    fps:float=15.,       # Frames per second
-    height:int=240, width:int=320, # px
-)->Path:
+    path,  # Where to
+    seconds: float = 10.0,  # Length
+    fps: float = 15.0,  # Frames per second
+    height: int = 240,
+    width: int = 320,  # px
+) -> Path:
     "A video whose frames all differ"
-    n, rng = round(seconds*fps), np.random.default_rng(0)
-    coarse = torch.from_numpy(rng.integers(0, 255, (1, 3, 9, 16)).astype('float32'))
-    picture = F.interpolate(coarse, (height, width+4*n), mode='bicubic').clamp(0, 255)[0].permute(1, 2, 0).byte().numpy()
-    return write_video(path, np.stack([picture[:, 4*k:4*k+width] for k in range(n)]), fps)
+    n, rng = round(seconds * fps), np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.integers(0, 255, (1, 3, 9, 16)).astype("float32"))
+    picture = (
+        F.interpolate(coarse, (height, width + 4 * n), mode="bicubic").clamp(0, 255)[0].permute(1, 2, 0).byte().numpy()
+    )
+    return write_video(path, np.stack([picture[:, 4 * k : 4 * k + width] for k in range(n)]), fps)
 
 # %% ../nbs/app/62_bench.ipynb #b5c7fd15
 def run_ours(
-    pipe:SmoothFoleyPipeline,
-    video,                   # Path
-    folder,                  # Where the result goes
-    meter:Meter,             # Measures
-    steps:int=25,            # Diffusion steps
-    reuse:bool=True,         # Compute once what stays the same
-    batch_size:int=16,       # Pictures that CLIP sees at once
-    seed:int=0,              # Of the noise
-)->tuple:                    # Latents `(1, c, h, w)` and `TemporalCondition`
+    pipe: SmoothFoleyPipeline,
+    video,  # Path
+    folder,  # Where the result goes
+    meter: Meter,  # Measures
+    steps: int = 25,  # Diffusion steps
+    reuse: bool = True,  # Compute once what stays the same
+    batch_size: int = 16,  # Pictures that CLIP sees at once
+    seed: int = 0,  # Of the noise
+) -> tuple:  # Latents `(1, c, h, w)` and `TemporalCondition`
     "One clip through the pipeline"
     pipe.set_progress_bar_config(disable=True)
     pipe.embeddings.clear()
     with pipe.profile(observer=meter):
-        out = pipe(video, label='train', num_inference_steps=steps, seed=seed, reuse=reuse, frame_batch_size=batch_size)
-    with meter('mux'): mux(video, out.audios[0], out.sample_rate, Path(folder)/'ours.mp4', overwrite=True)
+        out = pipe(video, label="train", num_inference_steps=steps, seed=seed, reuse=reuse, frame_batch_size=batch_size)
+    with meter("mux"):
+        mux(video, out.audios[0], out.sample_rate, Path(folder) / "ours.mp4", overwrite=True)
     return out.latents, out.conditions[0]
 
 # %% ../nbs/app/62_bench.ipynb #3e5f7b80
 def _read_all(video, n):
     "Every frame at full size, then `n` of them, evenly"
-    frames = read_clip(video, fps=probe(video)['fps']).frames
-    return frames[np.linspace(0, len(frames)-1, n, dtype=int)]
+    frames = read_clip(video, fps=probe(video)["fps"]).frames
+    return frames[np.linspace(0, len(frames) - 1, n, dtype=int)]
+
 
 def _denoise_plainly(pipe, text, tokens, cond, generator, steps, guidance_scale, temporal_scale):
     "Both networks at every step, nothing kept"
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps, device=pipe.unet.device)
-    z = noise_like((1, *pipe.latent_shape), [generator]).to(pipe.unet.device)*scheduler.init_noise_sigma
+    z = noise_like((1, *pipe.latent_shape), [generator]).to(pipe.unet.device) * scheduler.init_noise_sigma
     tokens, cond = torch.cat([torch.zeros_like(tokens), tokens]), torch.cat([cond, cond])
     for t in scheduler.timesteps:
         z_in = scheduler.scale_model_input(torch.cat([z, z]), t).to(pipe.unet.dtype)
         down, mid = pipe.temporal_adapter(z_in, t, text, cond, conditioning_scale=temporal_scale, return_dict=False)
-        eps = pipe.unet(z_in, t, text, added_cond_kwargs={'image_embeds': [tokens]}, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+        eps = pipe.unet(
+            z_in,
+            t,
+            text,
+            added_cond_kwargs={"image_embeds": [tokens]},
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+        ).sample
         z = scheduler.step(guide(eps.float(), guidance_scale), t, z).prev_sample
     return z
 
 # %% ../nbs/app/62_bench.ipynb #d2890ca8
 @torch.no_grad()
 def run_reference(
-    pipe:SmoothFoleyPipeline,   # Float32, default memory layout
-    video,                      # Path
-    folder,                     # Where the result goes
-    meter:Meter,                # Measures
-    condition,                  # `TemporalCondition`, the one our way used
-    n_frames:int=150,           # Frames to look at
-    steps:int=25,               # Diffusion steps
-    detector=None,              # `TimeDetector` to be run for its time
-    seed:int=0,                 # Of the noise
-):                              # Latents, `(1, c, h, w)`
+    pipe: SmoothFoleyPipeline,  # Float32, default memory layout
+    video,  # Path
+    folder,  # Where the result goes
+    meter: Meter,  # Measures
+    condition,  # `TemporalCondition`, the one our way used
+    n_frames: int = 150,  # Frames to look at
+    steps: int = 25,  # Diffusion steps
+    detector=None,  # `TimeDetector` to be run for its time
+    seed: int = 0,  # Of the noise
+):  # Latents, `(1, c, h, w)`
     "The same work as FoleyCrafter's script does it"
     c, enc = pipe.config, pipe.frame_encoder
-    with meter('decode'): frames = _read_all(video, n_frames)
-    with meter('frames'): emb = enc.model.encode_image(enc.preprocess(frames).to(enc.device, enc.dtype)).float()
-    with meter('condition'):
-        if detector is not None: detector.logits(frames)
+    with meter("decode"):
+        frames = _read_all(video, n_frames)
+    with meter("frames"):
+        emb = enc.model.encode_image(enc.preprocess(frames).to(enc.device, enc.dtype)).float()
+    with meter("condition"):
+        if detector is not None:
+            detector.logits(frames)
         cond = pipe._condition_image([condition])
-    with meter('text'): text = torch.cat([encode_prompt(pipe.tokenizer, pipe.text_encoder, [t]) for t in ('', 'train')])
-    with meter('denoise'), pipe.frame_adapter.installed(pipe.unet, c.frame_scale):
-        times = torch.arange(n_frames)[None]/c.fps
+    with meter("text"):
+        text = torch.cat([encode_prompt(pipe.tokenizer, pipe.text_encoder, [t]) for t in ("", "train")])
+    with meter("denoise"), pipe.frame_adapter.installed(pipe.unet, c.frame_scale):
+        times = torch.arange(n_frames)[None] / c.fps
         pipe.frame_adapter.look(pipe.unet, times, pipe.max_duration, pipe.latent_shape)
-        z = _denoise_plainly(pipe, text, pipe.frame_adapter.tokens(emb[None], times), cond,
-                             derive_generator(seed, Path(video).name), steps, c.guidance_scale, c.temporal_scale)
-    with meter('vae'): mel = pipe.mel.from_image(decode_latents(pipe.vae, z).float())
-    with meter('vocoder'): audio = vocode(pipe.vocoder, mel)[0].cpu().numpy()
-    with meter('mux'): write_video(Path(folder)/'reference.mp4', frames, c.fps, audio[:round(probe(video)['duration']*16000)], 16000)
+        z = _denoise_plainly(
+            pipe,
+            text,
+            pipe.frame_adapter.tokens(emb[None], times),
+            cond,
+            derive_generator(seed, Path(video).name),
+            steps,
+            c.guidance_scale,
+            c.temporal_scale,
+        )
+    with meter("vae"):
+        mel = pipe.mel.from_image(decode_latents(pipe.vae, z).float())
+    with meter("vocoder"):
+        audio = vocode(pipe.vocoder, mel)[0].cpu().numpy()
+    with meter("mux"):
+        write_video(
+            Path(folder) / "reference.mp4", frames, c.fps, audio[: round(probe(video)["duration"] * 16000)], 16000
+        )
     return z
 
 # %% ../nbs/app/62_bench.ipynb #6b221bea
 def _cpu_name():
     "Model name of the processor"
-    try: lines = [l for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')]
-    except OSError: lines = []
-    return lines[0].split(':', 1)[1].strip() if lines else platform.processor() or platform.machine()
+    try:
+        lines = [l for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")]
+    except OSError:
+        lines = []
+    return lines[0].split(":", 1)[1].strip() if lines else platform.processor() or platform.machine()
+
 
 def _memory_gb():
-    try: return round(os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2**30, 1)
-    except (ValueError, OSError, AttributeError): return None
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
+
 
 def machine_card(
-    device:str='cpu',   # Where the bench runs
-)->dict:                # Hardware and versions
+    device: str = "cpu",  # Where the bench runs
+) -> dict:  # Hardware and versions
     "What the numbers were measured on"
     import diffusers, open_clip, transformers
-    card = dict(device=torch.device(device).type, cpu=_cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), memory_gb=_memory_gb(),
-                cpu_features=torch.backends.cpu.get_cpu_capability(), system=platform.system(), python=platform.python_version())
-    if card['device']=='cuda': card.update(gpu=torch.cuda.get_device_name(device), gpu_memory_gb=round(torch.cuda.get_device_properties(device).total_memory/2**30, 1), cuda=torch.version.cuda)
+
+    card = dict(
+        device=torch.device(device).type,
+        cpu=_cpu_name(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        memory_gb=_memory_gb(),
+        cpu_features=torch.backends.cpu.get_cpu_capability(),
+        system=platform.system(),
+        python=platform.python_version(),
+    )
+    if card["device"] == "cuda":
+        card.update(
+            gpu=torch.cuda.get_device_name(device),
+            gpu_memory_gb=round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1),
+            cuda=torch.version.cuda,
+        )
     return card | {m.__name__: m.__version__ for m in (torch, diffusers, transformers, open_clip)}
 
 # %% ../nbs/app/62_bench.ipynb #8028d604
-STAGES = ('load', 'decode', 'frames', 'condition', 'text', 'denoise', 'vae', 'vocoder', 'mux')
+STAGES = ("load", "decode", "frames", "condition", "text", "denoise", "vae", "vocoder", "mux")
+
 
 def _check_bench(scale, device, dtype, steps, seconds, fps):
     "One line for what cannot be run"
-    for name, value, known in (('scale', scale, ('mini', 'full')), ('dtype', dtype, tuple(DTYPES))):
-        if value not in known: raise FoleyError(f"`{name}` is {value!r}: use {' or '.join(map(repr, known))}")
-    if dtype=='fp16' and torch.device(device).type=='cpu': raise FoleyError("`dtype` is 'fp16': a CPU is slow in it and overflows; use 'bf16' or 'fp32'")
-    if not (isinstance(steps, int) and steps>0): raise FoleyError(f"`steps` is {steps!r}: give a whole number of 1 or more")
-    if not 0<seconds<=10.24: raise FoleyError(f"`seconds` is {seconds!r}: give a length of up to 10.24")
-    if not 0<fps<=120: raise FoleyError(f"`fps` is {fps!r}: give frames per second, up to 120")
+    for name, value, known in (("scale", scale, ("mini", "full")), ("dtype", dtype, tuple(DTYPES))):
+        if value not in known:
+            raise FoleyError(f"`{name}` is {value!r}: use {' or '.join(map(repr, known))}")
+    if dtype == "fp16" and torch.device(device).type == "cpu":
+        raise FoleyError("`dtype` is 'fp16': a CPU is slow in it and overflows; use 'bf16' or 'fp32'")
+    if not (isinstance(steps, int) and steps > 0):
+        raise FoleyError(f"`steps` is {steps!r}: give a whole number of 1 or more")
+    if not 0 < seconds <= 10.24:
+        raise FoleyError(f"`seconds` is {seconds!r}: give a length of up to 10.24")
+    if not 0 < fps <= 120:
+        raise FoleyError(f"`fps` is {fps!r}: give frames per second, up to 120")
+
 
 def _load(scale, random_weights, device, dtype, seed=0):
     "The pipeline to measure"
-    if scale=='full' and random_weights: return random_full(device, dtype, seed)
-    if random_weights: return SmoothFoleyPipeline.from_random(seed).to(device, dtype, silence_dtype_warnings=True)
-    return SmoothFoleyPipeline.from_pretrained('full' if scale=='full' else None, torch_dtype=dtype).to(device)
+    if scale == "full" and random_weights:
+        return random_full(device, dtype, seed)
+    if random_weights:
+        return SmoothFoleyPipeline.from_random(seed).to(device, dtype, silence_dtype_warnings=True)
+    return SmoothFoleyPipeline.from_pretrained("full" if scale == "full" else None, torch_dtype=dtype).to(device)
+
 
 def _compiled(pipe):
     "The large networks, compiled when they first run"
-    for net in (pipe.unet, pipe.temporal_adapter, pipe.vae.decoder): net.compile()
+    for net in (pipe.unet, pipe.temporal_adapter, pipe.vae.decoder):
+        net.compile()
     return pipe
 
 # %% ../nbs/app/62_bench.ipynb #97f62314
@@ -299,146 +408,215 @@ def _measure(run, device, warm, tell):
         meter = Meter(device, True, tell)
         return run(meter), meter
     first, meter = Meter(device, True), Meter(device, tell=tell)
-    run(first); result = run(meter)
-    for name, s in meter.stages.items(): s['flops'] = first.stages[name]['flops']
+    run(first)
+    result = run(meter)
+    for name, s in meter.stages.items():
+        s["flops"] = first.stages[name]["flops"]
     return result, meter
+
 
 def _rows(stages, peak):
     "Seconds, memory, operations, rate and share of the peak, for each stage and in total"
-    row = lambda s: dict(seconds=round(s['seconds'], 4), peak_gb=round(s['peak_bytes']/1e9, 3), gflop=round(s['flops']/1e9, 3),
-                         tflop_per_s=round(s['flops']/max(s['seconds'], 1e-9)/1e12, 4), share_of_peak=round(s['flops']/max(s['seconds'], 1e-9)/1e12/peak, 4))
-    work = [s for n, s in stages.items() if n!='load']
-    total = dict(seconds=sum(s['seconds'] for s in work), peak_bytes=max(s['peak_bytes'] for s in work), flops=sum(s['flops'] for s in work))
+    row = lambda s: dict(
+        seconds=round(s["seconds"], 4),
+        peak_gb=round(s["peak_bytes"] / 1e9, 3),
+        gflop=round(s["flops"] / 1e9, 3),
+        tflop_per_s=round(s["flops"] / max(s["seconds"], 1e-9) / 1e12, 4),
+        share_of_peak=round(s["flops"] / max(s["seconds"], 1e-9) / 1e12 / peak, 4),
+    )
+    work = [s for n, s in stages.items() if n != "load"]
+    total = dict(
+        seconds=sum(s["seconds"] for s in work),
+        peak_bytes=max(s["peak_bytes"] for s in work),
+        flops=sum(s["flops"] for s in work),
+    )
     return {n: row(stages[n]) for n in STAGES if n in stages} | dict(total=row(total))
 
 # %% ../nbs/app/62_bench.ipynb #3d2c2de1
 def _detector(device, seed=0):
     "The reference's time detector with random weights"
     from smooth_foley.baselines.foleycrafter import TimeDetector
+
     torch.manual_seed(seed)
     return TimeDetector().to(device).requires_grad_(False)
+
 
 def _difference(ours, theirs):
     "How far two latents are apart"
     a, b = ours.float().cpu(), theirs.float().cpu()
-    return dict(max_abs=float((a-b).abs().max()), reference_max_abs=float(b.abs().max()), relative_rms=float((a-b).square().mean().sqrt()/b.square().mean().sqrt()))
+    return dict(
+        max_abs=float((a - b).abs().max()),
+        reference_max_abs=float(b.abs().max()),
+        relative_rms=float((a - b).square().mean().sqrt() / b.square().mean().sqrt()),
+    )
+
 
 def _settings(pipe, scale, random_weights, dtype, steps, seconds, fps, reuse, compile, batch_size, frames):
     pipe.scheduler.set_timesteps(steps)
-    return dict(scale=scale, random_weights=random_weights, dtype=dtype, steps=steps, network_calls=len(pipe.scheduler.timesteps), scheduler=type(pipe.scheduler).__name__,
-                seconds=seconds, fps=fps, frames=frames, reuse=reuse, compile=compile, frame_batch_size=batch_size)
+    return dict(
+        scale=scale,
+        random_weights=random_weights,
+        dtype=dtype,
+        steps=steps,
+        network_calls=len(pipe.scheduler.timesteps),
+        scheduler=type(pipe.scheduler).__name__,
+        seconds=seconds,
+        fps=fps,
+        frames=frames,
+        reuse=reuse,
+        compile=compile,
+        frame_batch_size=batch_size,
+    )
 
 # %% ../nbs/app/62_bench.ipynb #9b552772
 def bench(
-    scale:str='mini',            # "mini" or "full"
-    random_weights:bool=False,   # Random weights, so that nothing needs to be fetched
-    device:str=None,             # "cpu", "cuda", ...; the best there is when None
-    dtype:str='fp32',            # "fp32", "bf16" or "fp16"
-    steps:int=25,                # Diffusion steps
-    seconds:float=10.,           # Length of the clip
-    fps:float=15.,               # Frames looked at in a second
-    compile:bool=False,          # `torch.compile` the large networks
-    reuse:bool=True,             # Compute once what stays the same over the steps
-    reference:bool=False,        # Do the same work the reference's way too, and compare
-    batch_size:int=16,           # Pictures that CLIP sees at once
-    tell=None,                   # Called with a line now and then, e.g. `print`
-)->dict:                         # What `write_bench` writes
+    scale: str = "mini",  # "mini" or "full"
+    random_weights: bool = False,  # Random weights, so that nothing needs to be fetched
+    device: str = None,  # "cpu", "cuda", ...; the best there is when None
+    dtype: str = "fp32",  # "fp32", "bf16" or "fp16"
+    steps: int = 25,  # Diffusion steps
+    seconds: float = 10.0,  # Length of the clip
+    fps: float = 15.0,  # Frames looked at in a second
+    compile: bool = False,  # `torch.compile` the large networks
+    reuse: bool = True,  # Compute once what stays the same over the steps
+    reference: bool = False,  # Do the same work the reference's way too, and compare
+    batch_size: int = 16,  # Pictures that CLIP sees at once
+    tell=None,  # Called with a line now and then, e.g. `print`
+) -> dict:  # What `write_bench` writes
     "Measure a clip's way through the pipeline, stage by stage"
     device, tell = device or default_device(), tell or (lambda line: None)
     _check_bench(scale, device, dtype, steps, seconds, fps)
-    kind, warm = DTYPES[dtype], compile or scale=='mini' or torch.device(device).type=='cuda'
+    kind, warm = DTYPES[dtype], compile or scale == "mini" or torch.device(device).type == "cuda"
     peaks = {dtype: machine_peak(device, kind)}
     tell(f"peak of this machine in {dtype}: {peaks[dtype]['best']:.3f} TFLOP/s")
     load = Meter(device)
-    with load('load'): pipe = _load(scale, random_weights, device, kind)
+    with load("load"):
+        pipe = _load(scale, random_weights, device, kind)
     pipe.register_to_config(fps=fps)
-    if compile: _compiled(pipe)
+    if compile:
+        _compiled(pipe)
     with tempfile.TemporaryDirectory() as folder:
-        video = drifting_video(Path(folder)/'drift.mp4', seconds, fps)
-        with fast_on(pipe, linear=not compile): (latents, condition), meter = _measure(lambda m: run_ours(pipe, video, folder, m, steps, reuse, batch_size), device, warm, tell)
+        video = drifting_video(Path(folder) / "drift.mp4", seconds, fps)
+        with fast_on(pipe, linear=not compile):
+            (latents, condition), meter = _measure(
+                lambda m: run_ours(pipe, video, folder, m, steps, reuse, batch_size), device, warm, tell
+            )
         frames = len(condition.times)
-        result = dict(schema=1, settings=_settings(pipe, scale, random_weights, dtype, steps, seconds, fps, reuse, compile, batch_size, frames), machine=machine_card(device),
-                      peak=peaks, ours=_rows(load.stages | meter.stages, peaks[dtype]['best']))
+        result = dict(
+            schema=1,
+            settings=_settings(
+                pipe, scale, random_weights, dtype, steps, seconds, fps, reuse, compile, batch_size, frames
+            ),
+            machine=machine_card(device),
+            peak=peaks,
+            ours=_rows(load.stages | meter.stages, peaks[dtype]["best"]),
+        )
         tell(f"ours: {result['ours']['total']['seconds']:.2f} s")
-        if not reference: return result
-        if dtype!='fp32' or compile:
-            del pipe; give_back_memory()
+        if not reference:
+            return result
+        if dtype != "fp32" or compile:
+            del pipe
+            give_back_memory()
             pipe = _load(scale, random_weights, device, torch.float32)
             pipe.register_to_config(fps=fps)
-        detector = _detector(device) if scale=='full' else None
-        if 'fp32' not in peaks: peaks['fp32'] = machine_peak(device)
-        theirs, meter = _measure(lambda m: run_reference(pipe, video, folder, m, condition, frames, steps, detector), device, warm, tell)
-    result['reference'] = _rows(meter.stages, peaks['fp32']['best'])
-    result['ratio'] = {n: round(r['seconds']/max(result['ours'][n]['seconds'], 1e-9), 3) for n, r in result['reference'].items()}
+        detector = _detector(device) if scale == "full" else None
+        if "fp32" not in peaks:
+            peaks["fp32"] = machine_peak(device)
+        theirs, meter = _measure(
+            lambda m: run_reference(pipe, video, folder, m, condition, frames, steps, detector), device, warm, tell
+        )
+    result["reference"] = _rows(meter.stages, peaks["fp32"]["best"])
+    result["ratio"] = {
+        n: round(r["seconds"] / max(result["ours"][n]["seconds"], 1e-9), 3) for n, r in result["reference"].items()
+    }
     return result | dict(difference=_difference(latents, theirs))
 
 # %% ../nbs/app/62_bench.ipynb #f1b34455
 def bench_table(
-    result:dict,   # What `bench` gives
-)->str:            # Lines of text
+    result: dict,  # What `bench` gives
+) -> str:  # Lines of text
     "Stages down, measures across"
-    theirs = result.get('reference')
-    head = f'{"stage":<10}{"seconds":>9}{"peak GB":>9}{"GFLOP":>11}{"TFLOP/s":>9}{"of peak":>9}'
-    rows = [head+(f'{"ref. s":>10}{"ref. GB":>9}{"ref. GFLOP":>12}{"ratio":>8}' if theirs else '')]
-    for n, r in result['ours'].items():
-        busy = r['gflop']>0
-        line = f"{n:<10}{r['seconds']:>9.3f}{r['peak_gb']:>9.2f}"+(f"{r['gflop']:>11.2f}{r['tflop_per_s']:>9.3f}{r['share_of_peak']:>9.0%}" if busy else f'{"-":>11}{"-":>9}{"-":>9}')
+    theirs = result.get("reference")
+    head = f"{'stage':<10}{'seconds':>9}{'peak GB':>9}{'GFLOP':>11}{'TFLOP/s':>9}{'of peak':>9}"
+    rows = [head + (f"{'ref. s':>10}{'ref. GB':>9}{'ref. GFLOP':>12}{'ratio':>8}" if theirs else "")]
+    for n, r in result["ours"].items():
+        busy = r["gflop"] > 0
+        line = f"{n:<10}{r['seconds']:>9.3f}{r['peak_gb']:>9.2f}" + (
+            f"{r['gflop']:>11.2f}{r['tflop_per_s']:>9.3f}{r['share_of_peak']:>9.0%}"
+            if busy
+            else f"{'-':>11}{'-':>9}{'-':>9}"
+        )
         t = (theirs or {}).get(n)
-        rows.append(line+(f"{t['seconds']:>10.3f}{t['peak_gb']:>9.2f}{t['gflop']:>12.2f}{result['ratio'][n]:>7.2f}x" if t else ''))
-    return '\n'.join(rows)
+        rows.append(
+            line
+            + (f"{t['seconds']:>10.3f}{t['peak_gb']:>9.2f}{t['gflop']:>12.2f}{result['ratio'][n]:>7.2f}x" if t else "")
+        )
+    return "\n".join(rows)
+
 
 def bench_summary(
-    result:dict,   # What `bench` gives
-)->str:            # Some lines
+    result: dict,  # What `bench` gives
+) -> str:  # Some lines
     "What was measured, where, and what came out"
-    s, m, p = result['settings'], result['machine'], result['peak']
-    peaks = ', '.join(f"{v['best']:.3f} TFLOP/s in {k}" for k, v in p.items())
-    where = m.get('gpu') or f"{m['cpu']}, {m['threads']} threads"
-    lines = [f"{s['scale']}{' with random weights' if s['random_weights'] else ''}, {s['seconds']:g} s clip, {s['frames']} frames, {s['steps']} steps of {s['scheduler']} ({s['network_calls']} network calls), {s['dtype']}",
-             f"{where}; torch {m['torch']}; measured peak {peaks}", bench_table(result)]
-    if 'ratio' in result:
-        d = result['difference']
-        lines.append(f"total without load: {result['ratio']['total']:.2f}x as fast as the reference; final latents differ by {d['max_abs']:.1e} at most, of {d['reference_max_abs']:.2f} (relative RMS {d['relative_rms']:.1e})")
-    return '\n'.join(lines)
+    s, m, p = result["settings"], result["machine"], result["peak"]
+    peaks = ", ".join(f"{v['best']:.3f} TFLOP/s in {k}" for k, v in p.items())
+    where = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads"
+    lines = [
+        f"{s['scale']}{' with random weights' if s['random_weights'] else ''}, {s['seconds']:g} s clip, {s['frames']} frames, {s['steps']} steps of {s['scheduler']} ({s['network_calls']} network calls), {s['dtype']}",
+        f"{where}; torch {m['torch']}; measured peak {peaks}",
+        bench_table(result),
+    ]
+    if "ratio" in result:
+        d = result["difference"]
+        lines.append(
+            f"total without load: {result['ratio']['total']:.2f}x as fast as the reference; final latents differ by {d['max_abs']:.1e} at most, of {d['reference_max_abs']:.2f} (relative RMS {d['relative_rms']:.1e})"
+        )
+    return "\n".join(lines)
 
 # %% ../nbs/app/62_bench.ipynb #a65700e6
 def write_bench(
-    result:dict,   # What `bench` gives
-    path,          # `.json`
-)->Path:
+    result: dict,  # What `bench` gives
+    path,  # `.json`
+) -> Path:
     "Write a result"
-    with atomic_path(path) as tmp: tmp.write_text(json.dumps(result, indent=1)+'\n')
+    with atomic_path(path) as tmp:
+        tmp.write_text(json.dumps(result, indent=1) + "\n")
     return Path(path)
 
+
 def plot_bench(
-    result:dict,   # What `bench` gives
-    ax=None,       # Axes to draw into; None makes new ones
-):                 # The axes
+    result: dict,  # What `bench` gives
+    ax=None,  # Axes to draw into; None makes new ones
+):  # The axes
     "Time by stage, ours above the reference"
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(8, 1.9), dpi=80, layout='constrained')[1]
-    ways = [w for w in ('reference', 'ours') if w in result]
-    colours = dict(zip(STAGES[1:], plt.get_cmap('tab10').colors))
+
+    if ax is None:
+        ax = plt.subplots(figsize=(8, 1.9), dpi=80, layout="constrained")[1]
+    ways = [w for w in ("reference", "ours") if w in result]
+    colours = dict(zip(STAGES[1:], plt.get_cmap("tab10").colors))
     for y, way in enumerate(ways):
-        left = 0.
+        left = 0.0
         for name, colour in colours.items():
-            width = result[way][name]['seconds']
-            ax.barh(y, width, left=left, color=colour, label=name if y==0 else None)
+            width = result[way][name]["seconds"]
+            ax.barh(y, width, left=left, color=colour, label=name if y == 0 else None)
             left += width
-        ax.text(left, y, f' {left:.1f} s', va='center')
-    ax.set(yticks=range(len(ways)), yticklabels=ways, xlabel='time (s)')
-    ax.margins(x=.12)
-    ax.legend(ncols=1, fontsize=7, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
+        ax.text(left, y, f" {left:.1f} s", va="center")
+    ax.set(yticks=range(len(ways)), yticklabels=ways, xlabel="time (s)")
+    ax.margins(x=0.12)
+    ax.legend(ncols=1, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return ax
 
 # %% ../nbs/app/62_bench.ipynb #8ec677c1
 def save_plot(
-    result:dict,   # What `bench` gives
-    path,          # `.png`
-)->Path:
+    result: dict,  # What `bench` gives
+    path,  # `.png`
+) -> Path:
     "Draw `plot_bench` into a file"
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 1.9), dpi=80, layout='constrained')
+
+    figure = Figure(figsize=(8, 1.9), dpi=80, layout="constrained")
     plot_bench(result, figure.subplots())
-    with atomic_path(path) as tmp: figure.savefig(tmp)
+    with atomic_path(path) as tmp:
+        figure.savefig(tmp)
     return Path(path)

@@ -15,177 +15,278 @@ from pathlib import Path
 
 from . import __version__
 from .core import FoleyError, default_device, printable, progress, suggest
-from .media import SR, check_length, check_output, container_for, mux, plan_mux, probe, read_clip, write_video, write_wav
+from smooth_foley.media import (
+    SR,
+    check_length,
+    check_output,
+    container_for,
+    mux,
+    plan_mux,
+    probe,
+    read_clip,
+    write_video,
+    write_wav,
+)
 
 # %% ../nbs/app/60_cli.ipynb #453a88fe
 def number(
-    low:float,          # Smallest value allowed
-    high:float,         # Largest value allowed
-    kind:type=float,    # `float` or `int`
-):                      # Function from text to number, for `argparse`
+    low: float,  # Smallest value allowed
+    high: float,  # Largest value allowed
+    kind: type = float,  # `float` or `int`
+):  # Function from text to number, for `argparse`
     "A finite number within a range"
+
     def parse(text):
-        try: x = kind(text)
-        except ValueError: raise argparse.ArgumentTypeError(f'must be a {"whole " if kind is int else ""}number, got {text!r}') from None
-        if low <= x <= high: return x
-        raise argparse.ArgumentTypeError(f'must be from {low:g} to {high:g}, got {text}')
+        try:
+            x = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"must be a {'whole ' if kind is int else ''}number, got {text!r}"
+            ) from None
+        if low <= x <= high:
+            return x
+        raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text}")
+
     return parse
 
 # %% ../nbs/app/60_cli.ipynb #3dbe73fa
 def condition(
-    text:str,    # "auto", "always" or "0.5-2.0,3-4.5" (seconds)
-):               # The word, or a list of `(start, end)`
+    text: str,  # "auto", "always" or "0.5-2.0,3-4.5" (seconds)
+):  # The word, or a list of `(start, end)`
     "When the sound is on"
-    if text in ('auto', 'always'): return text
-    number_ = r'\s*(\d+\.?\d*|\.\d+)\s*'
-    spans = [re.fullmatch(f'{number_}-{number_}', part) for part in text.split(',')]
-    if not all(spans): raise argparse.ArgumentTypeError(f'must be auto, always, or spans in seconds like "0.5-2.0,3-4.5", got {text!r}')
+    if text in ("auto", "always"):
+        return text
+    number_ = r"\s*(\d+\.?\d*|\.\d+)\s*"
+    spans = [re.fullmatch(f"{number_}-{number_}", part) for part in text.split(",")]
+    if not all(spans):
+        raise argparse.ArgumentTypeError(
+            f'must be auto, always, or spans in seconds like "0.5-2.0,3-4.5", got {text!r}'
+        )
     spans = [(float(m[1]), float(m[2])) for m in spans]
     for a, b in spans:
-        if a >= b: raise argparse.ArgumentTypeError(f'span {a:g}-{b:g} ends before it starts')
+        if a >= b:
+            raise argparse.ArgumentTypeError(f"span {a:g}-{b:g} ends before it starts")
     return spans
 
 # %% ../nbs/app/60_cli.ipynb #5df33f26
 def check_device(
-    device:str=None,   # `--device`
-)->str:                # A device that exists
+    device: str = None,  # `--device`
+) -> str:  # A device that exists
     "The device to run on"
     import torch
-    try: kind = torch.device(device or default_device())
-    except RuntimeError: raise FoleyError(f'--device {device}: no such device; use cpu, cuda, cuda:N or mps') from None
-    there = dict(cpu=True, cuda=torch.cuda.is_available() and (kind.index or 0) < torch.cuda.device_count(), mps=torch.backends.mps.is_available())
-    if not there.get(kind.type, False): raise FoleyError(f'--device {device}: not on this machine; leave it out, or use --device cpu')
+
+    try:
+        kind = torch.device(device or default_device())
+    except RuntimeError:
+        raise FoleyError(f"--device {device}: no such device; use cpu, cuda, cuda:N or mps") from None
+    there = dict(
+        cpu=True,
+        cuda=torch.cuda.is_available() and (kind.index or 0) < torch.cuda.device_count(),
+        mps=torch.backends.mps.is_available(),
+    )
+    if not there.get(kind.type, False):
+        raise FoleyError(f"--device {device}: not on this machine; leave it out, or use --device cpu")
     return str(kind)
 
 # %% ../nbs/app/60_cli.ipynb #154ec0e3
 def local_model(
-    model:str,   # `--model`
-)->Path:         # Folder with a `model_index.json`
+    model: str,  # `--model`
+) -> Path:  # Folder with a `model_index.json`
     "Where a model lies on this machine"
     from smooth_foley.pipeline import resolve_weights
-    try: return resolve_weights(None if model=='mini' else model, local_files_only=True)
-    except FoleyError as e: raise FoleyError(f'--model {e}') from e
+
+    try:
+        return resolve_weights(None if model == "mini" else model, local_files_only=True)
+    except FoleyError as e:
+        raise FoleyError(f"--model {e}") from e
+
 
 def load_pipeline(
-    model:str,          # `--model`
-    device:str='cpu',   # Where to
-    dtype:str=None,     # `--dtype`; float32 when None
-    offload:bool=False, # Keep on the device only what works at the moment
-):                      # `SmoothFoleyPipeline`
+    model: str,  # `--model`
+    device: str = "cpu",  # Where to
+    dtype: str = None,  # `--dtype`; float32 when None
+    offload: bool = False,  # Keep on the device only what works at the moment
+):  # `SmoothFoleyPipeline`
     "Load a model without the libraries' chatter"
     import diffusers, torch, transformers
-    for library in (diffusers, transformers): library.utils.logging.set_verbosity_error()
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
     from smooth_foley.pipeline import SmoothFoleyPipeline
-    if dtype=='float16' and device=='cpu': raise FoleyError('--dtype float16: a CPU computes float16 badly or not at all; use bfloat16 or float32 there')
-    try: pipe = SmoothFoleyPipeline.from_pretrained(None if model=='mini' else model, torch_dtype=getattr(torch, dtype or 'float32'))
-    except FoleyError as e: raise FoleyError(f'--model {e}') from e
-    if offload: pipe.enable_model_cpu_offload(device=device)
-    else: pipe.to(device)
-    if model!='mini' and device=='cpu' and torch.backends.mkldnn.is_available(): pipe.enable_fast_cpu()
+
+    if dtype == "float16" and device == "cpu":
+        raise FoleyError("--dtype float16: a CPU computes float16 badly or not at all; use bfloat16 or float32 there")
+    try:
+        pipe = SmoothFoleyPipeline.from_pretrained(
+            None if model == "mini" else model, torch_dtype=getattr(torch, dtype or "float32")
+        )
+    except FoleyError as e:
+        raise FoleyError(f"--model {e}") from e
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    if model != "mini" and device == "cpu" and torch.backends.mkldnn.is_available():
+        pipe.enable_fast_cpu()
     return pipe
 
 # %% ../nbs/app/60_cli.ipynb #64aadea2
 def known_labels(
-    model:str,   # `--model`
-)->tuple:        # Names it was trained on, in VGGSound's spelling
+    model: str,  # `--model`
+) -> tuple:  # Names it was trained on, in VGGSound's spelling
     "Labels that can be proposed, from the model's own index"
-    if model == 'mini':
+    if model == "mini":
         from smooth_foley.data.passby import LABELS
+
         return tuple(LABELS)
-    return tuple(json.loads((local_model(model)/'model_index.json').read_text()).get('labels', ()))
+    return tuple(json.loads((local_model(model) / "model_index.json").read_text()).get("labels", ()))
+
 
 def check_label(
-    label:str,   # `--label`
-    model:str,   # `--model`
-)->str:          # The label as the model spells it
+    label: str,  # `--label`
+    model: str,  # `--model`
+) -> str:  # The label as the model spells it
     "A label the model can take"
-    label = ' '.join(label.split())
-    if not label: raise FoleyError('--label: is empty; name what sounds, or leave the option out to have labels proposed')
-    if model != 'mini': return label
-    names = {l.lower():l for l in known_labels(model)}
-    if label.lower() in names: return names[label.lower()]
+    label = " ".join(label.split())
+    if not label:
+        raise FoleyError("--label: is empty; name what sounds, or leave the option out to have labels proposed")
+    if model != "mini":
+        return label
+    names = {l.lower(): l for l in known_labels(model)}
+    if label.lower() in names:
+        return names[label.lower()]
     near = suggest(label, names.values())
-    hint = f'did you mean {" or ".join(map(repr, near))}?' if near else 'its labels are:'
-    raise FoleyError(f'--label {label!r}: mini does not know it; {hint} {"(all: smooth-foley labels)" if near else ", ".join(names.values())}')
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "its labels are:"
+    raise FoleyError(
+        f"--label {label!r}: mini does not know it; {hint} {'(all: smooth-foley labels)' if near else ', '.join(names.values())}"
+    )
 
 # %% ../nbs/app/60_cli.ipynb #313312c9
 VIDEOS = (
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv",
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".ts",
+    ".mts",
+    ".m2ts",
+    ".mpg",
+    ".mpeg",
+    ".wmv",
+    ".flv",
+    ".3gp",
+    ".ogv",
 )
 
+
 def find_videos(
-    paths:list,   # Files and folders
-)->list:          # Files
+    paths: list,  # Files and folders
+) -> list:  # Files
     "The videos meant, folders opened"
     found = []
     for p in map(Path, paths):
-        if not p.is_dir(): found.append(p); continue
-        inside = sorted(q for q in p.iterdir() if q.suffix.lower() in VIDEOS and q.is_file() and q.name[0]!='.' and not q.stem.endswith('_foley'))
-        if not inside: raise FoleyError(f'{p}: no video in this folder; looked for {", ".join(VIDEOS)}')
+        if not p.is_dir():
+            found.append(p)
+            continue
+        inside = sorted(
+            q
+            for q in p.iterdir()
+            if q.suffix.lower() in VIDEOS and q.is_file() and q.name[0] != "." and not q.stem.endswith("_foley")
+        )
+        if not inside:
+            raise FoleyError(f"{p}: no video in this folder; looked for {', '.join(VIDEOS)}")
         found += inside
     return list(dict.fromkeys(found))
 
 # %% ../nbs/app/60_cli.ipynb #2e691017
 def targets(
-    videos:list,         # Inputs
-    out:str,             # `-o` or `--plot`: a file, an existing folder, or None for "beside the input"
-    suffix='.mp4',       # Kind of file where no name is given, or a function that gives it for a video
-)->list:                 # One path per input
+    videos: list,  # Inputs
+    out: str,  # `-o` or `--plot`: a file, an existing folder, or None for "beside the input"
+    suffix=".mp4",  # Kind of file where no name is given, or a function that gives it for a video
+) -> list:  # One path per input
     "Where each result goes"
     name = lambda v: v.stem + "_foley" + (suffix(v) if callable(suffix) else suffix)
-    if out is None: paths = [v.with_name(name(v)) for v in videos]
-    elif Path(out).is_dir(): paths = [Path(out)/name(v) for v in videos]
-    elif len(videos) == 1 and not out.endswith("/"): paths = [Path(out)]
-    else: raise FoleyError(f'{out}: no such folder; {len(videos)} videos need an existing folder to write to')
-    twice = [p for p in paths if paths.count(p)>1]
-    if twice: raise FoleyError(f'{twice[0]}: two of the videos would be written there; run them one by one with -o')
+    if out is None:
+        paths = [v.with_name(name(v)) for v in videos]
+    elif Path(out).is_dir():
+        paths = [Path(out) / name(v) for v in videos]
+    elif len(videos) == 1 and not out.endswith("/"):
+        paths = [Path(out)]
+    else:
+        raise FoleyError(f"{out}: no such folder; {len(videos)} videos need an existing folder to write to")
+    twice = [p for p in paths if paths.count(p) > 1]
+    if twice:
+        raise FoleyError(f"{twice[0]}: two of the videos would be written there; run them one by one with -o")
     return paths
 
 # %% ../nbs/app/60_cli.ipynb #6808aca4
-LONGEST = 10.24   # Seconds that one run of the model covers
+LONGEST = 10.24  # Seconds that one run of the model covers
+
 
 def check_video(
-    video,   # A file
-)->float:    # Its length, seconds
+    video,  # A file
+) -> float:  # Its length, seconds
     "Try to read a video, and whether it is short enough"
     facts = probe(video)
     check_length(video, facts["duration"], LONGEST, facts["fps"])
     return facts["duration"]
+
 
 def check_generate(args):
     "Try inputs and outputs of `generate`; return `(video, out, plot)` per clip"
     videos = find_videos(args.videos)
     lengths = [check_video(v) for v in videos]
     outs = targets(videos, args.out, lambda v: container_for(v, args.keep_original))
-    plots = targets(videos, args.plot, '.png') if args.plot else [None]*len(videos)
+    plots = targets(videos, args.plot, ".png") if args.plot else [None] * len(videos)
     for v, length, o, p in zip(videos, lengths, outs, plots):
         late = [s for s in args.condition if s[0] >= length] if isinstance(args.condition, list) else []
-        if late: raise FoleyError(f'--condition: {late[0][0]:g}-{late[0][1]:g} begins after {v} ends ({length:.2f} s)')
-        check_output(o, args.overwrite, ('.mp4', '.m4v', '.mov', '.mkv', '.wav'), source=v)
-        if o.suffix.lower() != ".wav": plan_mux(v, o.suffix)
-        if p: check_output(p, args.overwrite, ('.png',))
+        if late:
+            raise FoleyError(f"--condition: {late[0][0]:g}-{late[0][1]:g} begins after {v} ends ({length:.2f} s)")
+        check_output(o, args.overwrite, (".mp4", ".m4v", ".mov", ".mkv", ".wav"), source=v)
+        if o.suffix.lower() != ".wav":
+            plan_mux(v, o.suffix)
+        if p:
+            check_output(p, args.overwrite, (".png",))
     return list(zip(videos, outs, plots))
 
 # %% ../nbs/app/60_cli.ipynb #468fe606
 def proposed(
-    name:str,     # Clip
-    ranked:list,  # `(label, score)`, best first
-    n:int=5,      # How many to tell
-)->str:           # Some lines
+    name: str,  # Clip
+    ranked: list,  # `(label, score)`, best first
+    n: int = 5,  # How many to tell
+) -> str:  # Some lines
     "What CLIP saw, and what was taken"
-    lines = [f'{printable(name)}: no --label given; CLIP sees'] + [f'  {score:6.1%}  {label}' for label, score in ranked[:n]]
-    return '\n'.join([*lines, f'  taken: {ranked[0][0]!r}; choose another one with --label'])
+    lines = [f"{printable(name)}: no --label given; CLIP sees"] + [
+        f"  {score:6.1%}  {label}" for label, score in ranked[:n]
+    ]
+    return "\n".join([*lines, f"  taken: {ranked[0][0]!r}; choose another one with --label"])
 
 # %% ../nbs/app/60_cli.ipynb #2a3b56a6
 def make_sound(pipe, clip, label, args):
     "Run the pipeline on one clip with the options of the command line"
-    options = dict(prompt=args.prompt, negative_prompt=args.negative_prompt, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
-                   frame_scale=args.frame_scale, temporal_scale=args.temporal_scale, condition=args.condition, frame_wise=args.frame_wise, seed=args.seed)
+    options = dict(
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        frame_scale=args.frame_scale,
+        temporal_scale=args.temporal_scale,
+        condition=args.condition,
+        frame_wise=args.frame_wise,
+        seed=args.seed,
+    )
     pipe.set_progress_bar_config(disable=True)
-    with progress(None, desc=clip.name, unit='step', total=args.steps or pipe.config.num_inference_steps) as bar:
-        def step(pipe, i, t, state): bar.update(); return state
+    with progress(None, desc=clip.name, unit="step", total=args.steps or pipe.config.num_inference_steps) as bar:
+
+        def step(pipe, i, t, state):
+            bar.update()
+            return state
+
         output = pipe(clip, label=label, callback_on_step_end=step, **options)
-    if output.proposals[0]: print(proposed(clip.name, output.proposals[0]))
+    if output.proposals[0]:
+        print(proposed(clip.name, output.proposals[0]))
     return output
 
 # %% ../nbs/app/60_cli.ipynb #7cc4a3da
@@ -193,33 +294,50 @@ def save(clip, output, out, plot, args):
     "Write the plot, then the sound or the video with it"
     if plot:
         from smooth_foley.pipeline import plot_foley
+
         plot_foley(clip, output, 0, plot)
-        print(f'wrote {printable(plot)}')
+        print(f"wrote {printable(plot)}")
     audio, sr = output.audios[0], output.sample_rate
-    if out.suffix.lower() == '.wav': write_wav(out, audio, sr)
-    else: mux(clip.path, audio, sr, out, keep_original=args.keep_original, overwrite=args.overwrite, tell=lambda note: print(printable(note)))
-    print(f'wrote {printable(out)} ({len(audio)/sr:.2f} s of {output.labels[0]!r})')
+    if out.suffix.lower() == ".wav":
+        write_wav(out, audio, sr)
+    else:
+        mux(
+            clip.path,
+            audio,
+            sr,
+            out,
+            keep_original=args.keep_original,
+            overwrite=args.overwrite,
+            tell=lambda note: print(printable(note)),
+        )
+    print(f"wrote {printable(out)} ({len(audio) / sr:.2f} s of {output.labels[0]!r})")
+
 
 def generate(
-    args,                 # Words of the command line
-    load=load_pipeline,   # `(model, device) -> pipeline`
+    args,  # Words of the command line
+    load=load_pipeline,  # `(model, device) -> pipeline`
 ):
     "Give videos their sound"
     label = check_label(args.label, args.model) if args.label is not None else None
     work, device = check_generate(args), check_device(args.device)
     pipe = load(args.model, device, args.dtype, args.offload)
     for video, out, plot in work:
-        clip = read_clip(video, fps=args.fps or pipe.config.fps, size=pipe.frame_encoder.image_size, max_duration=pipe.max_duration)
+        clip = read_clip(
+            video, fps=args.fps or pipe.config.fps, size=pipe.frame_encoder.image_size, max_duration=pipe.max_duration
+        )
         save(clip, make_sound(pipe, clip, label, args), out, plot, args)
 
 # %% ../nbs/app/60_cli.ipynb #c70b632e
 def labels(args, load=load_pipeline):
     "List the labels, or rank them for a video"
-    if args.video is None: print('\n'.join(known_labels(args.model))); return
+    if args.video is None:
+        print("\n".join(known_labels(args.model)))
+        return
     probe(args.video)
     pipe = load(args.model, check_device(args.device))
     clip = read_clip(args.video, fps=pipe.config.fps, size=pipe.frame_encoder.image_size)
-    for label, score in pipe.propose(pipe.frame_encoder.encode_frames(clip.frames)): print(f'{score:6.1%}  {label}')
+    for label, score in pipe.propose(pipe.frame_encoder.encode_frames(clip.frames)):
+        print(f"{score:6.1%}  {label}")
 
 # %% ../nbs/app/60_cli.ipynb #78271e56
 def sample_measures(
@@ -231,6 +349,7 @@ def sample_measures(
     import numpy as np
     from smooth_foley.metrics.doppler import f0_correlation, f0_range, f0_track
     from smooth_foley.metrics.temporal import short_time_energy
+
     true, level = scene.truth, short_time_energy(audio, sr)
     n = min(len(level), len(true["t"]))
     on = np.isfinite(true["level"][:n])
@@ -247,147 +366,230 @@ def sample_measures(
 def train(args):
     "Train the small model from nothing"
     from smooth_foley.train import recipes
-    stages = args.stages and tuple(s.strip() for s in args.stages.split(','))
+
+    stages = args.stages and tuple(s.strip() for s in args.stages.split(","))
     names = [name for name, *_ in (*RECIPE_OPTIONS, *STAGE_OPTIONS)]
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options.update({k: tuple(v) for k, v in options.items() if isinstance(v, list)})
-    done = recipes.train_mini(args.out, stages or recipes.STAGES, args.resume, args.max_steps, sample_measures, **options)
-    print(f'trained: {done}')
+    done = recipes.train_mini(
+        args.out, stages or recipes.STAGES, args.resume, args.max_steps, sample_measures, **options
+    )
+    print(f"trained: {done}")
 
 # %% ../nbs/app/60_cli.ipynb #9bbe2509
 def weight_sizes(
-    folder,    # A saved pipeline
-)->list:       # `(component, class, parameters, bytes)`
+    folder,  # A saved pipeline
+) -> list:  # `(component, class, parameters, bytes)`
     "How large the parts of a model are, from the heads of its safetensors files"
-    index, rows = json.loads((Path(folder)/'model_index.json').read_text()), []
+    index, rows = json.loads((Path(folder) / "model_index.json").read_text()), []
     for name, spec in index.items():
-        if not (isinstance(spec, list) and (Path(folder)/name).is_dir()): continue
-        files, n = sorted((Path(folder)/name).glob('*.safetensors')), 0
+        if not (isinstance(spec, list) and (Path(folder) / name).is_dir()):
+            continue
+        files, n = sorted((Path(folder) / name).glob("*.safetensors")), 0
         for f in files:
-            with open(f, 'rb') as h: head = json.loads(h.read(struct.unpack('<Q', h.read(8))[0]))
-            n += sum(math.prod(t['shape']) for k, t in head.items() if k != '__metadata__')
-        rows.append((name, spec[1] or '-', n, sum(f.stat().st_size for f in files)))
+            with open(f, "rb") as h:
+                head = json.loads(h.read(struct.unpack("<Q", h.read(8))[0]))
+            n += sum(math.prod(t["shape"]) for k, t in head.items() if k != "__metadata__")
+        rows.append((name, spec[1] or "-", n, sum(f.stat().st_size for f in files)))
     return rows
 
 # %% ../nbs/app/60_cli.ipynb #170a1497
-DEFAULTS = ('num_inference_steps', 'guidance_scale', 'frame_scale', 'temporal_scale', 'fps', 'threshold')
-LICENCES = {'mini': 'Apache-2.0, code and weights', 'other': 'code Apache-2.0; weights: see their card. Auffusion, the base of the full scale, is CC BY-NC-SA 4.0: non-commercial'}
+DEFAULTS = ("num_inference_steps", "guidance_scale", "frame_scale", "temporal_scale", "fps", "threshold")
+LICENCES = {
+    "mini": "Apache-2.0, code and weights",
+    "other": "code Apache-2.0; weights: see their card. Auffusion, the base of the full scale, is CC BY-NC-SA 4.0: non-commercial",
+}
+
 
 def info(args):
     "Show the model, the sizes of its parts, the device, the licences"
     folder, device = local_model(args.model), check_device(args.device)
-    rows, index = weight_sizes(folder), json.loads((folder/'model_index.json').read_text())
-    print(f'smooth-foley {__version__}\nmodel    {args.model}\ndevice   {device}')
-    print('defaults ' + ', '.join(f'{k} {v:g}' for k, v in index.items() if k in DEFAULTS))
-    for name, cls, n, size in rows: print(f'  {name:<17}{cls:<29}' + (f'{n/1e6:8.2f} M parameters {size/1e6:8.1f} MB' if n else ''))
-    print(f'  {"together":<46}{sum(r[2] for r in rows)/1e6:8.2f} M parameters {sum(r[3] for r in rows)/1e6:8.1f} MB')
-    print(f'licence  {LICENCES.get(args.model, LICENCES["other"])}')
+    rows, index = weight_sizes(folder), json.loads((folder / "model_index.json").read_text())
+    print(f"smooth-foley {__version__}\nmodel    {args.model}\ndevice   {device}")
+    print("defaults " + ", ".join(f"{k} {v:g}" for k, v in index.items() if k in DEFAULTS))
+    for name, cls, n, size in rows:
+        print(f"  {name:<17}{cls:<29}" + (f"{n / 1e6:8.2f} M parameters {size / 1e6:8.1f} MB" if n else ""))
+    print(
+        f"  {'together':<46}{sum(r[2] for r in rows) / 1e6:8.2f} M parameters {sum(r[3] for r in rows) / 1e6:8.1f} MB"
+    )
+    print(f"licence  {LICENCES.get(args.model, LICENCES['other'])}")
 
 # %% ../nbs/app/60_cli.ipynb #f6590b9e
 def _given_sources(words):
     "Folders to search and parts that are named, from the words after --from"
     from smooth_foley.published import LAYOUT
-    named = [w.split('=', 1) if w.split('=', 1)[0] in LAYOUT else (i, w) for i, w in enumerate(words)]
-    return {k: tuple(v.split(',')) if k=='frame_encoder' and ',' in v else v for k, v in named}
+
+    named = [w.split("=", 1) if w.split("=", 1)[0] in LAYOUT else (i, w) for i, w in enumerate(words)]
+    return {k: tuple(v.split(",")) if k == "frame_encoder" and "," in v else v for k, v in named}
+
 
 def _fetch_metrics(args):
-    if args.folders or args.overwrite: raise FoleyError(f'{"--from" if args.folders else "--overwrite"}: belongs to `fetch full`; leave it out')
+    if args.folders or args.overwrite:
+        raise FoleyError(f"{'--from' if args.folders else '--overwrite'}: belongs to `fetch full`; leave it out")
     from smooth_foley.metrics.embedders import fetch_metrics, metric_files
+
     rows = metric_files()
-    for r in rows: print(f'~{r.size/1e6:8.1f} MB  {r.licence:<12}{r.of:<12}{r.url}')
-    print(f'together ~{sum(r.size for r in rows)/1e9:.1f} GB')
-    if not args.dry_run: print(f'wrote {len(fetch_metrics(args.out))} files')
+    for r in rows:
+        print(f"~{r.size / 1e6:8.1f} MB  {r.licence:<12}{r.of:<12}{r.url}")
+    print(f"together ~{sum(r.size for r in rows) / 1e9:.1f} GB")
+    if not args.dry_run:
+        print(f"wrote {len(fetch_metrics(args.out))} files")
+
 
 def _fetch_grounding(args):
     "The published grounding model, or what it would be"
     from smooth_foley.data import grounding as g
+
     out = args.out or g.grounding_path()
-    if args.dry_run: print(f"{g.HUB['repo']}: {', '.join(g.HUB['files'])}; {g.HUB['licence']}\nwould become {out}")
-    else: print(f'wrote {g.fetch_grounding(out, args.overwrite)}; use it with --model full, or --grounding full')
+    if args.dry_run:
+        print(f"{g.HUB['repo']}: {', '.join(g.HUB['files'])}; {g.HUB['licence']}\nwould become {out}")
+    else:
+        print(f"wrote {g.fetch_grounding(out, args.overwrite)}; use it with --model full, or --grounding full")
+
 
 def fetch(args):
     "Fetch published weights and make them ready to load"
-    if args.what=='metrics': return _fetch_metrics(args)
-    if args.what=='grounding': return _fetch_grounding(args)
+    if args.what == "metrics":
+        return _fetch_metrics(args)
+    if args.what == "grounding":
+        return _fetch_grounding(args)
     from smooth_foley import published
+
     folders = _given_sources(args.folders) if args.folders else None
     out = published.fetch(args.out, args.dry_run, args.dtype, folders, overwrite=args.overwrite)
-    print(f'would become {out}' if args.dry_run else f'wrote {out}; use it with --model {out if args.out else "full"}')
+    print(f"would become {out}" if args.dry_run else f"wrote {out}; use it with --model {out if args.out else 'full'}")
 
 # %% ../nbs/app/60_cli.ipynb #47b8cfdb
 def bench(args):
     "Time, memory and arithmetic of every stage"
-    for path, suffix in ((args.out, '.json'), (args.plot, '.png')):
-        if path: check_output(path, args.overwrite, (suffix,))
+    for path, suffix in ((args.out, ".json"), (args.plot, ".png")):
+        if path:
+            check_output(path, args.overwrite, (suffix,))
     device = check_device(args.device)
     from smooth_foley import bench as b
-    result = b.bench(args.scale, args.random_weights, device, args.dtype, args.steps, args.seconds, args.fps, args.compile, args.reuse, args.reference, args.batch, tell=print)
+
+    result = b.bench(
+        args.scale,
+        args.random_weights,
+        device,
+        args.dtype,
+        args.steps,
+        args.seconds,
+        args.fps,
+        args.compile,
+        args.reuse,
+        args.reference,
+        args.batch,
+        tell=print,
+    )
     print(b.bench_summary(result))
-    if args.out: print(f'wrote {b.write_bench(result, args.out)}')
-    if args.plot: print(f'wrote {b.save_plot(result, args.plot)}')
+    if args.out:
+        print(f"wrote {b.write_bench(result, args.out)}")
+    if args.plot:
+        print(f"wrote {b.save_plot(result, args.plot)}")
+
 
 def evaluate(args):
     "Compare systems, or score folders of wavs"
-    if args.counterfactual: from smooth_foley.metrics.counterfactual import run_command
-    else: from smooth_foley.metrics.evaluate import run_command
-    if not (args.generated or args.reference): args.device = check_device(args.device)
+    if args.counterfactual:
+        from smooth_foley.metrics.counterfactual import run_command
+    else:
+        from smooth_foley.metrics.evaluate import run_command
+    if not (args.generated or args.reference):
+        args.device = check_device(args.device)
     print(run_command(args))
 
 # %% ../nbs/app/60_cli.ipynb #76abd301
 def sample_video(
-    folder,   # Where to film one if none is shipped
-)->Path:
+    folder,  # Where to film one if none is shipped
+) -> Path:
     "A silent video to try things on"
-    shipped = Path(__file__).parent/'assets'/'sample.mp4'
-    if shipped.is_file(): return shipped
+    shipped = Path(__file__).parent / "assets" / "sample.mp4"
+    if shipped.is_file():
+        return shipped
     from smooth_foley.data.passby import scene
+
     film = scene(2_000_000, audio=False)
-    return write_video(Path(folder)/'sample.mp4', film.frames, fps=15)
+    return write_video(Path(folder) / "sample.mp4", film.frames, fps=15)
+
 
 def demo(args, load=load_pipeline):
     "Give a sample video its sound, and draw what was done"
     with tempfile.TemporaryDirectory() as tmp:
-        whole = build_parser().parse_args(['generate', str(sample_video(tmp)), '-o', args.out, '--plot', str(Path(args.out).with_suffix('.png'))])
-        generate(argparse.Namespace(**{**vars(whole), **{k:v for k, v in vars(args).items() if k not in ('run', 'command')}}), load)
+        whole = build_parser().parse_args(
+            ["generate", str(sample_video(tmp)), "-o", args.out, "--plot", str(Path(args.out).with_suffix(".png"))]
+        )
+        generate(
+            argparse.Namespace(
+                **{**vars(whole), **{k: v for k, v in vars(args).items() if k not in ("run", "command")}}
+            ),
+            load,
+        )
 
 # %% ../nbs/app/60_cli.ipynb #dc2f43d1
 class _Parser(argparse.ArgumentParser):
     "An `ArgumentParser` whose errors are one line, raised"
-    def __init__(self, *args, **kwargs): super().__init__(*args, allow_abbrev=False, **kwargs)
-    def error(self, message): raise FoleyError(f'{message} (see {self.prog} --help)')
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise FoleyError(f"{message} (see {self.prog} --help)")
 
 # %% ../nbs/app/60_cli.ipynb #d525b0a5
 def _model_options(p):
-    g = p.add_argument_group('model')
-    g.add_argument('--model', default='mini', metavar='NAME', help='mini (default), full (see `smooth-foley fetch`), a folder, or a Hugging Face hub id')
-    g.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: the best there is')
+    g = p.add_argument_group("model")
+    g.add_argument(
+        "--model",
+        default="mini",
+        metavar="NAME",
+        help="mini (default), full (see `smooth-foley fetch`), a folder, or a Hugging Face hub id",
+    )
+    g.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
+
 
 def _memory_options(p):
-    g = p.add_argument_group('memory')
-    g.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'], help='type of the weights (default float32)')
-    g.add_argument('--offload', action='store_true', help='keep on the GPU only the part that works at the moment')
+    g = p.add_argument_group("memory")
+    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default float32)")
+    g.add_argument("--offload", action="store_true", help="keep on the GPU only the part that works at the moment")
+
 
 def _sound_options(p):
-    g = p.add_argument_group('sound', 'What is left out is as the model sets it: `smooth-foley info`.')
-    g.add_argument('--seed', type=number(0, 2**63-1, int), default=0, help='another seed, another sound (default 0)')
-    g.add_argument('--steps', type=number(1, 1000, int), help='diffusion steps')
-    g.add_argument('--guidance-scale', type=number(0, 100), help='how strictly label and prompt are followed')
-    g.add_argument('--frame-scale', type=number(0, 10), help='weight of the frames, the paper\'s lambda; 0 is off')
-    g.add_argument('--temporal-scale', type=number(0, 10), help='weight of the temporal condition; 0 is off')
-    g.add_argument('--condition', type=condition, default='auto', metavar='WHEN', help='auto (default), always, or spans like "0.5-2.0,3-4.5" in seconds')
-    g.add_argument('--frame-wise', action=argparse.BooleanOptionalAction, default=True, help='one token per frame, or one for the whole clip')
-    g.add_argument('--fps', type=number(1, 120), help='frames per second to look at')
+    g = p.add_argument_group("sound", "What is left out is as the model sets it: `smooth-foley info`.")
+    g.add_argument("--seed", type=number(0, 2**63 - 1, int), default=0, help="another seed, another sound (default 0)")
+    g.add_argument("--steps", type=number(1, 1000, int), help="diffusion steps")
+    g.add_argument("--guidance-scale", type=number(0, 100), help="how strictly label and prompt are followed")
+    g.add_argument("--frame-scale", type=number(0, 10), help="weight of the frames, the paper's lambda; 0 is off")
+    g.add_argument("--temporal-scale", type=number(0, 10), help="weight of the temporal condition; 0 is off")
+    g.add_argument(
+        "--condition",
+        type=condition,
+        default="auto",
+        metavar="WHEN",
+        help='auto (default), always, or spans like "0.5-2.0,3-4.5" in seconds',
+    )
+    g.add_argument(
+        "--frame-wise",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="one token per frame, or one for the whole clip",
+    )
+    g.add_argument("--fps", type=number(1, 120), help="frames per second to look at")
 
 # %% ../nbs/app/60_cli.ipynb #9985d70a
 def _generate_options(p):
-    p.add_argument('videos', nargs='+', metavar='VIDEO', help='a video, several, or a folder of them')
-    p.add_argument('-o', '--out', metavar='OUT', help='.mp4, .mov, .mkv or .wav, or an existing folder; default VIDEO_foley.mp4')
-    p.add_argument('--label', help='what sounds, as in `smooth-foley labels`; default: what CLIP sees')
-    p.add_argument('--prompt', help='more words for the text encoder; default: the label')
-    p.add_argument('--negative-prompt', default='', help='what it should not sound like')
-    p.add_argument('--plot', metavar='FILE.png', help='draw frames, similarity, condition and spectrogram on one time axis')
-    p.add_argument('--keep-original', action='store_true', help='keep the sound that is there as a second track')
-    p.add_argument('--overwrite', action='store_true', help='replace files that exist')
+    p.add_argument("videos", nargs="+", metavar="VIDEO", help="a video, several, or a folder of them")
+    p.add_argument(
+        "-o", "--out", metavar="OUT", help=".mp4, .mov, .mkv or .wav, or an existing folder; default VIDEO_foley.mp4"
+    )
+    p.add_argument("--label", help="what sounds, as in `smooth-foley labels`; default: what CLIP sees")
+    p.add_argument("--prompt", help="more words for the text encoder; default: the label")
+    p.add_argument("--negative-prompt", default="", help="what it should not sound like")
+    p.add_argument(
+        "--plot", metavar="FILE.png", help="draw frames, similarity, condition and spectrogram on one time axis"
+    )
+    p.add_argument("--keep-original", action="store_true", help="keep the sound that is there as a second track")
+    p.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 # %% ../nbs/app/60_cli.ipynb #c4b59e76
 # Name, type or choices, help
@@ -401,7 +603,11 @@ RECIPE_OPTIONS = (
     ("latent_channels", number(1, 256, int), "components kept of each patch of the mel image"),
     ("focus", number(0, 1), "share of noise levels near a signal-to-noise ratio of 1"),
     ("fps", number(0.2, 100), "frames per second"),
-    ("frame_position", ("none", "sinusoidal", "window", "residual"), "how the frame adapter knows when a frame was seen"),
+    (
+        "frame_position",
+        ("none", "sinusoidal", "window", "residual"),
+        "how the frame adapter knows when a frame was seen",
+    ),
     ("frame_motion", bool, "append to each frame how fast its embedding changes"),
     ("frame_wise", bool, "train the frame adapter on every frame, or on their mean"),
     ("vocoder", ("phase", "hifigan"), "play by rule, or train a small HiFi-GAN"),
@@ -428,6 +634,7 @@ STAGE_OPTIONS = (
     ("sample_steps", number(0, 10**9, int), "steps between sample sheets: samples.csv, samples/; 0 is never"),
 )
 
+
 def _add_options(group, rows):
     "One option per row; what is not given is None"
     for name, kind, text in rows:
@@ -450,102 +657,202 @@ TRAIN = """examples:
 
 A run that was stopped goes on when the same command is given again. The folder keeps its recipe in recipe.json and refuses another one."""
 
+
 def _train_options(p):
-    p.add_argument('recipe', choices=['mini'], help='what to train')
-    p.add_argument('--out', required=True, metavar='FOLDER', help='checkpoints, logs and the finished model')
-    p.add_argument('--stages', help='comma-separated part of the recipe, in order (default: all)')
-    p.add_argument('--resume', action=argparse.BooleanOptionalAction, default=True, help='go on from checkpoints, or start the stages again')
-    p.add_argument('--max-steps', type=number(1, 10**9, int), metavar='X', help='cap every chosen stage, for a try-out')
-    _add_options(p.add_argument_group('recipe', 'What is left out is as in the recipe.'), RECIPE_OPTIONS)
-    _add_options(p.add_argument_group('training', 'Of every chosen stage; what is left out is as in the recipe.'), STAGE_OPTIONS)
+    p.add_argument("recipe", choices=["mini"], help="what to train")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="checkpoints, logs and the finished model")
+    p.add_argument("--stages", help="comma-separated part of the recipe, in order (default: all)")
+    p.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from checkpoints, or start the stages again",
+    )
+    p.add_argument("--max-steps", type=number(1, 10**9, int), metavar="X", help="cap every chosen stage, for a try-out")
+    _add_options(p.add_argument_group("recipe", "What is left out is as in the recipe."), RECIPE_OPTIONS)
+    _add_options(
+        p.add_argument_group("training", "Of every chosen stage; what is left out is as in the recipe."), STAGE_OPTIONS
+    )
     p.epilog = TRAIN
 
 # %% ../nbs/app/60_cli.ipynb #25f2160c
 def _fetch_options(p):
-    p.add_argument('what', choices=['full', 'metrics', 'grounding'], help='full: Auffusion, FoleyCrafter\'s adapters and CLIP ViT-H-14; metrics: the networks of the published metrics; grounding: text-to-audio grounding')
-    p.add_argument('--dry-run', action='store_true', help='list hub ids, files, sizes and licences; fetch nothing')
-    p.add_argument('--out', metavar='FOLDER', help='where the result goes; default: where --model full, or the metrics, look for it')
-    p.add_argument('--dtype', choices=['float32', 'float16', 'bfloat16'], default='float32', help='full: type of the weights that are written (default float32)')
-    p.add_argument('--from', dest='folders', nargs='+', metavar='FOLDER', help='full: use published files that are here already: folders to search, or PART=PATH where two have the same part')
-    p.add_argument('--overwrite', action='store_true', help='full, grounding: replace a folder that exists')
-    p.epilog = 'example: smooth-foley fetch full --dry-run, then smooth-foley fetch full --dtype bfloat16; or --from checkpoints checkpoints/auffusion vit-h vocoder=checkpoints/vocoder'
+    p.add_argument(
+        "what",
+        choices=["full", "metrics", "grounding"],
+        help="full: Auffusion, FoleyCrafter's adapters and CLIP ViT-H-14; metrics: the networks of the published metrics; grounding: text-to-audio grounding",
+    )
+    p.add_argument("--dry-run", action="store_true", help="list hub ids, files, sizes and licences; fetch nothing")
+    p.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="where the result goes; default: where --model full, or the metrics, look for it",
+    )
+    p.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="full: type of the weights that are written (default float32)",
+    )
+    p.add_argument(
+        "--from",
+        dest="folders",
+        nargs="+",
+        metavar="FOLDER",
+        help="full: use published files that are here already: folders to search, or PART=PATH where two have the same part",
+    )
+    p.add_argument("--overwrite", action="store_true", help="full, grounding: replace a folder that exists")
+    p.epilog = "example: smooth-foley fetch full --dry-run, then smooth-foley fetch full --dtype bfloat16; or --from checkpoints checkpoints/auffusion vit-h vocoder=checkpoints/vocoder"
+
 
 def _bench_options(p):
-    p.add_argument('--scale', choices=['mini', 'full'], default='mini', help='which model (default mini)')
-    p.add_argument('--random-weights', action='store_true', help='random weights of that size: nothing is fetched')
-    p.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: the best there is')
-    p.add_argument('--dtype', choices=['fp32', 'bf16', 'fp16'], default='fp32', help='type of weights and arithmetic (default fp32)')
-    p.add_argument('--steps', type=number(1, 1000, int), default=25, help='diffusion steps (default 25)')
-    p.add_argument('--seconds', type=number(.1, LONGEST), default=10., help='length of the clip (default 10)')
-    p.add_argument('--fps', type=number(1, 120), default=15., help='frames per second to look at (default 15)')
-    p.add_argument('--batch', type=number(1, 4096, int), default=16, help='pictures that CLIP sees at once (default 16)')
-    p.add_argument('--compile', action='store_true', help='torch.compile the large networks')
-    p.add_argument('--reuse', action=argparse.BooleanOptionalAction, default=True, help='compute once what stays the same over the steps')
-    p.add_argument('--reference', action='store_true', help='do the same work as FoleyCrafter\'s script does it, too, and compare')
-    p.add_argument('--out', metavar='FILE.json', help='write the numbers')
-    p.add_argument('--plot', metavar='FILE.png', help='draw time by stage')
-    p.add_argument('--overwrite', action='store_true', help='replace files that exist')
-    p.epilog = 'example: smooth-foley bench --scale full --random-weights --dtype bf16 --reference --out bench.json --plot bench.png'
+    p.add_argument("--scale", choices=["mini", "full"], default="mini", help="which model (default mini)")
+    p.add_argument("--random-weights", action="store_true", help="random weights of that size: nothing is fetched")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    p.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        default="fp32",
+        help="type of weights and arithmetic (default fp32)",
+    )
+    p.add_argument("--steps", type=number(1, 1000, int), default=25, help="diffusion steps (default 25)")
+    p.add_argument("--seconds", type=number(0.1, LONGEST), default=10.0, help="length of the clip (default 10)")
+    p.add_argument("--fps", type=number(1, 120), default=15.0, help="frames per second to look at (default 15)")
+    p.add_argument(
+        "--batch", type=number(1, 4096, int), default=16, help="pictures that CLIP sees at once (default 16)"
+    )
+    p.add_argument("--compile", action="store_true", help="torch.compile the large networks")
+    p.add_argument(
+        "--reuse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute once what stays the same over the steps",
+    )
+    p.add_argument(
+        "--reference", action="store_true", help="do the same work as FoleyCrafter's script does it, too, and compare"
+    )
+    p.add_argument("--out", metavar="FILE.json", help="write the numbers")
+    p.add_argument("--plot", metavar="FILE.png", help="draw time by stage")
+    p.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    p.epilog = "example: smooth-foley bench --scale full --random-weights --dtype bf16 --reference --out bench.json --plot bench.png"
 
 # %% ../nbs/app/60_cli.ipynb #2f726670
-EVALUATE = '''Compare systems on the same clips with the same noise, or score a folder of wavs against another.
+EVALUATE = """Compare systems on the same clips with the same noise, or score a folder of wavs against another.
 
   smooth-foley evaluate --systems ours,ours-clipwise,foleycrafter --split passby,passby_continuous --n 200 --out results/evaluate
   smooth-foley evaluate --systems ours,window=ours:frame_adapter=trained/window --split my_videos --out compared
   smooth-foley evaluate --counterfactual --systems ours,ours-clipwise,truth-vae --n 60 --out results/evaluate
   smooth-foley evaluate --generated mine/ --reference real/ --embedder mini-judges --metrics fad,kid,kl
 
-An interrupted run goes on when the same command is given again; `accelerate launch --num_processes 2 "$(command -v smooth-foley)" evaluate ...` shares it between processes.'''
+An interrupted run goes on when the same command is given again; `accelerate launch --num_processes 2 "$(command -v smooth-foley)" evaluate ...` shares it between processes."""
+
 
 def _evaluate_options(p):
-    g = p.add_argument_group('generate and compare')
-    g.add_argument('--systems', metavar='S,S,...', help='BASE or NAME=BASE:key=value:...; bases: ours, ours-clipwise, foleycrafter, foleycrafter-noprompt, text, always, truth-vocoded, truth-vae, other; '
-                   'keys: weights, frame_adapter, temporal_adapter, label_projection, ... (a folder), or frame_scale, temporal_scale, guidance_scale, condition, prompt, frame_wise (default: ours,ours-clipwise)')
-    g.add_argument('--split', help='passby, passby_continuous, or a folder of videos with a labels.csv (name,label[,split]); comma-separated (default: passby)')
-    g.add_argument('--n', type=number(1, 10**7, int), help='clips per split (default 200; a folder: all)')
-    g.add_argument('--seed', type=number(0, 2**63-1, int), default=0, help='of the noise, the same for all systems (default 0)')
-    g.add_argument('--steps', type=number(1, 1000, int), help='diffusion steps')
-    g.add_argument('--batch', type=number(1, 1024, int), default=4, help='clips per call (default 4)')
-    g.add_argument('--only', choices=['generate', 'measure'], help='one of the two steps, e.g. measure again with other judges')
-    g.add_argument('--counterfactual', action='store_true', help='show scenes of Passby reversed, moved and at another distance, with the same noise, and count the right turns (default: 60 movers of passby_continuous)')
-    g = p.add_argument_group('score folders of wavs')
-    g.add_argument('--generated', metavar='FOLDER', help='sounds of some system')
-    g.add_argument('--reference', metavar='FOLDER', help='real sounds, under the same file names for paired metrics')
-    g.add_argument('--embedder', default='mini-judges', help='mini-judges (default), vggish, cnn14_16k, cnn14_32k or clap')
-    g.add_argument('--weights', metavar='FILE', help='published weights of the embedder')
-    g.add_argument('--metrics', default=None, help='comma-separated: fad, fad_inf, kid, is, kl, activity, centroid (default: all that apply)')
-    p.add_argument('--out', metavar='FOLDER', default=None, help='where results go (default evaluation; not written for folders of wavs unless given)')
+    g = p.add_argument_group("generate and compare")
+    g.add_argument(
+        "--systems",
+        metavar="S,S,...",
+        help="BASE or NAME=BASE:key=value:...; bases: ours, ours-clipwise, foleycrafter, foleycrafter-noprompt, text, always, truth-vocoded, truth-vae, other; "
+        "keys: weights, frame_adapter, temporal_adapter, label_projection, ... (a folder), or frame_scale, temporal_scale, guidance_scale, condition, prompt, frame_wise (default: ours,ours-clipwise)",
+    )
+    g.add_argument(
+        "--split",
+        help="passby, passby_continuous, or a folder of videos with a labels.csv (name,label[,split]); comma-separated (default: passby)",
+    )
+    g.add_argument("--n", type=number(1, 10**7, int), help="clips per split (default 200; a folder: all)")
+    g.add_argument(
+        "--seed", type=number(0, 2**63 - 1, int), default=0, help="of the noise, the same for all systems (default 0)"
+    )
+    g.add_argument("--steps", type=number(1, 1000, int), help="diffusion steps")
+    g.add_argument("--batch", type=number(1, 1024, int), default=4, help="clips per call (default 4)")
+    g.add_argument(
+        "--only", choices=["generate", "measure"], help="one of the two steps, e.g. measure again with other judges"
+    )
+    g.add_argument(
+        "--counterfactual",
+        action="store_true",
+        help="show scenes of Passby reversed, moved and at another distance, with the same noise, and count the right turns (default: 60 movers of passby_continuous)",
+    )
+    g = p.add_argument_group("score folders of wavs")
+    g.add_argument("--generated", metavar="FOLDER", help="sounds of some system")
+    g.add_argument("--reference", metavar="FOLDER", help="real sounds, under the same file names for paired metrics")
+    g.add_argument(
+        "--embedder", default="mini-judges", help="mini-judges (default), vggish, cnn14_16k, cnn14_32k or clap"
+    )
+    g.add_argument("--weights", metavar="FILE", help="published weights of the embedder")
+    g.add_argument(
+        "--metrics",
+        default=None,
+        help="comma-separated: fad, fad_inf, kid, is, kl, activity, centroid (default: all that apply)",
+    )
+    p.add_argument(
+        "--out",
+        metavar="FOLDER",
+        default=None,
+        help="where results go (default evaluation; not written for folders of wavs unless given)",
+    )
 
 # %% ../nbs/app/60_cli.ipynb #3afe9a27
-def build_parser()->argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     "The command line with all its commands"
-    p = _Parser('smooth-foley', description='Continuous, synchronised sound for silent video.')
-    p.add_argument('--version', action='version', version=f'smooth-foley {__version__}')
-    commands = p.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    p = _Parser("smooth-foley", description="Continuous, synchronised sound for silent video.")
+    p.add_argument("--version", action="version", version=f"smooth-foley {__version__}")
+    commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
     def command(name, run, text, *options):
         c = commands.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        for add in options: add(c)
+        for add in options:
+            add(c)
         c.set_defaults(run=run)
         return c
-    command('generate', generate, 'Give videos their sound.', _generate_options, _sound_options, _model_options, _memory_options)
-    d = command('demo', demo, 'Give a sample video its sound: demo.mp4 and demo.png.', _sound_options, _model_options, _memory_options)
-    d.add_argument('-o', '--out', default='demo.mp4', help='default demo.mp4; the plot stands beside it')
-    d.add_argument('--overwrite', action='store_true', help='replace files that exist')
-    l = command('labels', labels, 'List the labels, or rank them for a video.', _model_options)
-    l.add_argument('video', nargs='?', metavar='VIDEO', help='rank the labels by what CLIP sees in it')
-    command('train', train, 'Train the small model from nothing.', _train_options)
-    command('fetch', fetch, 'Fetch published weights; --dry-run lists files, sizes and licences first.', _fetch_options)
-    command('bench', bench, 'Time, memory and arithmetic of every stage.', _bench_options)
-    command('evaluate', evaluate, 'Compare systems on the same clips, or score folders of wavs.', _evaluate_options, _model_options).epilog = EVALUATE
+
+    command(
+        "generate",
+        generate,
+        "Give videos their sound.",
+        _generate_options,
+        _sound_options,
+        _model_options,
+        _memory_options,
+    )
+    d = command(
+        "demo",
+        demo,
+        "Give a sample video its sound: demo.mp4 and demo.png.",
+        _sound_options,
+        _model_options,
+        _memory_options,
+    )
+    d.add_argument("-o", "--out", default="demo.mp4", help="default demo.mp4; the plot stands beside it")
+    d.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    l = command("labels", labels, "List the labels, or rank them for a video.", _model_options)
+    l.add_argument("video", nargs="?", metavar="VIDEO", help="rank the labels by what CLIP sees in it")
+    command("train", train, "Train the small model from nothing.", _train_options)
+    command("fetch", fetch, "Fetch published weights; --dry-run lists files, sizes and licences first.", _fetch_options)
+    command("bench", bench, "Time, memory and arithmetic of every stage.", _bench_options)
+    command(
+        "evaluate",
+        evaluate,
+        "Compare systems on the same clips, or score folders of wavs.",
+        _evaluate_options,
+        _model_options,
+    ).epilog = EVALUATE
     from smooth_foley.data_commands import add_data_commands
-    add_data_commands(commands.add_parser('data', help='Data sets: lists, clips, audits, grounding, filters, shards.', description='Data sets: lists, clips, audits, grounding, filters, shards.'))
-    command('info', info, 'Show the model, the sizes of its parts, the device, the licences.', _model_options)
+
+    add_data_commands(
+        commands.add_parser(
+            "data",
+            help="Data sets: lists, clips, audits, grounding, filters, shards.",
+            description="Data sets: lists, clips, audits, grounding, filters, shards.",
+        )
+    )
+    command("info", info, "Show the model, the sizes of its parts, the device, the licences.", _model_options)
     return p
 
 # %% ../nbs/app/60_cli.ipynb #7b237e05
 def main(
-    argv:list=None,   # Words of the command line; default: the program's own
-)->int:               # Exit code: 0 done, 2 wrong input, 130 interrupted, 141 nobody reads on
+    argv: list = None,  # Words of the command line; default: the program's own
+) -> int:  # Exit code: 0 done, 2 wrong input, 130 interrupted, 141 nobody reads on
     "Run a command of `smooth-foley`"
     try:
         args = build_parser().parse_args(argv)
@@ -553,12 +860,19 @@ def main(
         args.run(args)
         sys.stdout.flush()
         return 0
-    except FoleyError as e: print(f'smooth-foley: error: {e}', file=sys.stderr)
-    except KeyboardInterrupt: print('smooth-foley: interrupted', file=sys.stderr); return 130
-    except BrokenPipeError:     # whoever read the output has had enough, as `head` does
+    except FoleyError as e:
+        print(f"smooth-foley: error: {e}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("smooth-foley: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has had enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as e:
-        if e.filename is None: raise
-        print(f'smooth-foley: error: {e.filename}: cannot be read or written ({(e.strerror or str(e)).lower()}); check the path and who may write there', file=sys.stderr)
+        if e.filename is None:
+            raise
+        print(
+            f"smooth-foley: error: {e.filename}: cannot be read or written ({(e.strerror or str(e)).lower()}); check the path and who may write there",
+            file=sys.stderr,
+        )
     return 2

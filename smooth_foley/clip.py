@@ -20,140 +20,175 @@ from .vocoder import load_checked
 
 # %% ../nbs/04_clip.ipynb #e5cd6b8a
 def build_tokenizer(
-    texts:list,            # Texts to learn merges from
-    vocab_size:int=768,    # At most so many tokens: 512 byte symbols, merges, start and end of text
-    model_max_length:int=77, # Longest sequence, tokens
-):                         # A `CLIPTokenizer` whose end of text has the highest id
+    texts: list,  # Texts to learn merges from
+    vocab_size: int = 768,  # At most so many tokens: 512 byte symbols, merges, start and end of text
+    model_max_length: int = 77,  # Longest sequence, tokens
+):  # A `CLIPTokenizer` whose end of text has the highest id
     "A small lower-cased byte-level BPE that can spell any text"
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    symbols, ends = alphabet+[a+'</w>' for a in alphabet], ['<|startoftext|>', '<|endoftext|>']
-    room = vocab_size-len(symbols)-len(ends)
-    if room<0: raise FoleyError(f"vocab_size={vocab_size} has no room for {len(symbols)} byte symbols and {len(ends)} special tokens; give at least {len(symbols)+len(ends)}")
-    like = CLIPTokenizer(vocab={t:i for i,t in enumerate(symbols+ends)}, merges=[]).backend_tokenizer
-    tok = Tokenizer(models.BPE(end_of_word_suffix='</w>'))
+    symbols, ends = alphabet + [a + "</w>" for a in alphabet], ["<|startoftext|>", "<|endoftext|>"]
+    room = vocab_size - len(symbols) - len(ends)
+    if room < 0:
+        raise FoleyError(
+            f"vocab_size={vocab_size} has no room for {len(symbols)} byte symbols and {len(ends)} special tokens; give at least {len(symbols) + len(ends)}"
+        )
+    like = CLIPTokenizer(vocab={t: i for i, t in enumerate(symbols + ends)}, merges=[]).backend_tokenizer
+    tok = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tok.normalizer, tok.pre_tokenizer = like.normalizer, like.pre_tokenizer
     # symbols as special tokens have fixed ids, so that ties between merges fall the same way every time
-    tok.train_from_iterator(sorted(texts), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=symbols, end_of_word_suffix='</w>', show_progress=False))
-    merges = [tuple(m) for m in json.loads(tok.to_str())['model']['merges']][:room]
-    vocab = symbols+list(dict.fromkeys(a+b for a,b in merges))+ends
-    return CLIPTokenizer(vocab={t:i for i,t in enumerate(vocab)}, merges=merges, model_max_length=model_max_length)
+    tok.train_from_iterator(
+        sorted(texts),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=symbols, end_of_word_suffix="</w>", show_progress=False
+        ),
+    )
+    merges = [tuple(m) for m in json.loads(tok.to_str())["model"]["merges"]][:room]
+    vocab = symbols + list(dict.fromkeys(a + b for a, b in merges)) + ends
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=merges, model_max_length=model_max_length)
 
 # %% ../nbs/04_clip.ipynb #978b6ccd
-CONFIG_FILE, WEIGHTS_FILE = 'open_clip_config.json', 'open_clip_model.safetensors'
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+
 
 def build_clip(
-    model_cfg:dict, # The `model_cfg` of an `open_clip_config.json`
-):                  # An open_clip model with random weights
+    model_cfg: dict,  # The `model_cfg` of an `open_clip_config.json`
+):  # An open_clip model with random weights
     "Build an open_clip model from its configuration"
     from open_clip.model import CLIP, CustomTextCLIP
+
     cfg = copy.deepcopy(dict(model_cfg))
-    custom = cfg.pop('custom_text', False) or 'hf_model_name' in cfg['text_cfg']
+    custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg["text_cfg"]
     return (CustomTextCLIP if custom else CLIP)(**cfg)
 
 # %% ../nbs/04_clip.ipynb #18f976d6
 def mini_clip_cfg(
-    vocab_size:int,        # Tokens of its tokenizer
-    embed_dim:int=96,      # Width of the shared space
-    image_size:int=64,     # Pixels
-    patch_size:int=8,      # Pixels
-    width:int=128,         # Vision width
-    layers:int=4,          # Vision layers
-    head_width:int=32,     # Vision head width
-    text_width:int=96,     # Text width
-    text_layers:int=2,     # Text layers
-    text_heads:int=4,      # Text heads
-    context_length:int=16, # Tokens
-)->dict:                   # open_clip's `model_cfg`
+    vocab_size: int,  # Tokens of its tokenizer
+    embed_dim: int = 96,  # Width of the shared space
+    image_size: int = 64,  # Pixels
+    patch_size: int = 8,  # Pixels
+    width: int = 128,  # Vision width
+    layers: int = 4,  # Vision layers
+    head_width: int = 32,  # Vision head width
+    text_width: int = 96,  # Text width
+    text_layers: int = 2,  # Text layers
+    text_heads: int = 4,  # Text heads
+    context_length: int = 16,  # Tokens
+) -> dict:  # open_clip's `model_cfg`
     "Configuration of the small CLIP"
-    return dict(embed_dim=embed_dim, vision_cfg=dict(image_size=image_size, patch_size=patch_size, width=width, layers=layers, head_width=head_width),
-        text_cfg=dict(context_length=context_length, vocab_size=vocab_size, width=text_width, heads=text_heads, layers=text_layers, hf_tokenizer_name='.'))
+    return dict(
+        embed_dim=embed_dim,
+        vision_cfg=dict(
+            image_size=image_size, patch_size=patch_size, width=width, layers=layers, head_width=head_width
+        ),
+        text_cfg=dict(
+            context_length=context_length,
+            vocab_size=vocab_size,
+            width=text_width,
+            heads=text_heads,
+            layers=text_layers,
+            hf_tokenizer_name=".",
+        ),
+    )
 
 # %% ../nbs/04_clip.ipynb #cd6521dd
 class FrameEncoder(ModelMixin, ConfigMixin):
     "An open_clip model as a pipeline component: frames and texts in, un-normalised embeddings out"
+
     config_name = CONFIG_FILE
 
-    def __init__(self,
-        model_cfg:dict,      # open_clip's `model_cfg`: `embed_dim`, `vision_cfg`, `text_cfg`
-        preprocess_cfg:dict, # open_clip's `preprocess_cfg`: `size`, `mean`, `std`, `interpolation`, `resize_mode`
-        tokenizer=None,      # `CLIPTokenizer`, or None for open_clip's own
+    def __init__(
+        self,
+        model_cfg: dict,  # open_clip's `model_cfg`: `embed_dim`, `vision_cfg`, `text_cfg`
+        preprocess_cfg: dict,  # open_clip's `preprocess_cfg`: `size`, `mean`, `std`, `interpolation`, `resize_mode`
+        tokenizer=None,  # `CLIPTokenizer`, or None for open_clip's own
     ):
         super().__init__()
-        n_tok = model_cfg['text_cfg'].get('vocab_size', 49408)
-        if tokenizer is not None and len(tokenizer)>n_tok: raise FoleyError(f"tokenizer has {len(tokenizer)} tokens but text_cfg vocab_size is {n_tok}; use the tokenizer the model is trained with")
+        n_tok = model_cfg["text_cfg"].get("vocab_size", 49408)
+        if tokenizer is not None and len(tokenizer) > n_tok:
+            raise FoleyError(
+                f"tokenizer has {len(tokenizer)} tokens but text_cfg vocab_size is {n_tok}; use the tokenizer the model is trained with"
+            )
         from open_clip.transform import PreprocessCfg, merge_preprocess_dict
         from open_clip.tokenizer import SimpleTokenizer
-        model_cfg, text = copy.deepcopy(dict(model_cfg)), dict(model_cfg['text_cfg'])
-        if tokenizer is not None: model_cfg['text_cfg'] = {**text, 'hf_tokenizer_name':text.get('hf_tokenizer_name') or '.'}
-        pre = merge_preprocess_dict(PreprocessCfg(size=model_cfg['vision_cfg']['image_size']), preprocess_cfg or {})
-        self.register_to_config(model_cfg=model_cfg, preprocess_cfg=pre, embed_dim=model_cfg['embed_dim'])
+
+        model_cfg, text = copy.deepcopy(dict(model_cfg)), dict(model_cfg["text_cfg"])
+        if tokenizer is not None:
+            model_cfg["text_cfg"] = {**text, "hf_tokenizer_name": text.get("hf_tokenizer_name") or "."}
+        pre = merge_preprocess_dict(PreprocessCfg(size=model_cfg["vision_cfg"]["image_size"]), preprocess_cfg or {})
+        self.register_to_config(model_cfg=model_cfg, preprocess_cfg=pre, embed_dim=model_cfg["embed_dim"])
         self.model = build_clip(model_cfg).eval()
-        self.tokenizer = tokenizer or SimpleTokenizer(context_length=text.get('context_length', 77))
+        self.tokenizer = tokenizer or SimpleTokenizer(context_length=text.get("context_length", 77))
 
     @property
-    def image_size(self)->int:
+    def image_size(self) -> int:
         "Side of the square picture the vision tower sees, pixels"
-        size = self.config.preprocess_cfg['size']
+        size = self.config.preprocess_cfg["size"]
         return size if isinstance(size, int) else size[0]
 
     @property
-    def logit_scale(self)->float:
+    def logit_scale(self) -> float:
         "Learned factor between cosines and logits"
         return self.model.logit_scale.exp().item()
 
 # %% ../nbs/04_clip.ipynb #801d0618
 @patch(cls_method=True)
-def from_config(cls:FrameEncoder,
-    model_cfg:dict,           # open_clip's `model_cfg`
-    preprocess_cfg:dict=None, # open_clip's `preprocess_cfg`; open_clip's defaults at the model's image size when None
-    tokenizer=None,           # `CLIPTokenizer`; open_clip's own when None
-)->FrameEncoder:              # Random weights
+def from_config(
+    cls: FrameEncoder,
+    model_cfg: dict,  # open_clip's `model_cfg`
+    preprocess_cfg: dict = None,  # open_clip's `preprocess_cfg`; open_clip's defaults at the model's image size when None
+    tokenizer=None,  # `CLIPTokenizer`; open_clip's own when None
+) -> FrameEncoder:  # Random weights
     "A new encoder of the given shape"
     return cls(model_cfg, preprocess_cfg, tokenizer)
 
 # %% ../nbs/04_clip.ipynb #3307a2f8
 def _checked(frames):
     f = np.asarray(frames)
-    if f.dtype!=np.uint8 or f.ndim!=4 or f.shape[-1]!=3 or not f.size:
+    if f.dtype != np.uint8 or f.ndim != 4 or f.shape[-1] != 3 or not f.size:
         raise FoleyError(f"frames are {f.dtype} {f.shape}; give RGB frames as uint8 (T, H, W, 3) with T at least 1")
     return f
 
+
 @patch
-def preprocess(self:FrameEncoder,
-    frames:np.ndarray, # RGB frames, uint8, `(T, H, W, 3)`
-)->Tensor:             # Normalised pictures, `(T, 3, image_size, image_size)`, float32
+def preprocess(
+    self: FrameEncoder,
+    frames: np.ndarray,  # RGB frames, uint8, `(T, H, W, 3)`
+) -> Tensor:  # Normalised pictures, `(T, 3, image_size, image_size)`, float32
     "What open_clip's own transform gives; frames that already fit skip the resize"
     from open_clip.transform import PreprocessCfg, image_transform_v2
+
     f = _checked(frames)
     cfg = self.config.preprocess_cfg
-    if f.shape[1:3]!=(self.image_size,)*2:
+    if f.shape[1:3] != (self.image_size,) * 2:
         tfm = image_transform_v2(PreprocessCfg(**cfg), is_train=False)
         return torch.stack([tfm(Image.fromarray(o)) for o in f])
-    mean, std = (torch.tensor(cfg[k]).view(3,1,1) for k in ('mean','std'))
-    return (torch.from_numpy(np.ascontiguousarray(f)).permute(0,3,1,2)/255-mean)/std
+    mean, std = (torch.tensor(cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
+    return (torch.from_numpy(np.ascontiguousarray(f)).permute(0, 3, 1, 2) / 255 - mean) / std
 
 # %% ../nbs/04_clip.ipynb #1a761632
 def unique_frames(
-    frames:np.ndarray, # uint8, `(T, H, W, 3)`
-)->tuple:              # Indices of the different frames in order, `(U,)`; and for each frame which of them it is, `(T,)`
+    frames: np.ndarray,  # uint8, `(T, H, W, 3)`
+) -> tuple:  # Indices of the different frames in order, `(U,)`; and for each frame which of them it is, `(T,)`
     "Which frames show something new"
     seen = {}
     same = np.array([seen.setdefault(f.tobytes(), len(seen)) for f in frames])
-    return np.array([int(np.argmax(same==i)) for i in range(len(seen))]), same
+    return np.array([int(np.argmax(same == i)) for i in range(len(seen))]), same
 
 # %% ../nbs/04_clip.ipynb #d116d760
 @patch
 @torch.no_grad()
-def encode_frames(self:FrameEncoder,
-    frames:np.ndarray,   # RGB frames, uint8, `(T, H, W, 3)`
-    batch_size:int=32,   # Pictures at once
-    unique:bool=True,    # Encode equal frames once
-)->Tensor:               # Embeddings, `(T, embed_dim)`, un-normalised float32
+def encode_frames(
+    self: FrameEncoder,
+    frames: np.ndarray,  # RGB frames, uint8, `(T, H, W, 3)`
+    batch_size: int = 32,  # Pictures at once
+    unique: bool = True,  # Encode equal frames once
+) -> Tensor:  # Embeddings, `(T, embed_dim)`, un-normalised float32
     "One embedding per frame; equal frames are encoded once"
     frames = _checked(frames)
-    first, same = unique_frames(frames) if unique else (np.arange(len(frames)),)*2
+    first, same = unique_frames(frames) if unique else (np.arange(len(frames)),) * 2
     p = next(self.parameters())
     groups = np.array_split(first, range(batch_size, len(first), batch_size))
     z = torch.cat([self.model.encode_image(self.preprocess(frames[g]).to(p.device, p.dtype)).float() for g in groups])
@@ -161,92 +196,129 @@ def encode_frames(self:FrameEncoder,
 
 # %% ../nbs/04_clip.ipynb #8f27656e
 @patch
-def tokenize(self:FrameEncoder,
-    texts:list, # Texts
-)->Tensor:      # Token ids, `(n, context_length)`
+def tokenize(
+    self: FrameEncoder,
+    texts: list,  # Texts
+) -> Tensor:  # Token ids, `(n, context_length)`
     "Pad or cut every text to the tower's context"
-    n = self.config.model_cfg['text_cfg'].get('context_length', 77)
-    if not hasattr(self.tokenizer, 'pad_token_id'): return self.tokenizer(texts, n)
-    return self.tokenizer(texts, padding='max_length', truncation=True, max_length=n, return_tensors='pt').input_ids
+    n = self.config.model_cfg["text_cfg"].get("context_length", 77)
+    if not hasattr(self.tokenizer, "pad_token_id"):
+        return self.tokenizer(texts, n)
+    return self.tokenizer(texts, padding="max_length", truncation=True, max_length=n, return_tensors="pt").input_ids
 
 # %% ../nbs/04_clip.ipynb #c0e6b492
 @patch
 @torch.no_grad()
-def encode_text(self:FrameEncoder,
-    texts:list, # Texts
-)->Tensor:      # Embeddings, `(n, embed_dim)`, un-normalised float32
+def encode_text(
+    self: FrameEncoder,
+    texts: list,  # Texts
+) -> Tensor:  # Embeddings, `(n, embed_dim)`, un-normalised float32
     "One embedding per text"
-    if isinstance(texts, str) or not len(texts): raise FoleyError(f"texts is {texts!r}; give a list of at least one text")
+    if isinstance(texts, str) or not len(texts):
+        raise FoleyError(f"texts is {texts!r}; give a list of at least one text")
     return self.model.encode_text(self.tokenize(list(texts)).to(self.device)).float()
 
 # %% ../nbs/04_clip.ipynb #399065fd
 @patch
-def save_pretrained(self:FrameEncoder,
-    save_directory,          # Folder, made if needed
-    variant:str=None,        # Goes into the weights' file name, as in diffusers
-    **kwargs                 # Other options of diffusers, without a meaning here
-)->None:
+def save_pretrained(
+    self: FrameEncoder,
+    save_directory,  # Folder, made if needed
+    variant: str = None,  # Goes into the weights' file name, as in diffusers
+    **kwargs,  # Other options of diffusers, without a meaning here
+) -> None:
     "Write open_clip's own layout, which open_clip reads back by `local-dir:`"
     from safetensors.torch import save_file
-    if variant: raise FoleyError(f"variant={variant!r}: open_clip's layout has one set of weights; leave it out")
-    d = Path(save_directory); d.mkdir(parents=True, exist_ok=True)
-    (d/CONFIG_FILE).write_text(json.dumps({k:self.config[k] for k in ('model_cfg','preprocess_cfg')}, indent=2)+'\n')
-    save_file({k:v.contiguous() for k,v in self.model.state_dict().items()}, d/WEIGHTS_FILE)
-    if hasattr(self.tokenizer, 'pad_token_id'): self.tokenizer.save_pretrained(d)
+
+    if variant:
+        raise FoleyError(f"variant={variant!r}: open_clip's layout has one set of weights; leave it out")
+    d = Path(save_directory)
+    d.mkdir(parents=True, exist_ok=True)
+    (d / CONFIG_FILE).write_text(
+        json.dumps({k: self.config[k] for k in ("model_cfg", "preprocess_cfg")}, indent=2) + "\n"
+    )
+    save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, d / WEIGHTS_FILE)
+    if hasattr(self.tokenizer, "pad_token_id"):
+        self.tokenizer.save_pretrained(d)
 
 # %% ../nbs/04_clip.ipynb #bc1a1246
 def _fetch(repo_id, subfolder, **hub):
     from huggingface_hub import snapshot_download
-    files = [f'{subfolder}/{p}'.lstrip('/') for p in (CONFIG_FILE, WEIGHTS_FILE, 'tokenizer*', 'vocab*', 'merges*', 'special_tokens*')]
-    try: return snapshot_download(str(repo_id), allow_patterns=files, **hub)
+
+    files = [
+        f"{subfolder}/{p}".lstrip("/")
+        for p in (CONFIG_FILE, WEIGHTS_FILE, "tokenizer*", "vocab*", "merges*", "special_tokens*")
+    ]
+    try:
+        return snapshot_download(str(repo_id), allow_patterns=files, **hub)
     except Exception as e:
-        raise FoleyError(f"{repo_id} is no folder here and cannot be fetched from the hub ({type(e).__name__}); check the name, or the network") from e
+        raise FoleyError(
+            f"{repo_id} is no folder here and cannot be fetched from the hub ({type(e).__name__}); check the name, or the network"
+        ) from e
+
 
 @contextmanager
 def _building_in(dtype):
     "New parameters are of this type, so that a large model in a small type never exists in float32"
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    try: yield
-    finally: torch.set_default_dtype(before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
 
 @patch(cls_method=True)
-def from_pretrained(cls:FrameEncoder,
-    folder,                      # Folder in open_clip's layout, or a hub id
-    torch_dtype=None,            # Type of the weights; float32 when None
-    dtype=None,                  # The same under diffusers' newer name
-    subfolder:str='',            # Folder inside `folder`
-    revision:str=None,           # Hub revision
-    local_files_only:bool=False, # Never download
-    cache_dir=None,              # Hub cache
-    token=None,                  # Hub token
-    **kwargs                     # Other options of diffusers, without a meaning here
-)->FrameEncoder:                 # In evaluation mode
+def from_pretrained(
+    cls: FrameEncoder,
+    folder,  # Folder in open_clip's layout, or a hub id
+    torch_dtype=None,  # Type of the weights; float32 when None
+    dtype=None,  # The same under diffusers' newer name
+    subfolder: str = "",  # Folder inside `folder`
+    revision: str = None,  # Hub revision
+    local_files_only: bool = False,  # Never download
+    cache_dir=None,  # Hub cache
+    token=None,  # Hub token
+    **kwargs,  # Other options of diffusers, without a meaning here
+) -> FrameEncoder:  # In evaluation mode
     "Read open_clip's own layout; weights that do not fit are refused by name"
     from safetensors.torch import load_file
-    if not Path(folder).is_dir(): folder = _fetch(folder, subfolder or '', revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
-    d = Path(folder)/(subfolder or '')
+
+    if not Path(folder).is_dir():
+        folder = _fetch(
+            folder,
+            subfolder or "",
+            revision=revision,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            token=token,
+        )
+    d = Path(folder) / (subfolder or "")
     for f in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (d/f).is_file(): raise FoleyError(f"{d} has no {f}; give a folder in open_clip's layout")
-    try: cfg, weights, tok = json.loads((d/CONFIG_FILE).read_text()), load_file(d/WEIGHTS_FILE), None
-    except Exception as e: raise FoleyError(f"{d} cannot be read ({e}); its files are damaged or cut short, fetch them again") from e
-    if cfg['model_cfg']['text_cfg'].get('hf_tokenizer_name'):
+        if not (d / f).is_file():
+            raise FoleyError(f"{d} has no {f}; give a folder in open_clip's layout")
+    try:
+        cfg, weights, tok = json.loads((d / CONFIG_FILE).read_text()), load_file(d / WEIGHTS_FILE), None
+    except Exception as e:
+        raise FoleyError(f"{d} cannot be read ({e}); its files are damaged or cut short, fetch them again") from e
+    if cfg["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
         from transformers import AutoTokenizer
+
         tok = AutoTokenizer.from_pretrained(d)
     dtype = dtype or torch_dtype or torch.float32
-    with _building_in(dtype): enc = cls(cfg['model_cfg'], cfg.get('preprocess_cfg'), tok)
-    load_checked(enc.model, weights, str(d/WEIGHTS_FILE))
+    with _building_in(dtype):
+        enc = cls(cfg["model_cfg"], cfg.get("preprocess_cfg"), tok)
+    load_checked(enc.model, weights, str(d / WEIGHTS_FILE))
     enc.model.to(dtype)
     return enc
 
 # %% ../nbs/04_clip.ipynb #a9798851
 def rank_labels(
-    frame_emb:Tensor,       # Frame embeddings, `(T, D)`
-    text_emb:Tensor,        # Label embeddings, `(n, D)`
-    labels:list,            # `n` names
-    logit_scale:float=100., # Factor before the softmax; `FrameEncoder.logit_scale`
-)->list:                    # `(label, score)`, best first; scores sum to 1
+    frame_emb: Tensor,  # Frame embeddings, `(T, D)`
+    text_emb: Tensor,  # Label embeddings, `(n, D)`
+    labels: list,  # `n` names
+    logit_scale: float = 100.0,  # Factor before the softmax; `FrameEncoder.logit_scale`
+) -> list:  # `(label, score)`, best first; scores sum to 1
     "Labels by softmax of their mean cosine to the frames"
-    cos = (F.normalize(frame_emb.float(), dim=-1)@F.normalize(text_emb.float(), dim=-1).T).mean(0)
-    p = (logit_scale*cos).softmax(0).tolist()
-    return sorted(zip(labels, p), key=lambda o:-o[1])
+    cos = (F.normalize(frame_emb.float(), dim=-1) @ F.normalize(text_emb.float(), dim=-1).T).mean(0)
+    p = (logit_scale * cos).softmax(0).tolist()
+    return sorted(zip(labels, p), key=lambda o: -o[1])

@@ -14,87 +14,107 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_core.ipynb #e9d10f76
-def printable(text)->str:
+def printable(text) -> str:
     "One line that is safe to show: what a screen would obey, and bytes that are no text, are spelt out"
     words = " ".join(str(text).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
+
 class FoleyError(ValueError):
     "What a user can put right: one line naming the file or argument, what was wrong, and what to do"
-    def __init__(self, message:str): super().__init__(printable(message))
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 # %% ../nbs/00_core.ipynb #f9c3eb9c
 def suggest(
-    word:str,     # What was typed
-    choices,      # Names there are
-    n:int=3,      # At most so many
-)->list:          # Near names, nearest first
+    word: str,  # What was typed
+    choices,  # Names there are
+    n: int = 3,  # At most so many
+) -> list:  # Near names, nearest first
     "Names of `choices` near to `word`"
-    low, names = word.lower().strip(), {c.lower():c for c in choices}
-    near = get_close_matches(low, names, n=n, cutoff=.6)
+    low, names = word.lower().strip(), {c.lower(): c for c in choices}
+    near = get_close_matches(low, names, n=n, cutoff=0.6)
     near += [c for c in names if low and (low in c or set(low.split()) & set(c.split())) and c not in near]
     return [names[c] for c in near[:n]]
 
 # %% ../nbs/00_core.ipynb #5e0e47cc
 def derive_seed(
-    seed:int,      # The user's seed
-    clip_id:str,   # Name of the clip
-)->int:            # 63-bit seed
+    seed: int,  # The user's seed
+    clip_id: str,  # Name of the clip
+) -> int:  # 63-bit seed
     "One seed per (seed, clip), the same on every machine"
-    digest = hashlib.sha256(f'{int(seed)}:{clip_id}'.encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8], 'big') >> 1
+    digest = hashlib.sha256(f"{int(seed)}:{clip_id}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 # %% ../nbs/00_core.ipynb #9e047fc0
 def derive_generator(
-    seed:int,      # The user's seed
-    clip_id:str,   # Name of the clip
-):                 # `torch.Generator` on the CPU
+    seed: int,  # The user's seed
+    clip_id: str,  # Name of the clip
+):  # `torch.Generator` on the CPU
     "The random generator of one clip"
     import torch
-    return torch.Generator('cpu').manual_seed(derive_seed(seed, clip_id))
+
+    return torch.Generator("cpu").manual_seed(derive_seed(seed, clip_id))
 
 # %% ../nbs/00_core.ipynb #bbff76ee
-def default_device()->str:
+def default_device() -> str:
     "`cuda` if there is one, then `mps`, else `cpu`"
     import torch
-    if torch.cuda.is_available(): return 'cuda'
-    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 # %% ../nbs/00_core.ipynb #77035263
-def mini_path()->Path:
+def mini_path() -> Path:
     "Folder of the model shipped inside the package"
-    package = importlib.util.find_spec('smooth_foley').submodule_search_locations[0]
-    return Path(package)/'weights'/'mini'
+    package = importlib.util.find_spec("smooth_foley").submodule_search_locations[0]
+    return Path(package) / "weights" / "mini"
 
 # %% ../nbs/00_core.ipynb #a2f276d9
-def _os_reason(e:OSError)->str: return (e.strerror or str(e)).lower()
+def _os_reason(e: OSError) -> str:
+    return (e.strerror or str(e)).lower()
 
-def _place(path)->Path:
+
+def _place(path) -> Path:
     "Where a file really goes: a link is followed only while it stays inside its own folder"
     path = Path(path)
     folder, real = (Path(os.path.realpath(p)) for p in (path.parent, path))
-    return real if real.is_relative_to(folder) else folder/path.name
+    return real if real.is_relative_to(folder) else folder / path.name
 
-def _old_mode(path:Path):
+
+def _old_mode(path: Path):
     "Permissions of the file that is replaced, `None` for a new one; or why there can be no such file"
-    try: status = path.lstat()
-    except FileNotFoundError: return None
-    except OSError as e: raise FoleyError(f"{path}: cannot be written ({_os_reason(e)}); write elsewhere") from e
-    if stat.S_ISLNK(status.st_mode): return None
-    if not stat.S_ISREG(status.st_mode): raise FoleyError(f"{path}: is no ordinary file (a pipe or a device); write elsewhere")
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise FoleyError(f"{path}: cannot be written ({_os_reason(e)}); write elsewhere") from e
+    if stat.S_ISLNK(status.st_mode):
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise FoleyError(f"{path}: is no ordinary file (a pipe or a device); write elsewhere")
     return stat.S_IMODE(status.st_mode) & 0o777
 
-def _claim(path:Path):
+
+def _claim(path: Path):
     "Make the temporary file beside `path`, or say why that can't be"
-    if os.path.isdir(path): raise FoleyError(f"{path}: is a folder; give the name of a file")
-    if not os.path.exists(path.parent): raise FoleyError(f"{path.parent}: no such folder; make it first, or write elsewhere")
+    if os.path.isdir(path):
+        raise FoleyError(f"{path}: is a folder; give the name of a file")
+    if not os.path.exists(path.parent):
+        raise FoleyError(f"{path.parent}: no such folder; make it first, or write elsewhere")
     mode = _old_mode(path)
     tmp = path.with_name(_temporary_name(path))
-    try: os.close(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode | 0o600))
-    except OSError as e: raise FoleyError(f"{path}: cannot be written ({_os_reason(e)}); write elsewhere") from e
+    try:
+        os.close(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode | 0o600))
+    except OSError as e:
+        raise FoleyError(f"{path}: cannot be written ({_os_reason(e)}); write elsewhere") from e
     return tmp
 
-def _temporary_name(path:Path)->str:
+
+def _temporary_name(path: Path) -> str:
     "A name that every system takes: short, without colons or bytes that are no text"
     stem, suffix = (re.sub(r"[^\w.-]", "_", part)[:16] for part in (path.stem, path.suffix))
     return f".{stem}.{os.getpid()}.{os.urandom(3).hex()}.part{suffix}"
@@ -102,34 +122,38 @@ def _temporary_name(path:Path)->str:
 # %% ../nbs/00_core.ipynb #876580ad
 @contextmanager
 def atomic_path(
-    path,   # Where the finished file goes
-):          # Temporary sibling with the same suffix
+    path,  # Where the finished file goes
+):  # Temporary sibling with the same suffix
     "Write to a temporary sibling that replaces `path`, and takes over its permissions, only if the block ends well"
     path = _place(path)
     tmp, mode = _claim(path), _old_mode(path)
     try:
         yield tmp
-        if mode is not None: os.chmod(tmp, mode)
+        if mode is not None:
+            os.chmod(tmp, mode)
         os.replace(tmp, path)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG): raise
-        raise FoleyError(f'{path}: cannot be written ({_os_reason(e)}); make room or write elsewhere') from e
-    finally: tmp.unlink(missing_ok=True)
+        if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise FoleyError(f"{path}: cannot be written ({_os_reason(e)}); make room or write elsewhere") from e
+    finally:
+        tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #84b57030
 def progress(
-    it,               # What to go through
-    desc:str='',      # What is being done
-    unit:str='it',    # What is counted
-    total:int=None,   # How many, where `it` cannot tell
-):                    # The same items
+    it,  # What to go through
+    desc: str = "",  # What is being done
+    unit: str = "it",  # What is counted
+    total: int = None,  # How many, where `it` cannot tell
+):  # The same items
     "`it` with a progress bar, silent under test and in CI"
-    quiet = any(os.environ.get(k) for k in ('IN_TEST', 'CI'))
+    quiet = any(os.environ.get(k) for k in ("IN_TEST", "CI"))
     return tqdm(it, desc=desc, unit=unit, total=total, disable=quiet, dynamic_ncols=True)
 
 # %% ../nbs/00_core.ipynb #e404f291
 def die_with_parent():
     "In a worker process: end when the process that started it is gone"
     from multiprocessing import parent_process
+
     parent = parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

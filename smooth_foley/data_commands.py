@@ -16,165 +16,277 @@ from .core import FoleyError, atomic_path, progress, suggest
 from .media import check_output
 
 # %% ../nbs/app/63_data_commands.ipynb #fbbd64ab
-VGGSOUND = '''examples:
+VGGSOUND = """examples:
   smooth-foley data vggsound --passby 24 --out passby                      make a small folder to try things on
   smooth-foley data vggsound --csv passby/vggsound.csv --clips passby/video --seconds 4 --out state
-  smooth-foley data vggsound --csv vggsound.csv --clips videos --label "car passing by" --split test --download --cookies cookies.txt --rate 2M --pause 2'''
+  smooth-foley data vggsound --csv vggsound.csv --clips videos --label "car passing by" --split test --download --cookies cookies.txt --rate 2M --pause 2"""
+
 
 def _byte_rate(text):
     "Bytes per second out of 500K or 2M"
-    m = re.fullmatch(r'(\d+\.?\d*)([KMG]?)', text.upper())
-    if not m or not float(m[1]): raise argparse.ArgumentTypeError(f'must be bytes per second like 500K or 2M, got {text!r}')
-    return float(m[1])*1024**' KMG'.index(m[2] or ' ')
+    m = re.fullmatch(r"(\d+\.?\d*)([KMG]?)", text.upper())
+    if not m or not float(m[1]):
+        raise argparse.ArgumentTypeError(f"must be bytes per second like 500K or 2M, got {text!r}")
+    return float(m[1]) * 1024 ** " KMG".index(m[2] or " ")
+
 
 def _vggsound_options(p):
-    p.add_argument('--csv', metavar='FILE', help='vggsound.csv, or the two-column train.csv or test.csv')
-    p.add_argument('--clips', metavar='FOLDER', help='where the clips are, or go; subfolders and both kinds of file names are looked at')
-    p.add_argument('--out', metavar='FOLDER', help='write present.csv, missing.csv and faults.csv; with --passby: the folder to make')
-    p.add_argument('--split', choices=['train', 'val', 'test'], help='only this split')
-    p.add_argument('--label', action='append', default=[], help='only this label; may be given several times')
-    p.add_argument('--n', type=number(1, 10**9, int), help='at most so many clips of the list')
-    p.add_argument('--seconds', type=number(.1, 3600), help='length of a clip (default 10; with --passby 4)')
-    g = p.add_argument_group('download', 'By yt-dlp: pip install "yt-dlp[default]". The same command again goes on where it stopped.')
-    g.add_argument('--download', action='store_true', help='fetch what is missing')
-    g.add_argument('--cookies', metavar='FILE', help='cookies of a browser that is signed in, in Netscape format')
-    g.add_argument('--rate', type=_byte_rate, metavar='BYTES', help='bytes per second, e.g. 500K or 2M')
-    g.add_argument('--pause', type=number(0, 3600), default=0., help='seconds between two questions about videos (default 0)')
-    g.add_argument('--retries', type=number(0, 1000, int), default=5, help='per request (default 5)')
-    g.add_argument('--height', type=number(64, 4320, int), default=360, help='of the picture, at most (default 360)')
-    g.add_argument('--proxy', metavar='URL', help='ask through a proxy')
-    g.add_argument('--workers', type=number(1, 64, int), default=1, help='clips at once (default 1)')
-    g.add_argument('--again', action='store_true', help='try also what failed for good before (private, removed, ...)')
-    g = p.add_argument_group('try-out')
-    g.add_argument('--passby', type=number(1, 10**6, int), metavar='N', help='make a folder of N Passby clips in VGGSound\'s layout')
-    g.add_argument('--wrong', type=number(0, 1), default=0., help='fraction of them with a sound that is not theirs (default 0)')
-    g.add_argument('--seed', type=number(0, 10**6, int), default=0, help='first scene (default 0)')
+    p.add_argument("--csv", metavar="FILE", help="vggsound.csv, or the two-column train.csv or test.csv")
+    p.add_argument(
+        "--clips",
+        metavar="FOLDER",
+        help="where the clips are, or go; subfolders and both kinds of file names are looked at",
+    )
+    p.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="write present.csv, missing.csv and faults.csv; with --passby: the folder to make",
+    )
+    p.add_argument("--split", choices=["train", "val", "test"], help="only this split")
+    p.add_argument("--label", action="append", default=[], help="only this label; may be given several times")
+    p.add_argument("--n", type=number(1, 10**9, int), help="at most so many clips of the list")
+    p.add_argument("--seconds", type=number(0.1, 3600), help="length of a clip (default 10; with --passby 4)")
+    g = p.add_argument_group(
+        "download", 'By yt-dlp: pip install "yt-dlp[default]". The same command again goes on where it stopped.'
+    )
+    g.add_argument("--download", action="store_true", help="fetch what is missing")
+    g.add_argument("--cookies", metavar="FILE", help="cookies of a browser that is signed in, in Netscape format")
+    g.add_argument("--rate", type=_byte_rate, metavar="BYTES", help="bytes per second, e.g. 500K or 2M")
+    g.add_argument(
+        "--pause", type=number(0, 3600), default=0.0, help="seconds between two questions about videos (default 0)"
+    )
+    g.add_argument("--retries", type=number(0, 1000, int), default=5, help="per request (default 5)")
+    g.add_argument("--height", type=number(64, 4320, int), default=360, help="of the picture, at most (default 360)")
+    g.add_argument("--proxy", metavar="URL", help="ask through a proxy")
+    g.add_argument("--workers", type=number(1, 64, int), default=1, help="clips at once (default 1)")
+    g.add_argument("--again", action="store_true", help="try also what failed for good before (private, removed, ...)")
+    g = p.add_argument_group("try-out")
+    g.add_argument(
+        "--passby", type=number(1, 10**6, int), metavar="N", help="make a folder of N Passby clips in VGGSound's layout"
+    )
+    g.add_argument(
+        "--wrong", type=number(0, 1), default=0.0, help="fraction of them with a sound that is not theirs (default 0)"
+    )
+    g.add_argument("--seed", type=number(0, 10**6, int), default=0, help="first scene (default 0)")
 
 # %% ../nbs/app/63_data_commands.ipynb #4e14be21
 def _make_passby(args):
     from smooth_foley.data.vggsound import passby_folder
-    if not args.out: raise FoleyError('--passby: say with --out which folder to make')
-    out = passby_folder(args.out, args.passby, args.seed, args.seconds or 4., wrong=args.wrong)
-    print(f'wrote {args.passby} clips to {out}/video, with vggsound.csv, audioset_strong.tsv, mid_to_display_name.tsv and truth.csv')
+
+    if not args.out:
+        raise FoleyError("--passby: say with --out which folder to make")
+    out = passby_folder(args.out, args.passby, args.seed, args.seconds or 4.0, wrong=args.wrong)
+    print(
+        f"wrote {args.passby} clips to {out}/video, with vggsound.csv, audioset_strong.tsv, mid_to_display_name.tsv and truth.csv"
+    )
+
 
 def _fetch_missing(items, args):
     from smooth_foley.data.vggsound import Fetching, download
+
     how = Fetching(args.cookies, args.rate, args.pause, args.retries, height=args.height, proxy=args.proxy)
     report = download(items, args.clips, how, args.workers, again=args.again)
-    print(f'fetched {report.fetched}' + ''.join(f', {n} {reason}' for reason, n in report.failed.most_common()) + (f'; reasons in {args.clips}/download.csv' if report.failed else ''))
-    if report.left: raise FoleyError(f'stopped after several refusals in a row, {report.left} clips not tried; see {args.clips}/download.csv, wait or use --cookies and --pause, and run the same again')
+    print(
+        f"fetched {report.fetched}"
+        + "".join(f", {n} {reason}" for reason, n in report.failed.most_common())
+        + (f"; reasons in {args.clips}/download.csv" if report.failed else "")
+    )
+    if report.left:
+        raise FoleyError(
+            f"stopped after several refusals in a row, {report.left} clips not tried; see {args.clips}/download.csv, wait or use --cookies and --pause, and run the same again"
+        )
 
 # %% ../nbs/app/63_data_commands.ipynb #1a107c5b
 def vggsound(args):
     "Join a list with a folder, report, and fetch what is missing"
-    if args.passby: return _make_passby(args)
+    if args.passby:
+        return _make_passby(args)
     from smooth_foley.data.vggsound import join_clips, read_vggsound, select_items, write_state
-    if not args.csv: raise FoleyError('--csv: is needed, the list of clips (vggsound.csv); or --passby N to make a folder to try')
+
+    if not args.csv:
+        raise FoleyError("--csv: is needed, the list of clips (vggsound.csv); or --passby N to make a folder to try")
     faults = []
-    items = select_items(read_vggsound(args.csv, faults, duration=args.seconds or 10.), args.split, args.label, args.n)
-    for f in faults[:5]: print(f'{args.csv} line {f["line"]}: {f["reason"]}')
-    if len(faults) > 5: print(f'... and {len(faults)-5} more lines that cannot be used' + ('' if args.out else '; --out writes them all down'))
-    print(f'listed   {len(items)} clips, {len({i.label for i in items})} labels, ' + ', '.join(f'{sum(i.split==s for i in items)} {s}' for s in ('train', 'val', 'test')) + f'; {len(faults)} lines unusable')
-    if not args.clips: return
-    if args.download: Path(args.clips).mkdir(parents=True, exist_ok=True)
+    items = select_items(read_vggsound(args.csv, faults, duration=args.seconds or 10.0), args.split, args.label, args.n)
+    for f in faults[:5]:
+        print(f"{args.csv} line {f['line']}: {f['reason']}")
+    if len(faults) > 5:
+        print(
+            f"... and {len(faults) - 5} more lines that cannot be used"
+            + ("" if args.out else "; --out writes them all down")
+        )
+    print(
+        f"listed   {len(items)} clips, {len({i.label for i in items})} labels, "
+        + ", ".join(f"{sum(i.split == s for i in items)} {s}" for s in ("train", "val", "test"))
+        + f"; {len(faults)} lines unusable"
+    )
+    if not args.clips:
+        return
+    if args.download:
+        Path(args.clips).mkdir(parents=True, exist_ok=True)
     joined = join_clips(items, args.clips)
     if args.download and joined.missing:
         _fetch_missing(joined.missing, args)
         joined = join_clips(items, args.clips)
-    print(f'present  {len(joined.present)}\nmissing  {len(joined.missing)}\nsurplus  {len(joined.surplus)}')
-    if args.out: print(f'wrote {write_state(joined, args.out, faults)}/present.csv, missing.csv, faults.csv')
+    print(f"present  {len(joined.present)}\nmissing  {len(joined.missing)}\nsurplus  {len(joined.surplus)}")
+    if args.out:
+        print(f"wrote {write_state(joined, args.out, faults)}/present.csv, missing.csv, faults.csv")
 
 # %% ../nbs/app/63_data_commands.ipynb #7ffea970
-AUDIT = '''examples:
+AUDIT = """examples:
   smooth-foley data audit --csv passby/vggsound.csv --clips passby/video --seconds 4 --out audit
   smooth-foley data audit --clips videos --out audit                any folder, without a list
 
 audit.csv has all numbers, faults.csv a line per fault with its reason, clean.csv the list without faulty clips.
-An interrupted audit goes on when the same command is given again.'''
+An interrupted audit goes on when the same command is given again."""
+
 
 def _audit_options(p):
-    p.add_argument('--clips', required=True, metavar='FOLDER', help='where the clips are')
-    p.add_argument('--csv', metavar='FILE', help='vggsound.csv; without it every video of the folder is looked at, and its length is not held against it')
-    p.add_argument('--out', required=True, metavar='FOLDER', help='tables and log')
-    p.add_argument('--seconds', type=number(.1, 3600), help='length that a clip should have (default: 10 with --csv, else any)')
-    p.add_argument('--workers', type=number(1, 1024, int), help='processes (default: one per core)')
-    g = p.add_argument_group('when a number is a fault')
-    g.add_argument('--max-deviation', type=number(0, 3600), default=.5, help='of the length, seconds (default 0.5)')
-    g.add_argument('--max-offset', type=number(0, 3600), default=.1, help='between the beginnings of picture and sound, seconds (default 0.1)')
-    g.add_argument('--silence', type=number(-120, 0), default=-60., help='loudest tenth of a second of a silent clip, dB (default -60)')
-    g.add_argument('--still', type=number(0, 255), default=12., help='largest change of a cell of a still picture, grey levels (default 12)')
-    g.add_argument('--time-limit', type=number(.1, 36000), default=60., help='seconds for one file (default 60)')
+    p.add_argument("--clips", required=True, metavar="FOLDER", help="where the clips are")
+    p.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="vggsound.csv; without it every video of the folder is looked at, and its length is not held against it",
+    )
+    p.add_argument("--out", required=True, metavar="FOLDER", help="tables and log")
+    p.add_argument(
+        "--seconds", type=number(0.1, 3600), help="length that a clip should have (default: 10 with --csv, else any)"
+    )
+    p.add_argument("--workers", type=number(1, 1024, int), help="processes (default: one per core)")
+    g = p.add_argument_group("when a number is a fault")
+    g.add_argument("--max-deviation", type=number(0, 3600), default=0.5, help="of the length, seconds (default 0.5)")
+    g.add_argument(
+        "--max-offset",
+        type=number(0, 3600),
+        default=0.1,
+        help="between the beginnings of picture and sound, seconds (default 0.1)",
+    )
+    g.add_argument(
+        "--silence",
+        type=number(-120, 0),
+        default=-60.0,
+        help="loudest tenth of a second of a silent clip, dB (default -60)",
+    )
+    g.add_argument(
+        "--still",
+        type=number(0, 255),
+        default=12.0,
+        help="largest change of a cell of a still picture, grey levels (default 12)",
+    )
+    g.add_argument("--time-limit", type=number(0.1, 36000), default=60.0, help="seconds for one file (default 60)")
 
 # %% ../nbs/app/63_data_commands.ipynb #53fb43c6
 def audit(args):
     "Measure every clip and write down what is wrong"
     from smooth_foley.data import vggsound as v
+
     faults = []
-    if args.csv: items = v.join_clips(v.read_vggsound(args.csv, faults, duration=args.seconds or 10.), args.clips)
-    else: items = v.folder_items(args.clips, args.seconds)
-    if faults: print(f'{args.csv}: {len(faults)} lines cannot be used, the first is line {faults[0]["line"]}: {faults[0]["reason"]}')
+    if args.csv:
+        items = v.join_clips(v.read_vggsound(args.csv, faults, duration=args.seconds or 10.0), args.clips)
+    else:
+        items = v.folder_items(args.clips, args.seconds)
+    if faults:
+        print(
+            f"{args.csv}: {len(faults)} lines cannot be used, the first is line {faults[0]['line']}: {faults[0]['reason']}"
+        )
     limits = v.Limits(args.max_deviation, args.max_offset, args.silence, args.still)
     report = v.audit(items, args.out, args.workers, limits, args.time_limit)
-    print(f'{report.clips} clips, {report.clean} without a fault')
-    for reason, n in report.faults.most_common(): print(f'  {n:>8} {reason}')
-    print(f'wrote {report.folder}/audit.csv, faults.csv, clean.csv')
+    print(f"{report.clips} clips, {report.clean} without a fault")
+    for reason, n in report.faults.most_common():
+        print(f"  {n:>8} {reason}")
+    print(f"wrote {report.folder}/audit.csv, faults.csv, clean.csv")
 
 # %% ../nbs/app/63_data_commands.ipynb #df3a088a
-AUDIOSET = '''example:
-  smooth-foley data audioset passby/audioset_strong.tsv --names passby/mid_to_display_name.tsv --clips passby/video --seconds 4 --report faults.csv'''
+AUDIOSET = """example:
+  smooth-foley data audioset passby/audioset_strong.tsv --names passby/mid_to_display_name.tsv --clips passby/video --seconds 4 --report faults.csv"""
+
 
 def _audioset_options(p):
-    p.add_argument('table', metavar='STRONG.tsv', help='audioset_train_strong.tsv, audioset_eval_strong.tsv or a table of the same columns')
-    p.add_argument('--names', required=True, metavar='NAMES.tsv', help='mid_to_display_name.tsv')
-    p.add_argument('--framed', metavar='POSNEG.tsv', help='audioset_eval_strong_framed_posneg.tsv: hold the events to its frames')
-    p.add_argument('--clips', metavar='FOLDER', help='folder of clips: count those that are there')
-    p.add_argument('--seconds', type=number(.1, 60), default=10., help='length of a clip (default 10)')
-    p.add_argument('--top', type=number(1, 10**6, int), default=20, help='labels to list (default 20)')
-    p.add_argument('--out', metavar='LABELS.csv', help='write all labels with their clips, events and seconds')
-    p.add_argument('--report', metavar='FAULTS.csv', help='write every line that cannot be used: file, line, id, reason, detail')
-    p.add_argument('--plot', metavar='FILE.png', help='draw the timeline of a clip')
-    p.add_argument('--segment', metavar='ID_MS', help='which clip to draw, e.g. --segment=b0RFKhbpFJA_30000 (default: the first)')
-    p.add_argument('--overwrite', action='store_true', help='replace files that exist')
+    p.add_argument(
+        "table",
+        metavar="STRONG.tsv",
+        help="audioset_train_strong.tsv, audioset_eval_strong.tsv or a table of the same columns",
+    )
+    p.add_argument("--names", required=True, metavar="NAMES.tsv", help="mid_to_display_name.tsv")
+    p.add_argument(
+        "--framed", metavar="POSNEG.tsv", help="audioset_eval_strong_framed_posneg.tsv: hold the events to its frames"
+    )
+    p.add_argument("--clips", metavar="FOLDER", help="folder of clips: count those that are there")
+    p.add_argument("--seconds", type=number(0.1, 60), default=10.0, help="length of a clip (default 10)")
+    p.add_argument("--top", type=number(1, 10**6, int), default=20, help="labels to list (default 20)")
+    p.add_argument("--out", metavar="LABELS.csv", help="write all labels with their clips, events and seconds")
+    p.add_argument(
+        "--report", metavar="FAULTS.csv", help="write every line that cannot be used: file, line, id, reason, detail"
+    )
+    p.add_argument("--plot", metavar="FILE.png", help="draw the timeline of a clip")
+    p.add_argument(
+        "--segment", metavar="ID_MS", help="which clip to draw, e.g. --segment=b0RFKhbpFJA_30000 (default: the first)"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 # %% ../nbs/app/63_data_commands.ipynb #13a1f5a3
 def audioset(args):
     "Read AudioSet's strong labels: clips, labels, faulty lines"
     from smooth_foley.data import audioset as room
     from smooth_foley.data.vggsound import join_clips
-    for path, suffix in ((args.out, '.csv'), (args.report, '.csv'), (args.plot, '.png')):
-        if path: check_output(path, args.overwrite, (suffix,))
+
+    for path, suffix in ((args.out, ".csv"), (args.report, ".csv"), (args.plot, ".png")):
+        if path:
+            check_output(path, args.overwrite, (suffix,))
     wrong = dict(names=[], strong=[], framed=[])
-    names = room.read_names(args.names, wrong['names'])
-    items = room.read_strong(args.table, names, wrong['strong'], duration=args.seconds)
+    names = room.read_names(args.names, wrong["names"])
+    items = room.read_strong(args.table, names, wrong["strong"], duration=args.seconds)
     rows = room.label_table(items)
-    print(f'{len(items)} clips, {sum(len(i.events) for i in items)} events, {len(rows)} labels')
-    for r in rows[:args.top]: print(f"{r['seconds']:10.1f} s in {r['clips']:6} clips, {r['events']:6} events  {r['label']}")
-    if len(rows) > args.top: print(f'  ... and {len(rows)-args.top} more; --out writes all')
+    print(f"{len(items)} clips, {sum(len(i.events) for i in items)} events, {len(rows)} labels")
+    for r in rows[: args.top]:
+        print(f"{r['seconds']:10.1f} s in {r['clips']:6} clips, {r['events']:6} events  {r['label']}")
+    if len(rows) > args.top:
+        print(f"  ... and {len(rows) - args.top} more; --out writes all")
     if args.clips:
         clips = join_clips(items, args.clips)
-        print(f'{len(clips.present)} of the clips are there, {len(clips.missing)} are missing, {len(clips.surplus)} other files')
+        print(
+            f"{len(clips.present)} of the clips are there, {len(clips.missing)} are missing, {len(clips.surplus)} other files"
+        )
     if args.framed:
-        framed, known = room.read_framed(args.framed, names, wrong['framed'], args.seconds), {room.segment_id(i): i for i in items}
+        framed, known = (
+            room.read_framed(args.framed, names, wrong["framed"], args.seconds),
+            {room.segment_id(i): i for i in items},
+        )
         when = lambda segment, name: room.spans(known[segment], name) if segment in known else None
-        print('framed answers: ' + ', '.join(f'{n} {what}' for what, n in sorted(room.score_framed(framed, when).items())))
+        print(
+            "framed answers: " + ", ".join(f"{n} {what}" for what, n in sorted(room.score_framed(framed, when).items()))
+        )
     faults = [dict(file=file, **f) for file, found in wrong.items() for f in found]
-    print(f'{len(faults)} faulty lines' + ''.join(f', {n} {reason}' for reason, n in sorted(Counter(f['reason'] for f in faults).items())))
-    for path, table, head in ((args.out, rows, ('label', 'clips', 'events', 'seconds')), (args.report, faults, ('file', 'line', 'id', 'reason', 'detail'))):
-        if not path: continue
-        with atomic_path(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-            w = csv.DictWriter(f, head, lineterminator='\n'); w.writeheader(); w.writerows(table)
-        print(f'wrote {path}')
+    print(
+        f"{len(faults)} faulty lines"
+        + "".join(f", {n} {reason}" for reason, n in sorted(Counter(f["reason"] for f in faults).items()))
+    )
+    for path, table, head in (
+        (args.out, rows, ("label", "clips", "events", "seconds")),
+        (args.report, faults, ("file", "line", "id", "reason", "detail")),
+    ):
+        if not path:
+            continue
+        with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+            w = csv.DictWriter(f, head, lineterminator="\n")
+            w.writeheader()
+            w.writerows(table)
+        print(f"wrote {path}")
     if args.plot:
         found = {room.segment_id(i): i for i in items}
         if args.segment and args.segment not in found:
             near = suggest(args.segment, found)
-            raise FoleyError(f'--segment {args.segment!r}: not in {args.table}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
-        if not items: raise FoleyError(f'--plot: {args.table} has no clip to draw')
-        with atomic_path(args.plot) as tmp: room.plot_timeline(found[args.segment] if args.segment else items[0]).figure.savefig(tmp)
-        print(f'wrote {args.plot}')
+            raise FoleyError(
+                f"--segment {args.segment!r}: not in {args.table}"
+                + (f"; did you mean {' or '.join(near)}?" if near else "")
+            )
+        if not items:
+            raise FoleyError(f"--plot: {args.table} has no clip to draw")
+        with atomic_path(args.plot) as tmp:
+            room.plot_timeline(found[args.segment] if args.segment else items[0]).figure.savefig(tmp)
+        print(f"wrote {args.plot}")
 
 # %% ../nbs/app/63_data_commands.ipynb #0085171f
-GROUNDING = '''When is the sound of a label heard? One probability per 40 ms, and the stretches above a threshold.
+GROUNDING = """When is the sound of a label heard? One probability per 40 ms, and the stretches above a threshold.
 
   smooth-foley data grounding clips/*.mp4 --label "police car (siren)"
   smooth-foley data grounding --list passby/vggsound.csv --clips passby/video --csv grounded.csv
@@ -182,58 +294,91 @@ GROUNDING = '''When is the sound of a label heard? One probability per 40 ms, an
   smooth-foley data grounding --words --model full
 
 mini, the model in the package, knows the sounds of Passby and no others. --model full is the published model, which `smooth-foley fetch grounding` brings; or give the folder of its files.
-The folder passby is made by `smooth-foley data vggsound --passby 24 --out passby`.'''
+The folder passby is made by `smooth-foley data vggsound --passby 24 --out passby`."""
+
 
 def _grounding_options(p):
-    p.add_argument('paths', nargs='*', metavar='FILE', help='audio or video files')
-    p.add_argument('--label', help="label of all files, in VGGSound's spelling; its phrases are listened for")
-    p.add_argument('--phrase', action='append', metavar='TEXT', help='listen for this instead; given several times, the most probable counts')
-    p.add_argument('--list', dest='listing', metavar='CSV', help="VGGSound's list, for the label of each clip in --clips")
-    p.add_argument('--clips', metavar='FOLDER', help='folder with the clips of --list')
-    p.add_argument('--model', default='mini', help='mini (default), full, or a folder')
-    p.add_argument('--device', help='cpu, cuda, cuda:N or mps (default: the best there is)')
-    p.add_argument('--threshold', type=number(0, 1), default=.5, help='a frame above it counts (default 0.5)')
-    p.add_argument('--window', type=number(1, 1001, int), default=1, help='median over so many frames, odd (default 1: none)')
-    p.add_argument('--csv', metavar='FILE', help='write the table')
-    p.add_argument('--plot', metavar='PNG', help='draw the curves (of the first 12 files)')
-    p.add_argument('--words', action='store_true', help='show the phrases of all labels and the words the model does not know')
+    p.add_argument("paths", nargs="*", metavar="FILE", help="audio or video files")
+    p.add_argument("--label", help="label of all files, in VGGSound's spelling; its phrases are listened for")
+    p.add_argument(
+        "--phrase",
+        action="append",
+        metavar="TEXT",
+        help="listen for this instead; given several times, the most probable counts",
+    )
+    p.add_argument(
+        "--list", dest="listing", metavar="CSV", help="VGGSound's list, for the label of each clip in --clips"
+    )
+    p.add_argument("--clips", metavar="FOLDER", help="folder with the clips of --list")
+    p.add_argument("--model", default="mini", help="mini (default), full, or a folder")
+    p.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
+    p.add_argument("--threshold", type=number(0, 1), default=0.5, help="a frame above it counts (default 0.5)")
+    p.add_argument(
+        "--window", type=number(1, 1001, int), default=1, help="median over so many frames, odd (default 1: none)"
+    )
+    p.add_argument("--csv", metavar="FILE", help="write the table")
+    p.add_argument("--plot", metavar="PNG", help="draw the curves (of the first 12 files)")
+    p.add_argument(
+        "--words", action="store_true", help="show the phrases of all labels and the words the model does not know"
+    )
 
 # %% ../nbs/app/63_data_commands.ipynb #611e723b
 def grounding(args):
     "When is the sound of a label heard?"
     from smooth_foley.data import grounding as G, vggsound as V
-    for p in filter(None, (args.csv, args.plot)): check_output(p, overwrite=True, suffixes=('.csv',) if p==args.csv else ('.png',))
-    if args.window%2==0: raise FoleyError(f'--window {args.window}: must be odd; 1 means no median')
+
+    for p in filter(None, (args.csv, args.plot)):
+        check_output(p, overwrite=True, suffixes=(".csv",) if p == args.csv else (".png",))
+    if args.window % 2 == 0:
+        raise FoleyError(f"--window {args.window}: must be odd; 1 means no median")
     model = G.load_grounding(args.model, check_device(args.device))
-    if args.words: return print(G.show_vocabulary(model))
-    if bool(args.listing)!=bool(args.clips): raise FoleyError('--list and --clips: belong together; give both')
+    if args.words:
+        return print(G.show_vocabulary(model))
+    if bool(args.listing) != bool(args.clips):
+        raise FoleyError("--list and --clips: belong together; give both")
     if args.listing:
-        if args.paths or args.label or args.phrase: raise FoleyError('--list: knows files and labels itself; leave out files, --label and --phrase')
+        if args.paths or args.label or args.phrase:
+            raise FoleyError("--list: knows files and labels itself; leave out files, --label and --phrase")
         items = V.join_clips(V.read_vggsound(args.listing), args.clips).present
-        if not items: raise FoleyError(f'{args.clips}: no clip of {args.listing} is in it; check both')
+        if not items:
+            raise FoleyError(f"{args.clips}: no clip of {args.listing} is in it; check both")
         files, labels = [i.path for i in items], [i.label for i in items]
     else:
-        if not args.paths: raise FoleyError('no file to listen to; give files, or --list and --clips')
-        if bool(args.label)==bool(args.phrase): raise FoleyError('give either --label, or --phrase once or several times')
-        files, labels = args.paths, [V.check_vggsound_label(args.label) if args.label else '']*len(args.paths)
+        if not args.paths:
+            raise FoleyError("no file to listen to; give files, or --list and --clips")
+        if bool(args.label) == bool(args.phrase):
+            raise FoleyError("give either --label, or --phrase once or several times")
+        files, labels = args.paths, [V.check_vggsound_label(args.label) if args.label else ""] * len(args.paths)
     phrases = [args.phrase or G.phrases_of(l) for l in labels]
-    for ps in dict.fromkeys(map(tuple, phrases)):        # say once what the model cannot read
+    for ps in dict.fromkeys(map(tuple, phrases)):  # say once what the model cannot read
         with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter('always')
-            try: model.read_phrases(model.known_phrases(ps))
-            except FoleyError as e: print(f'note: {e}', file=sys.stderr)
-        for w in told: print(f'note: {w.message}', file=sys.stderr)
+            warnings.simplefilter("always")
+            try:
+                model.read_phrases(model.known_phrases(ps))
+            except FoleyError as e:
+                print(f"note: {e}", file=sys.stderr)
+        for w in told:
+            print(f"note: {w.message}", file=sys.stderr)
     curves, rows = {}, []
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)
-        for r in progress(G.ground_files(model, files, phrases, labels, args.threshold, args.window, curves), 'grounding', 'file', len(files)): rows.append(r)
+        warnings.simplefilter("ignore", UserWarning)
+        for r in progress(
+            G.ground_files(model, files, phrases, labels, args.threshold, args.window, curves),
+            "grounding",
+            "file",
+            len(files),
+        ):
+            rows.append(r)
     print(G.show_table(rows))
-    if args.csv: print(f'wrote {G.write_table(rows, args.csv)}')
-    if args.plot and curves: print(f'wrote {G.plot_files(curves, args.plot, args.threshold, args.window)}')
-    if all(r['problem'] for r in rows): raise FoleyError(f'none of the {len(rows)} files could be grounded; the reasons stand above')
+    if args.csv:
+        print(f"wrote {G.write_table(rows, args.csv)}")
+    if args.plot and curves:
+        print(f"wrote {G.plot_files(curves, args.plot, args.threshold, args.window)}")
+    if all(r["problem"] for r in rows):
+        raise FoleyError(f"none of the {len(rows)} files could be grounded; the reasons stand above")
 
 # %% ../nbs/app/63_data_commands.ipynb #6251e8f3
-CONTINUOUS = '''The paper's filtered data set, step by step, for a folder in VGGSound's layout (vggsound.csv and the clips, anywhere below it), here one that `smooth-foley data vggsound --passby 24 --out passby` makes.
+CONTINUOUS = """The paper's filtered data set, step by step, for a folder in VGGSound's layout (vggsound.csv and the clips, anywhere below it), here one that `smooth-foley data vggsound --passby 24 --out passby` makes.
 
   smooth-foley data continuous select                          labels and published numbers of clips
   smooth-foley data continuous select --label "sea waves"      why a label is in or out
@@ -242,44 +387,79 @@ CONTINUOUS = '''The paper's filtered data set, step by step, for a folder in VGG
   smooth-foley data continuous split passby --n 95             look at the possible test clips, pick the hardest, write both lists
 
 Results go to FOLDER/continuous (--out): filter.csv, faults.csv, sweep.csv, challenge.csv, vggsound_continuous_train.csv, vggsound_continuous_test.csv. An interrupted run goes on when the same command is given
-again. Without --grounding and --clip the models that come with the package listen and look, and these know Passby only; for VGGSound give --grounding full (fetched once) and the folder of a CLIP.'''
+again. Without --grounding and --clip the models that come with the package listen and look, and these know Passby only; for VGGSound give --grounding full (fetched once) and the folder of a CLIP."""
+
 
 def _continuous_options(p):
-    p.add_argument('action', choices=['select', 'filter', 'sweep', 'split'], help='the step')
-    p.add_argument('folder', nargs='?', metavar='FOLDER', help='holds vggsound.csv and clips (select: not needed)')
-    p.add_argument('--csv', metavar='FILE', help='the list of clips (default: FOLDER/vggsound.csv)')
-    p.add_argument('--out', metavar='FOLDER', help='where results go (default: FOLDER/continuous)')
-    p.add_argument('--tiers', default='core', help='comma-separated: core, extended, "not continuous" (default: core)')
-    p.add_argument('--label', help='select: show what was decided about one label')
-    g = p.add_argument_group('listening and looking')
-    g.add_argument('--grounding', metavar='FOLDER', help='filter: grounding model; full for the published one (default: the one that knows Passby)')
-    g.add_argument('--clip', metavar='FOLDER', help='split: CLIP in open_clip\'s layout (default: the one that knows Passby)')
-    g.add_argument('--device', default='cpu', help='cpu (default), cuda, cuda:1, mps')
-    g.add_argument('--processes', type=number(1, 1024, int), default=1, help='processes on this machine (default 1)')
-    g.add_argument('--part', default='0/1', metavar='K/N', help='do share K of N only, counted from 0, so that several machines share the work')
-    g = p.add_argument_group('the filter')
-    g.add_argument('--threshold', type=number(.001, .999), default=.5, help='probability above which a frame sounds (default 0.5)')
-    g.add_argument('--window', type=number(1, 999, int), default=1, help='median window, frames, odd (default 1: none)')
-    g.add_argument('--min-active', type=number(0, 10), default=5., help='least sounding time, seconds of 10 (default 5)')
-    g.add_argument('--min-run', type=number(0, 10), default=3., help='least longest stretch, seconds of 10 (default 3)')
-    g.add_argument('--min-match', type=number(0, 10), default=1., help='sounding time below which it does not match, seconds of 10 (default 1)')
-    g.add_argument('--min-mean', type=number(0, 1), default=.5, help='mean probability that is enough by itself; 0: none is (default 0.5)')
-    g = p.add_argument_group('the test split')
-    g.add_argument('--n', type=number(1, 10**6, int), default=95, help='clips (default 95)')
-    g.add_argument('--per-label', type=number(1, 10**6, int), default=5, help='at most so many of a label (default 5)')
-    g.add_argument('--min-share', type=number(0, 1), default=.8, help='least share of a clip that sounds (default 0.8)')
-    g.add_argument('--review', metavar='FILE.csv', help='decisions of review(): what was dropped is not picked')
-    p.add_argument('--plot', metavar='FILE.png', help='sweep: draw it; select, split: draw Figure 3')
+    p.add_argument("action", choices=["select", "filter", "sweep", "split"], help="the step")
+    p.add_argument("folder", nargs="?", metavar="FOLDER", help="holds vggsound.csv and clips (select: not needed)")
+    p.add_argument("--csv", metavar="FILE", help="the list of clips (default: FOLDER/vggsound.csv)")
+    p.add_argument("--out", metavar="FOLDER", help="where results go (default: FOLDER/continuous)")
+    p.add_argument("--tiers", default="core", help='comma-separated: core, extended, "not continuous" (default: core)')
+    p.add_argument("--label", help="select: show what was decided about one label")
+    g = p.add_argument_group("listening and looking")
+    g.add_argument(
+        "--grounding",
+        metavar="FOLDER",
+        help="filter: grounding model; full for the published one (default: the one that knows Passby)",
+    )
+    g.add_argument(
+        "--clip", metavar="FOLDER", help="split: CLIP in open_clip's layout (default: the one that knows Passby)"
+    )
+    g.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    g.add_argument("--processes", type=number(1, 1024, int), default=1, help="processes on this machine (default 1)")
+    g.add_argument(
+        "--part",
+        default="0/1",
+        metavar="K/N",
+        help="do share K of N only, counted from 0, so that several machines share the work",
+    )
+    g = p.add_argument_group("the filter")
+    g.add_argument(
+        "--threshold",
+        type=number(0.001, 0.999),
+        default=0.5,
+        help="probability above which a frame sounds (default 0.5)",
+    )
+    g.add_argument("--window", type=number(1, 999, int), default=1, help="median window, frames, odd (default 1: none)")
+    g.add_argument(
+        "--min-active", type=number(0, 10), default=5.0, help="least sounding time, seconds of 10 (default 5)"
+    )
+    g.add_argument(
+        "--min-run", type=number(0, 10), default=3.0, help="least longest stretch, seconds of 10 (default 3)"
+    )
+    g.add_argument(
+        "--min-match",
+        type=number(0, 10),
+        default=1.0,
+        help="sounding time below which it does not match, seconds of 10 (default 1)",
+    )
+    g.add_argument(
+        "--min-mean",
+        type=number(0, 1),
+        default=0.5,
+        help="mean probability that is enough by itself; 0: none is (default 0.5)",
+    )
+    g = p.add_argument_group("the test split")
+    g.add_argument("--n", type=number(1, 10**6, int), default=95, help="clips (default 95)")
+    g.add_argument("--per-label", type=number(1, 10**6, int), default=5, help="at most so many of a label (default 5)")
+    g.add_argument(
+        "--min-share", type=number(0, 1), default=0.8, help="least share of a clip that sounds (default 0.8)"
+    )
+    g.add_argument("--review", metavar="FILE.csv", help="decisions of review(): what was dropped is not picked")
+    p.add_argument("--plot", metavar="FILE.png", help="sweep: draw it; select, split: draw Figure 3")
 
 # %% ../nbs/app/63_data_commands.ipynb #0d0a01d9
 def continuous(args):
     "VGGSound-Continuous, step by step"
     from smooth_foley.data.continuous import run_command
-    if args.device != 'cpu': args.device = check_device(args.device)
+
+    if args.device != "cpu":
+        args.device = check_device(args.device)
     print(run_command(args))
 
 # %% ../nbs/app/63_data_commands.ipynb #07192237
-SHARDS = '''Compute once what training reads of every clip, and pack it into tar files that are whole or not there.
+SHARDS = """Compute once what training reads of every clip, and pack it into tar files that are whole or not there.
 
   smooth-foley data shards passby:0-99 --out shards --processes 2
   smooth-foley data shards passby/vggsound.csv --clips passby/video --seconds 4 --out packed --content clip,latent
@@ -287,78 +467,147 @@ SHARDS = '''Compute once what training reads of every clip, and pack it into tar
   smooth-foley data shards passby/vggsound.csv --clips passby/video --seconds 4 --heard passby/continuous --out heard     timelines that grounding heard
   smooth-foley data shards --verify shards                                                                     hold every byte to its checksum
 
-A killed run goes on when the same command is given again. Nodes of a cluster each take their part with --part 0/4, 1/4, ...; training reads the folder with smooth_foley.data.shards.TrainRows.'''
+A killed run goes on when the same command is given again. Nodes of a cluster each take their part with --part 0/4, 1/4, ...; training reads the folder with smooth_foley.data.shards.TrainRows."""
+
 
 def _shards_options(p):
-    p.add_argument('source', nargs='?', help='passby:0-99, passby_continuous:0-99, a folder of clips, a list of VGGSound or VGGSound-Continuous (.csv), strong labels of AudioSet (.tsv)')
-    p.add_argument('--out', metavar='FOLDER', help='where the shards go')
-    p.add_argument('--verify', metavar='FOLDER', help='check shards that are there; writes nothing but --report')
-    g = p.add_argument_group('which clips')
-    g.add_argument('--clips', metavar='FOLDER', help='the clips of a list')
-    g.add_argument('--names', metavar='NAMES.tsv', help='mid_to_display_name.tsv, for a .tsv')
-    g.add_argument('--seconds', type=number(.1, 60), default=10., help='length of the clips of a list (default 10)')
-    g.add_argument('--heard', metavar='FOLDER', help='take timelines from what `data continuous filter` heard and wrote there')
-    g.add_argument('--threshold', type=number(.001, .999), default=.5, help='probability above which a clip is heard (default 0.5)')
-    g.add_argument('--per-label', action='store_true', help='one example for each label of a clip, not one per clip')
-    g = p.add_argument_group('what to keep')
-    g.add_argument('--content', default='clip,mel,latent', help='comma-separated: frames, clip, mel, latent (default clip,mel,latent)')
-    g.add_argument('--model', default='mini', help='mini (default), full or a folder: whose CLIP, mel and autoencoder')
-    g.add_argument('--fps', type=number(1, 120), default=15., help='frames per second (default 15)')
-    g.add_argument('--size', type=number(8, 1024, int), default=64, help='side of the kept frames, px (default 64)')
-    g.add_argument('--peak', type=number(.01, 1), help='scale every waveform to this peak first (0.95 as Auffusion; default: leave it)')
-    g.add_argument('--per-shard', type=number(1, 10**6, int), default=256, help='clips per shard (default 256)')
-    g = p.add_argument_group('how')
-    g.add_argument('--processes', type=number(1, 1024, int), default=1, help='how many write at once (default 1)')
-    g.add_argument('--part', default='0/1', metavar='K/N', help='make every N-th shard from the K-th on, counted from 0')
-    g.add_argument('--device', default='cpu', help='cpu (default), cuda, cuda:1, mps')
-    g.add_argument('--report', metavar='FAULTS.csv', help='write everything that could not be used: id, path, reason, detail')
-    g.add_argument('--overwrite', action='store_true', help='replace shards of another plan, and the report')
+    p.add_argument(
+        "source",
+        nargs="?",
+        help="passby:0-99, passby_continuous:0-99, a folder of clips, a list of VGGSound or VGGSound-Continuous (.csv), strong labels of AudioSet (.tsv)",
+    )
+    p.add_argument("--out", metavar="FOLDER", help="where the shards go")
+    p.add_argument("--verify", metavar="FOLDER", help="check shards that are there; writes nothing but --report")
+    g = p.add_argument_group("which clips")
+    g.add_argument("--clips", metavar="FOLDER", help="the clips of a list")
+    g.add_argument("--names", metavar="NAMES.tsv", help="mid_to_display_name.tsv, for a .tsv")
+    g.add_argument("--seconds", type=number(0.1, 60), default=10.0, help="length of the clips of a list (default 10)")
+    g.add_argument(
+        "--heard", metavar="FOLDER", help="take timelines from what `data continuous filter` heard and wrote there"
+    )
+    g.add_argument(
+        "--threshold",
+        type=number(0.001, 0.999),
+        default=0.5,
+        help="probability above which a clip is heard (default 0.5)",
+    )
+    g.add_argument("--per-label", action="store_true", help="one example for each label of a clip, not one per clip")
+    g = p.add_argument_group("what to keep")
+    g.add_argument(
+        "--content",
+        default="clip,mel,latent",
+        help="comma-separated: frames, clip, mel, latent (default clip,mel,latent)",
+    )
+    g.add_argument("--model", default="mini", help="mini (default), full or a folder: whose CLIP, mel and autoencoder")
+    g.add_argument("--fps", type=number(1, 120), default=15.0, help="frames per second (default 15)")
+    g.add_argument("--size", type=number(8, 1024, int), default=64, help="side of the kept frames, px (default 64)")
+    g.add_argument(
+        "--peak",
+        type=number(0.01, 1),
+        help="scale every waveform to this peak first (0.95 as Auffusion; default: leave it)",
+    )
+    g.add_argument("--per-shard", type=number(1, 10**6, int), default=256, help="clips per shard (default 256)")
+    g = p.add_argument_group("how")
+    g.add_argument("--processes", type=number(1, 1024, int), default=1, help="how many write at once (default 1)")
+    g.add_argument(
+        "--part", default="0/1", metavar="K/N", help="make every N-th shard from the K-th on, counted from 0"
+    )
+    g.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    g.add_argument(
+        "--report", metavar="FAULTS.csv", help="write everything that could not be used: id, path, reason, detail"
+    )
+    g.add_argument("--overwrite", action="store_true", help="replace shards of another plan, and the report")
 
 # %% ../nbs/app/63_data_commands.ipynb #1cf7cb22
 def _tell_faults(faults, path, shown=10):
     from smooth_foley.data.shards import write_faults
-    for f in faults[:shown]: print(f"  {f['reason']:<10} {f['id'] or f['path']}  {f['detail']}")
-    if len(faults) > shown: print(f'  ... and {len(faults)-shown} more')
-    print(f'{len(faults)} faults' + ''.join(f', {n} {reason}' for reason, n in sorted(Counter(f['reason'] for f in faults).items())))
-    if path: write_faults(path, faults); print(f'wrote {path}')
+
+    for f in faults[:shown]:
+        print(f"  {f['reason']:<10} {f['id'] or f['path']}  {f['detail']}")
+    if len(faults) > shown:
+        print(f"  ... and {len(faults) - shown} more")
+    print(
+        f"{len(faults)} faults"
+        + "".join(f", {n} {reason}" for reason, n in sorted(Counter(f["reason"] for f in faults).items()))
+    )
+    if path:
+        write_faults(path, faults)
+        print(f"wrote {path}")
 
 # %% ../nbs/app/63_data_commands.ipynb #ed993595
 def shards(args):
     "Write shards, or check them"
     from smooth_foley.data import shards as room
-    if args.report: check_output(args.report, args.overwrite, ('.csv',))
+
+    if args.report:
+        check_output(args.report, args.overwrite, (".csv",))
     if args.verify:
-        if args.source or args.out: raise FoleyError('--verify: only checks; leave out source and --out')
+        if args.source or args.out:
+            raise FoleyError("--verify: only checks; leave out source and --out")
         faults = room.verify(args.verify)
         _tell_faults(faults, args.report)
-        if faults: raise FoleyError(f'{args.verify}: is not as it was written; delete the shards that are named and run the command that wrote them again')
+        if faults:
+            raise FoleyError(
+                f"{args.verify}: is not as it was written; delete the shards that are named and run the command that wrote them again"
+            )
         return
-    if not (args.source and args.out): raise FoleyError('source and --out: both are needed, e.g. smooth-foley data shards passby:0-99 --out shards')
-    try: k, n = map(int, args.part.split('/'))
-    except ValueError: raise FoleyError(f'--part {args.part}: must be like 0/4') from None
+    if not (args.source and args.out):
+        raise FoleyError("source and --out: both are needed, e.g. smooth-foley data shards passby:0-99 --out shards")
+    try:
+        k, n = map(int, args.part.split("/"))
+    except ValueError:
+        raise FoleyError(f"--part {args.part}: must be like 0/4") from None
     wrong = []
     items = room.read_source(args.source, wrong, args.clips, args.names, args.seconds, args.heard, args.threshold)
-    if args.per_label: items = room.per_label(items)
-    cfg = room.ShardConfig(tuple(c.strip() for c in args.content.split(',') if c.strip()), None if args.model=='mini' else str(local_model(args.model)), args.fps, args.size, args.per_shard, args.peak)
+    if args.per_label:
+        items = room.per_label(items)
+    cfg = room.ShardConfig(
+        tuple(c.strip() for c in args.content.split(",") if c.strip()),
+        None if args.model == "mini" else str(local_model(args.model)),
+        args.fps,
+        args.size,
+        args.per_shard,
+        args.peak,
+    )
     index = room.write_shards(items, args.out, cfg, args.processes, check_device(args.device), (k, n), args.overwrite)
-    if index is None: print(f'part {k} of {n} is written; the others are not yet'); return _tell_faults(wrong, args.report)
-    print(f"{index['clips']} of {len(items)} clips in {len(index['shards'])} shards, {index['bytes']/1e6:.1f} MB: {args.out}")
-    with open(Path(args.out)/'faults.csv', newline='', encoding='utf-8') as f: _tell_faults(wrong+list(csv.DictReader(f)), args.report)
+    if index is None:
+        print(f"part {k} of {n} is written; the others are not yet")
+        return _tell_faults(wrong, args.report)
+    print(
+        f"{index['clips']} of {len(items)} clips in {len(index['shards'])} shards, {index['bytes'] / 1e6:.1f} MB: {args.out}"
+    )
+    with open(Path(args.out) / "faults.csv", newline="", encoding="utf-8") as f:
+        _tell_faults(wrong + list(csv.DictReader(f)), args.report)
 
 # %% ../nbs/app/63_data_commands.ipynb #ead1592e
-DATA = dict(vggsound=(vggsound, _vggsound_options, 'Join VGGSound\'s list with a folder of clips, and fetch what is missing.', VGGSOUND),
-            audit=(audit, _audit_options, 'Find broken, silent, still, mistimed and doubled clips.', AUDIT),
-            audioset=(audioset, _audioset_options, 'Read AudioSet\'s strong labels: clips, labels, faulty lines.', AUDIOSET),
-            grounding=(grounding, _grounding_options, 'When is the sound of a label heard?', GROUNDING),
-            continuous=(continuous, _continuous_options, 'Labels, filter, threshold sweep and test split of VGGSound-Continuous.', CONTINUOUS),
-            shards=(shards, _shards_options, 'Pack what training reads of clips into checked tar files.', SHARDS))
+DATA = dict(
+    vggsound=(
+        vggsound,
+        _vggsound_options,
+        "Join VGGSound's list with a folder of clips, and fetch what is missing.",
+        VGGSOUND,
+    ),
+    audit=(audit, _audit_options, "Find broken, silent, still, mistimed and doubled clips.", AUDIT),
+    audioset=(audioset, _audioset_options, "Read AudioSet's strong labels: clips, labels, faulty lines.", AUDIOSET),
+    grounding=(grounding, _grounding_options, "When is the sound of a label heard?", GROUNDING),
+    continuous=(
+        continuous,
+        _continuous_options,
+        "Labels, filter, threshold sweep and test split of VGGSound-Continuous.",
+        CONTINUOUS,
+    ),
+    shards=(shards, _shards_options, "Pack what training reads of clips into checked tar files.", SHARDS),
+)
+
 
 def add_data_commands(
-    p:argparse.ArgumentParser,   # Of `smooth-foley data`
+    p: argparse.ArgumentParser,  # Of `smooth-foley data`
 ):
     "Put the commands for data below a parser"
-    below = p.add_subparsers(dest='what', metavar='WHAT', required=True)
+    below = p.add_subparsers(dest="what", metavar="WHAT", required=True)
     for name, (run, options, text, examples) in DATA.items():
-        c = below.add_parser(name, help=text, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+        c = below.add_parser(
+            name, help=text, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         options(c)
         c.set_defaults(run=run)

@@ -22,237 +22,290 @@ from .core import FoleyError
 
 # %% ../nbs/06_frame_adapter.ipynb #da49d7a5
 def cross_attentions(
-    unet:UNet2DConditionModel,
-)->list[Attention]: # Every attention that reads the text, in the order of `unet.attn_processors`
+    unet: UNet2DConditionModel,
+) -> list[Attention]:  # Every attention that reads the text, in the order of `unet.attn_processors`
     "The attentions a frame adapter adds its branch to"
     names = [name.removesuffix(".processor") for name in unet.attn_processors]
     return [unet.get_submodule(name) for name in names if name.endswith("attn2")]
 
 # %% ../nbs/06_frame_adapter.ipynb #30943ec4
 def time_code(
-    times:Tensor,      # Time of each frame, `(..., T)`, seconds
-    dim:int,           # Size of the code, even
-    longest:float=20.48,  # Longest wavelength, seconds
-    shortest:float=.25,   # Shortest wavelength, seconds
-)->Tensor:             # Code of each time, `(..., T, dim)`, in [-1, 1]
+    times: Tensor,  # Time of each frame, `(..., T)`, seconds
+    dim: int,  # Size of the code, even
+    longest: float = 20.48,  # Longest wavelength, seconds
+    shortest: float = 0.25,  # Shortest wavelength, seconds
+) -> Tensor:  # Code of each time, `(..., T, dim)`, in [-1, 1]
     "Sines and cosines of the time at geometrically spaced wavelengths"
-    wavelengths = longest*(shortest/longest)**torch.linspace(0, 1, dim//2, device=times.device, dtype=torch.float32)
-    phase = 2*math.pi*times[..., None].float()/wavelengths
+    wavelengths = longest * (shortest / longest) ** torch.linspace(
+        0, 1, dim // 2, device=times.device, dtype=torch.float32
+    )
+    phase = 2 * math.pi * times[..., None].float() / wavelengths
     return torch.cat([phase.sin(), phase.cos()], -1)
 
 # %% ../nbs/06_frame_adapter.ipynb #0a4196a6
 def motion_weights(
-    times:Tensor,     # Time of each frame, `(b, T)`, seconds
-    width:float=.15,  # Standard deviation of the look around each frame, seconds; the frame spacing if that is longer
-)->Tensor:            # `(b, T, T)`: times the embeddings, their change per second
+    times: Tensor,  # Time of each frame, `(b, T)`, seconds
+    width: float = 0.15,  # Standard deviation of the look around each frame, seconds; the frame spacing if that is longer
+) -> Tensor:  # `(b, T, T)`: times the embeddings, their change per second
     "Slope of the line through the frames around each frame"
     times = times.float()
-    spacing = (times.amax(1)-times.amin(1))/max(1, times.shape[1]-1)
-    dt = times[:, None]-times[:, :, None]
-    w = (-.5*(dt/spacing.clamp(min=width)[:, None, None])**2).softmax(-1)
-    dt = dt-(w*dt).sum(-1, keepdim=True)
-    return w*dt/(w*dt**2).sum(-1, keepdim=True).clamp(min=1e-9)
+    spacing = (times.amax(1) - times.amin(1)) / max(1, times.shape[1] - 1)
+    dt = times[:, None] - times[:, :, None]
+    w = (-0.5 * (dt / spacing.clamp(min=width)[:, None, None]) ** 2).softmax(-1)
+    dt = dt - (w * dt).sum(-1, keepdim=True)
+    return w * dt / (w * dt**2).sum(-1, keepdim=True).clamp(min=1e-9)
 
 # %% ../nbs/06_frame_adapter.ipynb #0db71641
 def frame_weights(
-    times:Tensor,  # Time of each frame, `(b, T)`, seconds
-    points:Tensor, # Times to interpolate at, `(P,)`, seconds
-)->Tensor:         # Share of each frame at each point, `(b, P, T)`; rows sum to 1
+    times: Tensor,  # Time of each frame, `(b, T)`, seconds
+    points: Tensor,  # Times to interpolate at, `(P,)`, seconds
+) -> Tensor:  # Share of each frame at each point, `(b, P, T)`; rows sum to 1
     "Linear interpolation in time, as a matrix"
     t, order = times.float().sort(1)
-    last = t.shape[1]-1
-    if last==0: return t.new_ones(len(t), len(points), 1)
+    last = t.shape[1] - 1
+    if last == 0:
+        return t.new_ones(len(t), len(points), 1)
     points = points.to(t).expand(len(t), -1).contiguous()
     hi = torch.searchsorted(t, points).clamp(1, last)
-    t_lo, t_hi = t.gather(1, hi-1), t.gather(1, hi)
-    share = ((points-t_lo)/(t_hi-t_lo).clamp(min=1e-6)).clamp(0, 1)[..., None]
-    is_frame = lambda i: order.gather(1, i)[..., None]==torch.arange(last+1, device=t.device)
-    return share*is_frame(hi)+(1-share)*is_frame(hi-1)
+    t_lo, t_hi = t.gather(1, hi - 1), t.gather(1, hi)
+    share = ((points - t_lo) / (t_hi - t_lo).clamp(min=1e-6)).clamp(0, 1)[..., None]
+    is_frame = lambda i: order.gather(1, i)[..., None] == torch.arange(last + 1, device=t.device)
+    return share * is_frame(hi) + (1 - share) * is_frame(hi - 1)
 
 # %% ../nbs/06_frame_adapter.ipynb #4d702276
 def column_weights(
-    times:Tensor,  # Time of each frame, `(b, T)`, seconds
-    cols:int,      # Columns of the latent
-    span:float,    # What all columns last together, seconds
-    parts:int=4,   # Points in a column
-)->Tensor:         # Share of each frame in each column, `(b, cols, T)`; rows sum to 1
+    times: Tensor,  # Time of each frame, `(b, T)`, seconds
+    cols: int,  # Columns of the latent
+    span: float,  # What all columns last together, seconds
+    parts: int = 4,  # Points in a column
+) -> Tensor:  # Share of each frame in each column, `(b, cols, T)`; rows sum to 1
     "The frames of each column's own time"
-    points = (torch.arange(cols*parts, device=times.device)+.5)*span/(cols*parts)
+    points = (torch.arange(cols * parts, device=times.device) + 0.5) * span / (cols * parts)
     return frame_weights(times, points).unflatten(1, (cols, parts)).mean(2)
 
 # %% ../nbs/06_frame_adapter.ipynb #d92eee68
 class ColumnResidual(nn.Module):
     "What each column of the latent is told about the frames of its own time"
-    def __init__(self,
-        d_in:int,       # Size of a frame embedding as `FrameAdapter.tokens` gives it
-        width:int,      # Features of a column
-        dims:list[int], # Width of each place it is added to: the first convolution, then the cross-attentions
-        waves:int=8,    # Cosines in a profile over the rows
+
+    def __init__(
+        self,
+        d_in: int,  # Size of a frame embedding as `FrameAdapter.tokens` gives it
+        width: int,  # Features of a column
+        dims: list[int],  # Width of each place it is added to: the first convolution, then the cross-attentions
+        waves: int = 8,  # Cosines in a profile over the rows
     ):
         super().__init__()
         self.norm, self.proj = nn.LayerNorm(d_in, bias=False), nn.Linear(d_in, width, bias=False)
-        self.convs = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2, padding_mode="replicate", bias=False) for _ in range(2))
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width, width, 5, padding=2, padding_mode="replicate", bias=False) for _ in range(2)
+        )
         self.profile = nn.Linear(waves, width, bias=False)
         self.to_res = nn.ModuleList(nn.Linear(width, h, bias=False) for h in dims)
-        for layer in self.to_res: nn.init.zeros_(layer.weight)
-        self.when = None          # times, shape and span, set by `FrameAdapter.look`
+        for layer in self.to_res:
+            nn.init.zeros_(layer.weight)
+        self.when = None  # times, shape and span, set by `FrameAdapter.look`
 
-    def forward(self,
-        tokens:Tensor, # What `FrameAdapter.tokens` gives, `(b, T, D')`
-        cols:int,      # Columns of the latent
-    )->Tensor:         # Features, `(b, width, cols)`; zeros for zeros
+    def forward(
+        self,
+        tokens: Tensor,  # What `FrameAdapter.tokens` gives, `(b, T, D')`
+        cols: int,  # Columns of the latent
+    ) -> Tensor:  # Features, `(b, width, cols)`; zeros for zeros
         "What is seen in each column"
-        f = (self.weights(tokens, cols)@self.proj(self.norm(tokens))).mT
-        for conv in self.convs: f = nn.functional.silu(conv(f))
+        f = (self.weights(tokens, cols) @ self.proj(self.norm(tokens))).mT
+        for conv in self.convs:
+            f = nn.functional.silu(conv(f))
         return f
 
 # %% ../nbs/06_frame_adapter.ipynb #93449740
 @patch
-def weights(self:ColumnResidual, tokens, cols):
+def weights(self: ColumnResidual, tokens, cols):
     "Share of each frame in each column, for one or more times the clips `look` was told of; a single frame is everywhere"
     b, T, _ = tokens.shape
-    if T==1: return tokens.new_ones(b, cols, 1)
+    if T == 1:
+        return tokens.new_ones(b, cols, 1)
     if self.when is None:
         raise FoleyError("this frame adapter has a column residual: tell it the times of the frames with `look` first")
     times, _, span = self.when
-    if times.shape[1]!=T or b%len(times):
+    if times.shape[1] != T or b % len(times):
         raise FoleyError(f"{T} frames for {b} samples, but `look` was given times of shape {tuple(times.shape)}")
-    return column_weights(times.to(tokens.device), cols, span).to(tokens).repeat(b//len(times), 1, 1)
+    return column_weights(times.to(tokens.device), cols, span).to(tokens).repeat(b // len(times), 1, 1)
+
 
 @patch
-def at(self:ColumnResidual,
-    i:int,      # Which place
-    f:Tensor,   # Features, `(b, width, cols)`, of the finest columns
-    rows:int,   # Rows at this place
-    cols:int,   # Columns at this place, as many or fewer
-)->Tensor:      # `(b, rows, cols, h)`
+def at(
+    self: ColumnResidual,
+    i: int,  # Which place
+    f: Tensor,  # Features, `(b, width, cols)`, of the finest columns
+    rows: int,  # Rows at this place
+    cols: int,  # Columns at this place, as many or fewer
+) -> Tensor:  # `(b, rows, cols, h)`
     "What is added at one place"
-    y = (torch.arange(rows, device=f.device)+.5)/rows
-    waves = torch.cos(math.pi*y[:, None]*torch.arange(self.profile.in_features, device=f.device))
+    y = (torch.arange(rows, device=f.device) + 0.5) / rows
+    waves = torch.cos(math.pi * y[:, None] * torch.arange(self.profile.in_features, device=f.device))
     f = nn.functional.adaptive_avg_pool1d(f, cols).mT
-    return self.to_res[i](f[:, None]*self.profile(waves.to(f))[:, None])
+    return self.to_res[i](f[:, None] * self.profile(waves.to(f))[:, None])
 
 # %% ../nbs/06_frame_adapter.ipynb #855537fa
 def _projection(kind, d_in, d_ctx, num_tokens):
     "The stock module for Eq. 1"
-    if kind=="linear": return ImageProjection(d_in, d_ctx, num_tokens)
-    if kind!="mlp": raise FoleyError(f"`projection` is {kind!r}: use 'linear' or 'mlp'")
-    if num_tokens!=1: raise FoleyError(f"`projection='mlp'` makes one token per frame: set `num_tokens=1`, not {num_tokens}")
+    if kind == "linear":
+        return ImageProjection(d_in, d_ctx, num_tokens)
+    if kind != "mlp":
+        raise FoleyError(f"`projection` is {kind!r}: use 'linear' or 'mlp'")
+    if num_tokens != 1:
+        raise FoleyError(f"`projection='mlp'` makes one token per frame: set `num_tokens=1`, not {num_tokens}")
     return IPAdapterFullImageProjection(d_in, d_ctx)
+
 
 def _check_config(frame_position, frame_window, conv_in_dim):
     "Refuse values that no adapter can have"
     if frame_position not in ("none", "sinusoidal", "window", "residual"):
         raise FoleyError(f"`frame_position` is {frame_position!r}: use 'none', 'sinusoidal', 'window' or 'residual'")
     windows = _windows(frame_window)
-    if not windows or not all(math.isfinite(w) and w>0 for w in windows):
-        raise FoleyError(f"`frame_window` is {frame_window}: give seconds, more than 0, one for all heads or one for each")
-    if frame_position=="residual" and not conv_in_dim:
-        raise FoleyError("`conv_in_dim` is missing: with `frame_position='residual'` give the width of the UNet's "
-                         "first convolution, or use `from_unet`")
+    if not windows or not all(math.isfinite(w) and w > 0 for w in windows):
+        raise FoleyError(
+            f"`frame_window` is {frame_window}: give seconds, more than 0, one for all heads or one for each"
+        )
+    if frame_position == "residual" and not conv_in_dim:
+        raise FoleyError(
+            "`conv_in_dim` is missing: with `frame_position='residual'` give the width of the UNet's "
+            "first convolution, or use `from_unet`"
+        )
+
 
 def _windows(frame_window):
     "As a list"
     return list(frame_window) if isinstance(frame_window, (list, tuple)) else [frame_window]
 
-
 # %% ../nbs/06_frame_adapter.ipynb #83a7a311
 class FrameAdapter(ModelMixin, ConfigMixin):
     "Projection of frame embeddings (Eq. 1) and W_k, W_v of every cross-attention (Eq. 2): all that trains for the frames"
+
     @register_to_config
-    def __init__(self,
-        clip_dim:int,              # Size of a frame embedding, D
-        cross_attention_dim:int,   # Size of a text token, d_ctx
-        attention_dims:list[int],  # Width h of each cross-attention, in the order of `cross_attentions`
-        num_tokens:int=1,          # Tokens per frame, k
-        projection:str="linear",   # "linear" (Linear + LayerNorm) or "mlp" (two layers)
-        frame_position:str="none", # "none" (the paper), "sinusoidal", "window" or "residual" (with window)
-        position_dim:int=32,       # Size of the time code, used with "sinusoidal"
-        frame_window:float=.25,    # Look around a column's time, standard deviation, seconds; one, or one per head
-        motion:bool=False,         # Append the change of each embedding, per second
-        conv_in_dim:int|None=None, # Width of the UNet's first convolution, needed with "residual"
+    def __init__(
+        self,
+        clip_dim: int,  # Size of a frame embedding, D
+        cross_attention_dim: int,  # Size of a text token, d_ctx
+        attention_dims: list[int],  # Width h of each cross-attention, in the order of `cross_attentions`
+        num_tokens: int = 1,  # Tokens per frame, k
+        projection: str = "linear",  # "linear" (Linear + LayerNorm) or "mlp" (two layers)
+        frame_position: str = "none",  # "none" (the paper), "sinusoidal", "window" or "residual" (with window)
+        position_dim: int = 32,  # Size of the time code, used with "sinusoidal"
+        frame_window: float = 0.25,  # Look around a column's time, standard deviation, seconds; one, or one per head
+        motion: bool = False,  # Append the change of each embedding, per second
+        conv_in_dim: int | None = None,  # Width of the UNet's first convolution, needed with "residual"
     ):
         super().__init__()
         _check_config(frame_position, frame_window, conv_in_dim)
-        d_in = clip_dim*(2 if motion else 1) + (position_dim if frame_position=="sinusoidal" else 0)
-        self.image_proj = MultiIPAdapterImageProjection([_projection(projection, d_in, cross_attention_dim, num_tokens)])
+        d_in = clip_dim * (2 if motion else 1) + (position_dim if frame_position == "sinusoidal" else 0)
+        self.image_proj = MultiIPAdapterImageProjection(
+            [_projection(projection, d_in, cross_attention_dim, num_tokens)]
+        )
         self.to_k_ip = nn.ModuleList(nn.Linear(cross_attention_dim, h, bias=False) for h in attention_dims)
         self.to_v_ip = nn.ModuleList(nn.Linear(cross_attention_dim, h, bias=False) for h in attention_dims)
-        residual = frame_position=="residual"
+        residual = frame_position == "residual"
         self.residual = ColumnResidual(d_in, cross_attention_dim, [conv_in_dim, *attention_dims]) if residual else None
 
-    def forward(self,
-        tokens:Tensor, # Frame embeddings as `tokens` gives them, `(b, T, D')`
-    )->Tensor:         # F_emb, `(b, T*k, d_ctx)`
+    def forward(
+        self,
+        tokens: Tensor,  # Frame embeddings as `tokens` gives them, `(b, T, D')`
+    ) -> Tensor:  # F_emb, `(b, T*k, d_ctx)`
         "Eq. 1: what the keys and values of Eq. 2 are made from"
-        F_emb, = self.image_proj([tokens])
+        (F_emb,) = self.image_proj([tokens])
         return F_emb.reshape(len(F_emb), -1, F_emb.shape[-1])
 
 # %% ../nbs/06_frame_adapter.ipynb #8d677bda
 @patch(cls_method=True)
-def from_unet(cls:FrameAdapter,
-    unet:UNet2DConditionModel, # Backbone to build the adapter for
-    clip_dim:int,              # Size of a frame embedding, D
-    num_tokens:int=1,          # Tokens per frame, k
-    frame_position:str="none", # "none" (the paper), "sinusoidal", "window" or "residual"
-    projection:str="linear",   # "linear" or "mlp"
-    frame_window:float=.25,    # Seconds, one or one per head, used with "window" and "residual"
-    motion:bool=False,         # Append the change of each embedding
-)->FrameAdapter:               # Adapter with W_k, W_v copied from the text's
+def from_unet(
+    cls: FrameAdapter,
+    unet: UNet2DConditionModel,  # Backbone to build the adapter for
+    clip_dim: int,  # Size of a frame embedding, D
+    num_tokens: int = 1,  # Tokens per frame, k
+    frame_position: str = "none",  # "none" (the paper), "sinusoidal", "window" or "residual"
+    projection: str = "linear",  # "linear" or "mlp"
+    frame_window: float = 0.25,  # Seconds, one or one per head, used with "window" and "residual"
+    motion: bool = False,  # Append the change of each embedding
+) -> FrameAdapter:  # Adapter with W_k, W_v copied from the text's
     "An adapter that fits `unet`, on its device and in its dtype"
     attns = cross_attentions(unet)
     dims = [a.to_k.out_features for a in attns]
-    conv_in_dim = unet.conv_in.out_channels if frame_position=="residual" else None
-    self = cls(clip_dim, unet.config.cross_attention_dim, dims, num_tokens, projection, frame_position,
-               frame_window=frame_window, motion=motion, conv_in_dim=conv_in_dim)
+    conv_in_dim = unet.conv_in.out_channels if frame_position == "residual" else None
+    self = cls(
+        clip_dim,
+        unet.config.cross_attention_dim,
+        dims,
+        num_tokens,
+        projection,
+        frame_position,
+        frame_window=frame_window,
+        motion=motion,
+        conv_in_dim=conv_in_dim,
+    )
     for a, to_k, to_v in zip(attns, self.to_k_ip, self.to_v_ip):
         to_k.load_state_dict(a.to_k.state_dict())
         to_v.load_state_dict(a.to_v.state_dict())
-    return nn.Module.to(self, unet.device, unet.dtype)   # ModelMixin.to warns at every change of dtype
+    return nn.Module.to(self, unet.device, unet.dtype)  # ModelMixin.to warns at every change of dtype
 
 # %% ../nbs/06_frame_adapter.ipynb #f93a358c
 def level_columns(
-    places:int,  # Rows times columns at this level of the UNet
-    shape:tuple, # Rows and columns of the latent, at any level
-)->int:          # Columns at this level
+    places: int,  # Rows times columns at this level of the UNet
+    shape: tuple,  # Rows and columns of the latent, at any level
+) -> int:  # Columns at this level
     "How many columns a level of the UNet has"
-    cols = math.isqrt(places*shape[1]//shape[0])
-    if cols*cols*shape[0]!=places*shape[1]:
+    cols = math.isqrt(places * shape[1] // shape[0])
+    if cols * cols * shape[0] != places * shape[1]:
         raise FoleyError(f"{places} places are no level of a latent of {shape[0]} rows and {shape[1]} columns")
     return cols
 
+
 def window_bias(
-    times:Tensor,   # Time of each frame, `(b, T)`, seconds
-    places:int,     # Rows times columns at this level of the UNet
-    shape:tuple,    # Rows and columns of the latent, at any level
-    span:float,     # What all columns last together, seconds
-    window:float,   # w, seconds
-)->Tensor:          # What the logits lose, as a number to add, `(b, places, T)`, 0 or less
+    times: Tensor,  # Time of each frame, `(b, T)`, seconds
+    places: int,  # Rows times columns at this level of the UNet
+    shape: tuple,  # Rows and columns of the latent, at any level
+    span: float,  # What all columns last together, seconds
+    window: float,  # w, seconds
+) -> Tensor:  # What the logits lose, as a number to add, `(b, places, T)`, 0 or less
     "Half the squared distance between each column's middle and each frame, in windows"
     cols = level_columns(places, shape)
-    t_col = (torch.arange(cols, device=times.device)+.5)*span/cols
-    bias = -.5*((t_col[:, None]-times[:, None].float())/window)**2
-    return bias.repeat(1, places//cols, 1)
+    t_col = (torch.arange(cols, device=times.device) + 0.5) * span / cols
+    bias = -0.5 * ((t_col[:, None] - times[:, None].float()) / window) ** 2
+    return bias.repeat(1, places // cols, 1)
 
 # %% ../nbs/06_frame_adapter.ipynb #cfbc01b8
 class FrameAttnProcessor(IPAdapterAttnProcessor2_0):
     "Eq. 2 with a window in time"
-    def __init__(self, num_tokens:int, window:float|list):
-        with torch.device("meta"): super().__init__(1, 1, (num_tokens,))       # its own matrices are never used
+
+    def __init__(self, num_tokens: int, window: float | list):
+        with torch.device("meta"):
+            super().__init__(1, 1, (num_tokens,))  # its own matrices are never used
         self.windows, self.when = _windows(window), None
 
-    def bias(self, places:int, n:int, b:int)->Tensor|None:  # `(b, 1 or heads, places, n)`
+    def bias(self, places: int, n: int, b: int) -> Tensor | None:  # `(b, 1 or heads, places, n)`
         "What is added to the logits of `n` frame tokens; one group of tokens has no time"
-        if n==self.num_tokens[0]: return None
-        if self.when is None: raise FoleyError("this frame adapter has a window: tell it the times of the frames with `look` first")
+        if n == self.num_tokens[0]:
+            return None
+        if self.when is None:
+            raise FoleyError("this frame adapter has a window: tell it the times of the frames with `look` first")
         bias = torch.stack([window_bias(self.when[0], places, *self.when[1:], w) for w in self.windows], 1)
         bias = bias.repeat_interleave(self.num_tokens[0], -1)
-        if bias.shape[-1]!=n or b%len(bias): raise FoleyError(f"{n} frame tokens for {b} samples, but `look` was given times of shape {tuple(self.when[0].shape)}")
-        return bias.repeat(b//len(bias), 1, 1, 1)
+        if bias.shape[-1] != n or b % len(bias):
+            raise FoleyError(
+                f"{n} frame tokens for {b} samples, but `look` was given times of shape {tuple(self.when[0].shape)}"
+            )
+        return bias.repeat(b // len(bias), 1, 1, 1)
 
 # %% ../nbs/06_frame_adapter.ipynb #f46f14e6
 @patch
-def __call__(self:FrameAttnProcessor, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, scale=1., ip_adapter_masks=None):
+def __call__(
+    self: FrameAttnProcessor,
+    attn,
+    hidden_states,
+    encoder_hidden_states=None,
+    attention_mask=None,
+    temb=None,
+    scale=1.0,
+    ip_adapter_masks=None,
+):
     "Attention to the text plus lambda times attention to the frames"
     text, (F_emb,) = encoder_hidden_states
     b, n, _ = hidden_states.shape
@@ -262,25 +315,30 @@ def __call__(self:FrameAttnProcessor, attn, hidden_states, encoder_hidden_states
     out = scaled_dot_product_attention(q, heads(attn.to_k(text)), heads(attn.to_v(text)))
     if self.scale[0]:
         k, v = heads(self.to_k_ip[0](F_emb)), heads(self.to_v_ip[0](F_emb))
-        out = out+self.scale[0]*scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q))
+        out = out + self.scale[0] * scaled_dot_product_attention(
+            q, k, v, attn_mask=None if bias is None else bias.to(q)
+        )
     return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).reshape(b, n, -1)))
 
 # %% ../nbs/06_frame_adapter.ipynb #98a09111
 @patch
-def install(self:FrameAdapter,
-    unet:UNet2DConditionModel, # Backbone the adapter was built for
-    scale:float=1.,            # lambda of Eq. 2
-)->FrameAdapter:
+def install(
+    self: FrameAdapter,
+    unet: UNet2DConditionModel,  # Backbone the adapter was built for
+    scale: float = 1.0,  # lambda of Eq. 2
+) -> FrameAdapter:
     "Add the frame branch to every cross-attention of `unet`"
-    if unet.encoder_hid_proj is not None: self.uninstall(unet)
+    if unet.encoder_hid_proj is not None:
+        self.uninstall(unet)
     attns = cross_attentions(unet)
     _check_fit(self, unet, attns)
     for attn, to_k, to_v in zip(attns, self.to_k_ip, self.to_v_ip):
         proc = _processor(self.config)
         proc.to_k_ip, proc.to_v_ip = nn.ModuleList([to_k]), nn.ModuleList([to_v])
-        proc.replaced, proc.hooks = (attn.processor,), ()     # in a tuple, so that it is no submodule
+        proc.replaced, proc.hooks = (attn.processor,), ()  # in a tuple, so that it is no submodule
         attn.set_processor(proc)
-    if self.residual is not None: _attach(self, unet, attns)
+    if self.residual is not None:
+        _attach(self, unet, attns)
     unet.encoder_hid_proj = self.image_proj
     unet.config.encoder_hid_dim_type = "ip_image_proj"
     self.set_scale(unet, scale)
@@ -289,28 +347,34 @@ def install(self:FrameAdapter,
 # %% ../nbs/06_frame_adapter.ipynb #ee3bbe4f
 def _processor(c):
     "The processor for a configuration, without matrices"
-    if c.frame_position in ("window", "residual"): return FrameAttnProcessor(c.num_tokens, c.frame_window)
-    with torch.device("meta"): return IPAdapterAttnProcessor2_0(1, 1, (c.num_tokens,))   # its own matrices are never used
+    if c.frame_position in ("window", "residual"):
+        return FrameAttnProcessor(c.num_tokens, c.frame_window)
+    with torch.device("meta"):
+        return IPAdapterAttnProcessor2_0(1, 1, (c.num_tokens,))  # its own matrices are never used
 
 # %% ../nbs/06_frame_adapter.ipynb #eb17801b
 def _attach(adapter, unet, attns):
     "Hooks that add the column residual"
     res, now = adapter.residual, {}
-    def see(proj, args): now["tokens"] = args[0][0]
+
+    def see(proj, args):
+        now["tokens"] = args[0][0]
 
     def on_conv_in(conv_in, args, h):
         lam, now["shape"] = attns[0].processor.scale[0], h.shape[-2:]
-        if not lam: return None
+        if not lam:
+            return None
         now["f"] = res(now["tokens"], h.shape[-1])
-        return h+lam*res.at(0, now["f"], *now["shape"]).permute(0, 3, 1, 2).to(h.dtype)
+        return h + lam * res.at(0, now["f"], *now["shape"]).permute(0, 3, 1, 2).to(h.dtype)
 
     def on_attn(i, attn, h):
-        if not attn.processor.scale[0]: return None
+        if not attn.processor.scale[0]:
+            return None
         cols = level_columns(h.shape[1], now["shape"])
-        return h+attn.processor.scale[0]*res.at(i, now["f"], h.shape[1]//cols, cols).flatten(1, 2).to(h.dtype)
+        return h + attn.processor.scale[0] * res.at(i, now["f"], h.shape[1] // cols, cols).flatten(1, 2).to(h.dtype)
 
     res.when, first = None, attns[0].processor
-    first.residual = res                          # a part of the UNet as long as it is installed
+    first.residual = res  # a part of the UNet as long as it is installed
     first.hooks = [adapter.image_proj.register_forward_pre_hook(see), unet.conv_in.register_forward_hook(on_conv_in)]
     for i, attn in enumerate(attns, 1):
         first.hooks.append(attn.register_forward_hook(lambda attn, args, h, i=i: on_attn(i, attn, h)))
@@ -319,106 +383,141 @@ def _attach(adapter, unet, attns):
 def _check_fit(adapter, unet, attns):
     "Refuse a UNet the adapter was not made for"
     want, got = list(adapter.config.attention_dims), [a.to_k.out_features for a in attns]
-    if want!=got:
-        raise FoleyError(f"frame adapter has cross-attentions of widths {want}, the UNet {got}: use the adapter trained for this UNet")
-    if adapter.residual is not None and adapter.config.conv_in_dim!=unet.conv_in.out_channels:
-        raise FoleyError(f"frame adapter adds to a first convolution of width {adapter.config.conv_in_dim}, the UNet's has "
-                         f"{unet.conv_in.out_channels}: use the adapter trained for this UNet")
+    if want != got:
+        raise FoleyError(
+            f"frame adapter has cross-attentions of widths {want}, the UNet {got}: use the adapter trained for this UNet"
+        )
+    if adapter.residual is not None and adapter.config.conv_in_dim != unet.conv_in.out_channels:
+        raise FoleyError(
+            f"frame adapter adds to a first convolution of width {adapter.config.conv_in_dim}, the UNet's has "
+            f"{unet.conv_in.out_channels}: use the adapter trained for this UNet"
+        )
     n, heads = len(_windows(adapter.config.frame_window)), sorted({a.heads for a in attns})
-    if n>1 and heads!=[n]:
-        raise FoleyError(f"`frame_window` has {n} windows, the UNet's attentions have {heads} heads: "
-                         "give one for all, or one for each head")
-    if adapter.config.cross_attention_dim!=unet.config.cross_attention_dim:
-        raise FoleyError(f"frame adapter makes tokens of size {adapter.config.cross_attention_dim}, the UNet reads "
-                         f"{unet.config.cross_attention_dim}: use the adapter trained for this UNet")
+    if n > 1 and heads != [n]:
+        raise FoleyError(
+            f"`frame_window` has {n} windows, the UNet's attentions have {heads} heads: "
+            "give one for all, or one for each head"
+        )
+    if adapter.config.cross_attention_dim != unet.config.cross_attention_dim:
+        raise FoleyError(
+            f"frame adapter makes tokens of size {adapter.config.cross_attention_dim}, the UNet reads "
+            f"{unet.config.cross_attention_dim}: use the adapter trained for this UNet"
+        )
 
 # %% ../nbs/06_frame_adapter.ipynb #8dcb8c6e
 @patch
-def uninstall(self:FrameAdapter,
-    unet:UNet2DConditionModel, # Backbone to give back
-)->UNet2DConditionModel:       # The same UNet, as it was before `install`
+def uninstall(
+    self: FrameAdapter,
+    unet: UNet2DConditionModel,  # Backbone to give back
+) -> UNet2DConditionModel:  # The same UNet, as it was before `install`
     "Take the frame branch out of `unet` again"
-    if not is_installed(unet): return unet
+    if not is_installed(unet):
+        return unet
     for attn in cross_attentions(unet):
-        for hook in attn.processor.hooks: hook.remove()
+        for hook in attn.processor.hooks:
+            hook.remove()
         attn.set_processor(attn.processor.replaced[0])
     del unet.encoder_hid_proj
     unet.encoder_hid_proj = None
-    unet.config.encoder_hid_dim_type = unet.config["encoder_hid_dim_type"]   # the stored value was never changed
+    unet.config.encoder_hid_dim_type = unet.config["encoder_hid_dim_type"]  # the stored value was never changed
     return unet
 
 # %% ../nbs/06_frame_adapter.ipynb #cd73ddbb
 def is_installed(
-    unet:UNet2DConditionModel,
-)->bool: # Whether a `FrameAdapter` is on it now
+    unet: UNet2DConditionModel,
+) -> bool:  # Whether a `FrameAdapter` is on it now
     "Does `unet` have a frame branch?"
     return any(hasattr(p, "replaced") for p in unet.attn_processors.values())
 
 # %% ../nbs/06_frame_adapter.ipynb #a71ca0ee
 @patch
-def set_scale(self:FrameAdapter,
-    unet:UNet2DConditionModel, # Backbone the adapter is installed on
-    scale:float,               # lambda of Eq. 2, 0 or more
-)->None:
+def set_scale(
+    self: FrameAdapter,
+    unet: UNet2DConditionModel,  # Backbone the adapter is installed on
+    scale: float,  # lambda of Eq. 2, 0 or more
+) -> None:
     "Weigh the frames against the text"
-    if not (math.isfinite(scale) and scale>=0): raise FoleyError(f"`frame_scale` is {scale}: give a number of 0 or more")
-    if not is_installed(unet): raise FoleyError("the frame adapter is not installed on this UNet: call `install(unet)` first")
-    for attn in cross_attentions(unet): attn.processor.scale = [float(scale)]
+    if not (math.isfinite(scale) and scale >= 0):
+        raise FoleyError(f"`frame_scale` is {scale}: give a number of 0 or more")
+    if not is_installed(unet):
+        raise FoleyError("the frame adapter is not installed on this UNet: call `install(unet)` first")
+    for attn in cross_attentions(unet):
+        attn.processor.scale = [float(scale)]
 
 # %% ../nbs/06_frame_adapter.ipynb #17cd82a7
 @patch
 @contextmanager
-def installed(self:FrameAdapter,
-    unet:UNet2DConditionModel, # Backbone the adapter was built for
-    scale:float=1.,            # lambda of Eq. 2; 0 leaves the UNet alone
+def installed(
+    self: FrameAdapter,
+    unet: UNet2DConditionModel,  # Backbone the adapter was built for
+    scale: float = 1.0,  # lambda of Eq. 2; 0 leaves the UNet alone
 ):
     "Borrow `unet` for a while; yields whether the frame branch is on"
-    if scale==0:
+    if scale == 0:
         yield False
         return
     self.install(unet, scale)
-    try: yield True
-    finally: self.uninstall(unet)
+    try:
+        yield True
+    finally:
+        self.uninstall(unet)
 
 # %% ../nbs/06_frame_adapter.ipynb #bf98fa7a
 @patch
-def tokens(self:FrameAdapter,
-    frame_emb:Tensor,          # Frame embeddings, `(b, T, D)`, un-normalised
-    times:Tensor|None=None,    # Time of each frame, `(b, T)`, seconds; needed with "sinusoidal" and with `motion`
-    frame_wise:bool=True,      # Every frame for itself, or the mean of all
-)->Tensor:                     # `(b, T or 1, D')`: goes in as `added_cond_kwargs={"image_embeds": [tokens]}`
+def tokens(
+    self: FrameAdapter,
+    frame_emb: Tensor,  # Frame embeddings, `(b, T, D)`, un-normalised
+    times: Tensor | None = None,  # Time of each frame, `(b, T)`, seconds; needed with "sinusoidal" and with `motion`
+    frame_wise: bool = True,  # Every frame for itself, or the mean of all
+) -> Tensor:  # `(b, T or 1, D')`: goes in as `added_cond_kwargs={"image_embeds": [tokens]}`
     "What the UNet with this adapter reads; its unconditional counterpart is zeros of the same shape"
-    if frame_emb.ndim!=3 or frame_emb.shape[-1]!=self.config.clip_dim:
-        raise FoleyError(f"`frame_emb` has shape {tuple(frame_emb.shape)}: the frame adapter reads (clips, frames, {self.config.clip_dim})")
+    if frame_emb.ndim != 3 or frame_emb.shape[-1] != self.config.clip_dim:
+        raise FoleyError(
+            f"`frame_emb` has shape {tuple(frame_emb.shape)}: the frame adapter reads (clips, frames, {self.config.clip_dim})"
+        )
     c, emb = self.config, (frame_emb if frame_wise else frame_emb.mean(1, keepdim=True)).to(self.device, self.dtype)
-    extra = (c.clip_dim if c.motion else 0)+(c.position_dim if c.frame_position=="sinusoidal" else 0)
-    if not extra: return emb
-    if not frame_wise: return nn.functional.pad(emb, (0, extra))
+    extra = (c.clip_dim if c.motion else 0) + (c.position_dim if c.frame_position == "sinusoidal" else 0)
+    if not extra:
+        return emb
+    if not frame_wise:
+        return nn.functional.pad(emb, (0, extra))
     if times is None:
-        raise FoleyError("`times` is missing: a frame adapter with a time code or motion needs the time of each frame in seconds")
+        raise FoleyError(
+            "`times` is missing: a frame adapter with a time code or motion needs the time of each frame in seconds"
+        )
     times, parts = times.to(emb.device), [emb]
-    if c.motion: parts.append((motion_weights(times)@emb.float()).to(emb.dtype))
-    if c.frame_position=="sinusoidal": parts.append(time_code(times, c.position_dim).to(emb.dtype))
+    if c.motion:
+        parts.append((motion_weights(times) @ emb.float()).to(emb.dtype))
+    if c.frame_position == "sinusoidal":
+        parts.append(time_code(times, c.position_dim).to(emb.dtype))
     return torch.cat(parts, -1)
 
 # %% ../nbs/06_frame_adapter.ipynb #dd5ac005
 @patch
-def look(self:FrameAdapter,
-    unet:UNet2DConditionModel, # Backbone the adapter is installed on
-    times:Tensor,              # Time of each frame, `(b, T)`, seconds; a batch of n*b is taken as n times these clips
-    span:float,                # What all columns of the latent last, seconds
-    shape:tuple,               # Rows and columns of the latent
-)->None:
+def look(
+    self: FrameAdapter,
+    unet: UNet2DConditionModel,  # Backbone the adapter is installed on
+    times: Tensor,  # Time of each frame, `(b, T)`, seconds; a batch of n*b is taken as n times these clips
+    span: float,  # What all columns of the latent last, seconds
+    shape: tuple,  # Rows and columns of the latent
+) -> None:
     "Tell windows and columns the times of the frames that come next"
-    if self.config.frame_position not in ("window", "residual"): return
-    if not is_installed(unet): raise FoleyError("the frame adapter is not installed on this UNet: call `install(unet)` first")
+    if self.config.frame_position not in ("window", "residual"):
+        return
+    if not is_installed(unet):
+        raise FoleyError("the frame adapter is not installed on this UNet: call `install(unet)` first")
     when = times.to(unet.device), tuple(shape[-2:]), span
-    if self.residual is not None: self.residual.when = when
-    for attn in cross_attentions(unet): attn.processor.when = when
+    if self.residual is not None:
+        self.residual.when = when
+    for attn in cross_attentions(unet):
+        attn.processor.when = when
 
 # %% ../nbs/06_frame_adapter.ipynb #b84e04bb
-_PROJ_NAMES = {"linear": {"image_embeds.": "proj.", "norm.": "norm."},
-               "mlp": {"ff.net.0.proj.": "proj.0.", "ff.net.2.": "proj.2.", "norm.": "proj.3."}}
+_PROJ_NAMES = {
+    "linear": {"image_embeds.": "proj.", "norm.": "norm."},
+    "mlp": {"ff.net.0.proj.": "proj.0.", "ff.net.2.": "proj.2.", "norm.": "proj.3."},
+}
+
 
 def _proj_keys(adapter):
     "Published name -> our name of the projection's weights"
@@ -428,19 +527,23 @@ def _proj_keys(adapter):
         keys[f"image_proj.{theirs}{name.removeprefix(ours)}"] = f"image_proj.image_projection_layers.0.{name}"
     return keys
 
+
 def _ip_keys(adapter):
     "Published name -> our name of all weights"
     n = len(adapter.config.attention_dims)
-    return _proj_keys(adapter) | {f"ip_adapter.{2*i+1}.to_{w}_ip.weight": f"to_{w}_ip.{i}.weight" for i in range(n) for w in "kv"}
+    return _proj_keys(adapter) | {
+        f"ip_adapter.{2 * i + 1}.to_{w}_ip.weight": f"to_{w}_ip.{i}.weight" for i in range(n) for w in "kv"
+    }
 
 # %% ../nbs/06_frame_adapter.ipynb #04780d6a
 @patch
-def to_ip_adapter_state_dict(self:FrameAdapter
-)->dict[str, Tensor]: # Weights under IP-Adapter's flat names
+def to_ip_adapter_state_dict(self: FrameAdapter) -> dict[str, Tensor]:  # Weights under IP-Adapter's flat names
     "The weights as other IP-Adapter readers expect them"
     if self.config.frame_position in ("sinusoidal", "residual"):
-        raise FoleyError(f"`frame_position` is {self.config.frame_position!r}, which IP-Adapter's layout cannot hold: "
-                         "use `save_pretrained`")
+        raise FoleyError(
+            f"`frame_position` is {self.config.frame_position!r}, which IP-Adapter's layout cannot hold: "
+            "use `save_pretrained`"
+        )
     if self.config.motion:
         raise FoleyError("`motion` is True, which IP-Adapter's layout cannot hold: use `save_pretrained`")
     sd = self.state_dict()
@@ -448,26 +551,35 @@ def to_ip_adapter_state_dict(self:FrameAdapter
 
 # %% ../nbs/06_frame_adapter.ipynb #d15b1c96
 @patch(cls_method=True)
-def from_ip_adapter_state_dict(cls:FrameAdapter,
-    state_dict:dict,           # Flat ("image_proj.proj.weight") or nested ({"image_proj": {...}, "ip_adapter": {...}}) weights
-    frame_position:str="none", # "none", "window", or "sinusoidal" and "residual" with zero weights for time
-    motion:bool=False,         # With zero weights for motion
-    conv_in_dim:int|None=None, # Width of the UNet's first convolution, needed with "residual"
-)->FrameAdapter:
+def from_ip_adapter_state_dict(
+    cls: FrameAdapter,
+    state_dict: dict,  # Flat ("image_proj.proj.weight") or nested ({"image_proj": {...}, "ip_adapter": {...}}) weights
+    frame_position: str = "none",  # "none", "window", or "sinusoidal" and "residual" with zero weights for time
+    motion: bool = False,  # With zero weights for motion
+    conv_in_dim: int | None = None,  # Width of the UNet's first convolution, needed with "residual"
+) -> FrameAdapter:
     "Read published weights; refuse them by key when they do not fit"
-    sd = {f"{a}.{k}": v for a, d in state_dict.items() for k, v in d.items()} if "image_proj" in state_dict else dict(state_dict)
+    sd = (
+        {f"{a}.{k}": v for a, d in state_dict.items() for k, v in d.items()}
+        if "image_proj" in state_dict
+        else dict(state_dict)
+    )
     kind = "mlp" if "image_proj.proj.0.weight" in sd else "linear"
-    W, norm = (sd.get(f"image_proj.{k}.weight") for k in (("proj.0", "proj.3") if kind=="mlp" else ("proj", "norm")))
-    if W is None or norm is None: raise FoleyError("IP-Adapter weights: missing image_proj.proj.weight or image_proj.norm.weight; give an IP-Adapter state dict")
+    W, norm = (sd.get(f"image_proj.{k}.weight") for k in (("proj.0", "proj.3") if kind == "mlp" else ("proj", "norm")))
+    if W is None or norm is None:
+        raise FoleyError(
+            "IP-Adapter weights: missing image_proj.proj.weight or image_proj.norm.weight; give an IP-Adapter state dict"
+        )
     numbers = sorted(int(k.split(".")[1]) for k in sd if k.endswith(".to_k_ip.weight"))
     dims, d_ctx = [len(sd[f"ip_adapter.{n}.to_k_ip.weight"]) for n in numbers], len(norm)
-    k = 1 if kind=="mlp" else len(W)//d_ctx
+    k = 1 if kind == "mlp" else len(W) // d_ctx
     self = cls(W.shape[1], d_ctx, dims, k, kind, frame_position, motion=motion, conv_in_dim=conv_in_dim)
     keys = _ip_keys(self)
-    missing, extra = sorted(set(keys)-set(sd)), sorted(set(sd)-set(keys))
-    if missing or extra: raise FoleyError(f"IP-Adapter weights do not fit: missing {missing[:4]}, unexpected {extra[:4]}")
+    missing, extra = sorted(set(keys) - set(sd)), sorted(set(sd) - set(keys))
+    if missing or extra:
+        raise FoleyError(f"IP-Adapter weights do not fit: missing {missing[:4]}, unexpected {extra[:4]}")
     first = next(k for k in sd if k in ("image_proj.proj.weight", "image_proj.proj.0.weight"))
-    sd[first] = nn.functional.pad(W, (0, self.state_dict()[keys[first]].shape[1]-W.shape[1]))
+    sd[first] = nn.functional.pad(W, (0, self.state_dict()[keys[first]].shape[1] - W.shape[1]))
     own = {k: v for k, v in self.state_dict().items() if k.startswith("residual.")}
     self.load_state_dict(own | {ours: sd[theirs] for theirs, ours in keys.items()})
     return self

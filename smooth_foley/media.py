@@ -23,131 +23,154 @@ from PIL import Image
 from .core import FoleyError, _claim, _place, atomic_path
 
 # %% ../nbs/01_media.ipynb #27995eb3
-SR = 16000               # Samples per second of every waveform in the package
-HOP = 160                # Samples per mel column
-COLUMNS_PER_SECOND = SR/HOP
+SR = 16000  # Samples per second of every waveform in the package
+HOP = 160  # Samples per mel column
+COLUMNS_PER_SECOND = SR / HOP
 
 # %% ../nbs/01_media.ipynb #6a272a18
 def seconds_to_samples(
-    s:float,       # Time or duration, seconds
-    sr:int=SR,     # Sample rate, Hz
-)->int:
+    s: float,  # Time or duration, seconds
+    sr: int = SR,  # Sample rate, Hz
+) -> int:
     "Nearest sample"
-    return round(s*sr)
+    return round(s * sr)
 
-def seconds_to_columns(s:float)->int:
+
+def seconds_to_columns(s: float) -> int:
     "Nearest mel column, 100 per second"
-    return round(s*COLUMNS_PER_SECOND)
+    return round(s * COLUMNS_PER_SECOND)
 
-def columns_to_seconds(columns:int)->float:
+
+def columns_to_seconds(columns: int) -> float:
     "Start time of a mel column"
-    return columns/COLUMNS_PER_SECOND
+    return columns / COLUMNS_PER_SECOND
+
 
 def seconds_to_frames(
-    s:float,         # Duration, seconds
-    fps:float=15.,   # Frames per second
-)->int:
+    s: float,  # Duration, seconds
+    fps: float = 15.0,  # Frames per second
+) -> int:
     "Number of frames that stand for a clip, at least one"
-    return max(1, round(s*fps))
+    return max(1, round(s * fps))
 
 # %% ../nbs/01_media.ipynb #20330531
 TICKS = 90000  # Clock of the videos we write, per second
 
+
 def _encoded(stream, frames, ticks):
     "Packets of `frames`, each shown from its tick on"
     for frame, tick in zip(frames, ticks):
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         picture.pts, picture.time_base = tick, Fraction(1, TICKS)
         yield from stream.encode(picture)
     yield from stream.encode()
 
+
 def _picture_packets(stream, frames, times, duration):
     "Encode frames that appear at `times`; each packet is told how long its frame is shown, the last one until `duration`"
-    ticks = [round(float(t)*TICKS) for t in [*times, duration]]
+    ticks = [round(float(t) * TICKS) for t in [*times, duration]]
     for packet, start, end in zip(_encoded(stream, frames, ticks), ticks, ticks[1:]):
-        packet.duration = end-start
+        packet.duration = end - start
         yield packet
 
 # %% ../nbs/01_media.ipynb #e43ebba8
 def _sound_packets(stream, audio, sr):
     "Encode a mono waveform block by block"
     for i in range(0, len(audio), sr):
-        block = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio[None, i:i+sr], dtype=np.float32), format='fltp', layout='mono')
+        block = av.AudioFrame.from_ndarray(
+            np.ascontiguousarray(audio[None, i : i + sr], dtype=np.float32), format="fltp", layout="mono"
+        )
         block.sample_rate, block.time_base, block.pts = sr, Fraction(1, sr), i
         yield from stream.encode(block)
     yield from stream.encode()
 
+
 def _by_time(*streams):
     "Packets of several streams in the order they are needed"
-    return heapq.merge(*streams, key=lambda p: float(p.dts*p.time_base))
+    return heapq.merge(*streams, key=lambda p: float(p.dts * p.time_base))
 
 # %% ../nbs/01_media.ipynb #f151a833
 def _add_sound(out, sr):
-    stream = out.add_stream('aac', rate=sr, layout='mono')
-    stream.bit_rate = min(128_000, 6*sr)
+    stream = out.add_stream("aac", rate=sr, layout="mono")
+    stream.bit_rate = min(128_000, 6 * sr)
     return stream
+
 
 def _add_picture(out, height, width, fps):
     "An H.264 stream; odd sizes keep full colour resolution, since halved colour needs even ones"
-    stream = out.add_stream('libx264', rate=Fraction(fps).limit_denominator(1001))
+    stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
     stream.height, stream.width = height, width
-    stream.pix_fmt = 'yuv420p' if height%2==0 and width%2==0 else 'yuv444p'
+    stream.pix_fmt = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
     stream.codec_context.time_base = Fraction(1, TICKS)
-    stream.options = {'bf': '0', 'crf': '18'}
+    stream.options = {"bf": "0", "crf": "18"}
     return stream
 
 # %% ../nbs/01_media.ipynb #619a5a81
 def write_video(
-    path,             # Where to, `.mp4` (or `.mkv`, `.mov`)
-    frames,           # `(T, H, W, 3)` uint8 RGB
-    fps:float=15.,    # Frames per second
-    audio=None,       # `(n,)` waveform in [-1, 1]
-    sr:int=SR,        # Its sample rate, Hz
-    times=None,       # `(T,)` seconds at which each frame appears, starting at 0; default `k/fps`
-    rotation:int=0,   # Note in the file: turn by so many degrees counterclockwise when shown
-)->Path:
+    path,  # Where to, `.mp4` (or `.mkv`, `.mov`)
+    frames,  # `(T, H, W, 3)` uint8 RGB
+    fps: float = 15.0,  # Frames per second
+    audio=None,  # `(n,)` waveform in [-1, 1]
+    sr: int = SR,  # Its sample rate, Hz
+    times=None,  # `(T,)` seconds at which each frame appears, starting at 0; default `k/fps`
+    rotation: int = 0,  # Note in the file: turn by so many degrees counterclockwise when shown
+) -> Path:
     "Write frames, and a waveform if given, as a video"
     frames = np.asarray(frames)
-    if frames.ndim!=4 or frames.shape[-1]!=3 or frames.dtype!=np.uint8 or not len(frames):
-        raise FoleyError(f'{path}: `frames` must be (T, H, W, 3) uint8 with T>0, got {frames.shape} {frames.dtype}')
-    times = np.arange(len(frames))/fps if times is None else np.asarray(times, float)
-    duration = times[-1] + 1/fps
-    with atomic_path(path) as tmp, av.open(str(tmp), 'w') as out:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise FoleyError(f"{path}: `frames` must be (T, H, W, 3) uint8 with T>0, got {frames.shape} {frames.dtype}")
+    times = np.arange(len(frames)) / fps if times is None else np.asarray(times, float)
+    duration = times[-1] + 1 / fps
+    with atomic_path(path) as tmp, av.open(str(tmp), "w") as out:
         picture = _add_picture(out, *frames.shape[1:3], fps)
-        if rotation: picture.set_display_rotation(rotation)
+        if rotation:
+            picture.set_display_rotation(rotation)
         streams = [_picture_packets(picture, frames, times, duration)]
-        if audio is not None: streams.append(_sound_packets(_add_sound(out, sr), np.asarray(audio), sr))
-        for packet in _by_time(*streams): out.mux(packet)
+        if audio is not None:
+            streams.append(_sound_packets(_add_sound(out, sr), np.asarray(audio), sr))
+        for packet in _by_time(*streams):
+            out.mux(packet)
     return Path(path)
 
 # %% ../nbs/01_media.ipynb #a67a65b4
 LISTS = {"hls", "dash", "concat", "sdp", "rtsp", "imf", "webm_dash_manifest"}  # Formats that name other files
 
+
 def _why(e):
     return (getattr(e, "strerror", None) or str(e)).lower()
 
+
 def _check_file(path):
     "Raise a `FoleyError` unless `path` is an ordinary file"
-    try: mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError): raise FoleyError(f"{path}: no such file; check the name") from None
-    except (OSError, ValueError) as e: raise FoleyError(f"{path}: cannot be read ({_why(e)}); check the name") from e
-    if stat.S_ISDIR(mode): raise FoleyError(f"{path}: is a folder; give the name of a file")
-    if stat.S_ISREG(mode): return
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FoleyError(f"{path}: no such file; check the name") from None
+    except (OSError, ValueError) as e:
+        raise FoleyError(f"{path}: cannot be read ({_why(e)}); check the name") from e
+    if stat.S_ISDIR(mode):
+        raise FoleyError(f"{path}: is a folder; give the name of a file")
+    if stat.S_ISREG(mode):
+        return
     raise FoleyError(f"{path}: is a {'pipe' if stat.S_ISFIFO(mode) else 'device'}; save it to a file first")
+
 
 def _open_file(path):
     "Open a path, never a URL, with PyAV"
     options = {"protocol_whitelist": "file"}
     return av.open(f"file:{Path(path).absolute()}", container_options=options, metadata_errors="surrogateescape")
 
+
 def _open(path):
     "Open a media file for reading, or say in one line why not"
     _check_file(path)
-    try: container = _open_file(path)
+    try:
+        container = _open_file(path)
     except (av.error.FFmpegError, OSError) as e:
         reason = f"cannot be read as a video ({_why(e)}); it may be truncated or no video at all"
         raise FoleyError(f"{path}: {reason}") from e
-    if not LISTS & set(container.format.name.split(",")): return container
+    if not LISTS & set(container.format.name.split(",")):
+        return container
     container.close()
     raise FoleyError(f"{path}: is a list of other files; give the video itself")
 
@@ -156,15 +179,21 @@ def _usual(streams):
     "The stream a player takes: the first that is marked as default, or else the first"
     return next((s for s in streams if s.disposition & Disposition.default), streams[0])
 
+
 def _decodable(stream, path, what):
-    if stream.codec_context is not None: return stream
-    raise FoleyError(f"{path}: its {what} is in a format that cannot be decoded here; convert it first, to H.264 and AAC say")
+    if stream.codec_context is not None:
+        return stream
+    raise FoleyError(
+        f"{path}: its {what} is in a format that cannot be decoded here; convert it first, to H.264 and AAC say"
+    )
+
 
 def _picture(container, path):
     "The video stream of an open file"
     cover = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [s for s in container.streams.video if not s.disposition & cover]
-    if streams: return _decodable(_usual(streams), path, "picture")
+    if streams:
+        return _decodable(_usual(streams), path, "picture")
     what = "only sound" if container.streams.audio else "no picture and no sound"
     raise FoleyError(f"{path}: no picture in it ({what}); give a video file")
 
@@ -172,38 +201,48 @@ def _picture(container, path):
 @dataclass
 class _Span:
     "What a player shows of a video stream"
-    start:float     # Seconds, first frame appears
-    end:float       # Seconds, last frame goes
-    frames:int      # Pictures that are shown
-    last:tuple      # When the last picture appears and goes, on the stream's own clock
-    hidden:str=""   # "start": hidden frames come before the shown ones; "inside": between them
+
+    start: float  # Seconds, first frame appears
+    end: float  # Seconds, last frame goes
+    frames: int  # Pictures that are shown
+    last: tuple  # When the last picture appears and goes, on the stream's own clock
+    hidden: str = ""  # "start": hidden frames come before the shown ones; "inside": between them
 
     @property
-    def duration(self): return self.end - self.start
+    def duration(self):
+        return self.end - self.start
+
 
 def _hidden(rows):
     "When hidden pictures would be seen, from `(time, hidden)` in decoding order; those behind the last shown one are not needed"
     shown = [i for i, (_, hidden) in enumerate(rows) if not hidden]
     first = min(rows[i][0] for i in shown)
-    times = [time for time, hidden in rows[:shown[-1]] if hidden]
-    if not times: return ""
+    times = [time for time, hidden in rows[: shown[-1]] if hidden]
+    if not times:
+        return ""
     return "start" if max(times) < first else "inside"
 
 # %% ../nbs/01_media.ipynb #c0d1a7e1
 def _cut_short(container, stream, promised, count):
     "Does a file end before its index does? `promised` entries were there when it was opened, `count` packets came"
-    if count < promised: return True
-    if promised == count or "mov" in container.format.name: return False
-    if container.format.name != "avi": return count < stream.frames
-    with open(container.name.removeprefix("file:"), "rb") as f: length = int.from_bytes(f.read(8)[4:], "little") + 8
+    if count < promised:
+        return True
+    if promised == count or "mov" in container.format.name:
+        return False
+    if container.format.name != "avi":
+        return count < stream.frames
+    with open(container.name.removeprefix("file:"), "rb") as f:
+        length = int.from_bytes(f.read(8)[4:], "little") + 8
     return count < stream.frames and os.stat(f.name).st_size < length
+
 
 def _packets(container, stream, path):
     "`(time, duration, size, hidden)` of every packet that stands for a picture"
     rows = []
     try:
         for p in container.demux(stream):
-            if p.size or p.pts is not None: rows.append((p.pts, p.duration or 0, p.size, p.is_discard))
+            if p.size or p.pts is not None:
+                rows.append((p.pts, p.duration or 0, p.size, p.is_discard))
     except av.error.FFmpegError as e:
         raise FoleyError(f"{path}: broken after {len(rows)} frames ({_why(e)}); copy or export it again") from e
     return rows
@@ -211,7 +250,7 @@ def _packets(container, stream, path):
 # %% ../nbs/01_media.ipynb #c0d1a7e2
 def _span(container, stream, path):
     "Measure a video stream by its packets"
-    sizes = [entry.size for entry in stream.index_entries]   # an .mkv lists key frames only, without sizes
+    sizes = [entry.size for entry in stream.index_entries]  # an .mkv lists key frames only, without sizes
     promised = sum(size > 0 for size in sizes)
     rows = _packets(container, stream, path)
     if _cut_short(container, stream, promised, len(rows)):
@@ -221,29 +260,32 @@ def _span(container, stream, path):
     pictures = [(pts, duration) for pts, duration, size in shown if size]
     _check_pictures(path, rows, pictures)
     (last, length), (empty, more, _) = max(pictures), max(shown)
-    end = max(last + (length or round(1/(stream.average_rate or 15)/stream.time_base)), empty + more)
-    if container.format.name == "avi" or 0 < promised < len(sizes): end = max(end, stream.duration or 0)
+    end = max(last + (length or round(1 / (stream.average_rate or 15) / stream.time_base)), empty + more)
+    if container.format.name == "avi" or 0 < promised < len(sizes):
+        end = max(end, stream.duration or 0)
     start = min(pictures)[0]
     timed = [(pts, hidden) for pts, _, size, hidden in rows if size and pts is not None]
-    seconds = [float(t*stream.time_base) for t in (start, end)]
+    seconds = [float(t * stream.time_base) for t in (start, end)]
     return _Span(*seconds, len(pictures), (last, end), _hidden(timed))
+
 
 def _check_pictures(path, rows, pictures):
     if len(rows) > 1 and all(row[0] is None for row in rows):
         raise FoleyError(f"{path}: its frames carry no times (a raw stream?); put it into an .mp4 or .mkv")
-    if len(pictures) > 1: return
+    if len(pictures) > 1:
+        return
     what = "a single picture" if pictures else "no frame in it"
     raise FoleyError(f"{path}: {what}; give a video of at least two frames")
 
 # %% ../nbs/01_media.ipynb #89ba862b
 def probe(
-    path,      # A video file
-)->dict:       # width, height, fps, frames, start, duration (s), codec, audio (codec or None), audio_sr
+    path,  # A video file
+) -> dict:  # width, height, fps, frames, start, duration (s), codec, audio (codec or None), audio_sr
     "What a player shows of a video file, without decoding it"
     with _open(path) as f:
         v = _picture(f, path)
         span = _span(f, v, path)
-        facts = dict(width=v.width, height=v.height, fps=span.frames/span.duration, frames=span.frames)
+        facts = dict(width=v.width, height=v.height, fps=span.frames / span.duration, frames=span.frames)
         facts |= dict(start=span.start, duration=span.duration, codec=v.codec_context.codec.canonical_name)
         sound = _usual(f.streams.audio) if f.streams.audio else None
         known = sound and sound.codec_context
@@ -254,26 +296,33 @@ def probe(
 def _frames(container, stream):
     "Decoded frames; empty packets are left out, since a decoder takes them for the end"
     for packet in container.demux(stream):
-        if packet.size or packet.pts is None: yield from packet.decode()
+        if packet.size or packet.pts is None:
+            yield from packet.decode()
+
 
 def _decoded(container, stream, path):
     "Frames of a stream with their times, one at a time"
     stream.thread_type = "AUTO"
     try:
         for frame in _frames(container, stream):
-            if frame.pts is not None: yield float(frame.pts*frame.time_base), frame
+            if frame.pts is not None:
+                yield float(frame.pts * frame.time_base), frame
     except av.error.FFmpegError as e:
         raise FoleyError(f"{path}: a frame cannot be decoded ({_why(e)}); copy or export it again") from e
+
 
 def _shown_at(decoded, times, eps=1e-4):
     "For each time the frame on the screen, as `(frame, how many times it is wanted)`"
     k, current = 0, None
     for t, frame in decoded:
-        n = int(np.searchsorted(times, t-eps)) - k if current is not None else 0
-        if n > 0: yield current, n
-        k, current = k+max(n, 0), frame
-        if k >= len(times): return
-    if current is not None: yield current, len(times)-k
+        n = int(np.searchsorted(times, t - eps)) - k if current is not None else 0
+        if n > 0:
+            yield current, n
+        k, current = k + max(n, 0), frame
+        if k >= len(times):
+            return
+    if current is not None:
+        yield current, len(times) - k
 
 # %% ../nbs/01_media.ipynb #9660411e
 def _matrix(frame):
@@ -281,114 +330,132 @@ def _matrix(frame):
     data = frame.side_data.get("DISPLAYMATRIX")
     return None if data is None else np.frombuffer(bytes(data), np.int32)
 
+
 def _turn(picture, matrix):
     "Rows and columns as the display matrix asks: transposed, mirrored, or both"
     a, b, _, c, d = (int(v) for v in matrix[:5])
     if abs(b) + abs(c) > abs(a) + abs(d):
         picture, a, d = picture.swapaxes(0, 1), c, b
-    return picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
 
 def _upright(frame):
     "RGB array of a decoded frame, turned and mirrored as the file asks"
     picture, matrix = frame.to_ndarray(format="rgb24"), _matrix(frame)
     return picture if matrix is None else _turn(picture, matrix)
 
+
 def clip_resize(
-    picture,      # `(H, W, 3)` uint8
-    size:int,     # Side of the result, px
-):                # `(size, size, 3)` uint8
+    picture,  # `(H, W, 3)` uint8
+    size: int,  # Side of the result, px
+):  # `(size, size, 3)` uint8
     "Shorter side to `size` with Pillow's bicubic, then the middle square, as CLIP does"
     h, w = picture.shape[:2]
-    if (h, w) == (size, size): return np.ascontiguousarray(picture)
-    nh, nw = (size, int(size*w/h)) if h<=w else (int(size*h/w), size)
+    if (h, w) == (size, size):
+        return np.ascontiguousarray(picture)
+    nh, nw = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
     small = np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize((nw, nh), Image.Resampling.BICUBIC))
-    y, x = round((nh-size)/2), round((nw-size)/2)
-    return np.ascontiguousarray(small[y:y+size, x:x+size])
+    y, x = round((nh - size) / 2), round((nw - size) / 2)
+    return np.ascontiguousarray(small[y : y + size, x : x + size])
 
 # %% ../nbs/01_media.ipynb #7eca66c6
 @dataclass
 class Clip:
     "Frames of a video and the times they stand for"
-    frames:np.ndarray   # `(T, H, W, 3)` uint8 RGB
-    times:np.ndarray    # `(T,)` float64, seconds from the first frame
-    duration:float      # Seconds
-    path:Path=None      # Where it came from
+
+    frames: np.ndarray  # `(T, H, W, 3)` uint8 RGB
+    times: np.ndarray  # `(T,)` float64, seconds from the first frame
+    duration: float  # Seconds
+    path: Path = None  # Where it came from
 
     @property
-    def name(self)->str:
+    def name(self) -> str:
         "The clip's id: its file name without folder, from which its noise is derived"
-        return Path(self.path).name if self.path is not None else 'clip'
-    def __repr__(self): return f'Clip({self.name}: {self.frames.shape[0]} frames of {self.frames.shape[2]}x{self.frames.shape[1]}, {self.duration:.2f} s)'
+        return Path(self.path).name if self.path is not None else "clip"
+
+    def __repr__(self):
+        return f"Clip({self.name}: {self.frames.shape[0]} frames of {self.frames.shape[2]}x{self.frames.shape[1]}, {self.duration:.2f} s)"
 
 # %% ../nbs/01_media.ipynb #4204bbf1
 def check_length(
-    path,            # Clip, for the message
-    duration:float,  # Seconds
-    limit:float,     # At most so many seconds; `None` for any length
-    fps:float=15.,   # Frames per second: a cut at `limit` may end in the middle of the last frame
+    path,  # Clip, for the message
+    duration: float,  # Seconds
+    limit: float,  # At most so many seconds; `None` for any length
+    fps: float = 15.0,  # Frames per second: a cut at `limit` may end in the middle of the last frame
 ):
     "Raise a `FoleyError` if a clip is longer than `limit` by more than a part of its last frame"
-    if limit is None or seconds_to_samples(duration) <= seconds_to_samples(limit): return
-    if duration - limit < min(1/fps, .05): return
+    if limit is None or seconds_to_samples(duration) <= seconds_to_samples(limit):
+        return
+    if duration - limit < min(1 / fps, 0.05):
+        return
     raise FoleyError(f"{path}: lasts {duration:.2f} s, and at most {limit:g} s are supported for now; cut it shorter")
 
+
 def _check_memory(path, n, height, width, limit=2**30):
-    if n*height*width*3 <= limit: return
-    need = f"{n} frames of {width}x{height} need {n*height*width*3/2**30:.1f} GB"
+    if n * height * width * 3 <= limit:
+        return
+    need = f"{n} frames of {width}x{height} need {n * height * width * 3 / 2**30:.1f} GB"
     raise FoleyError(f"{path}: {need}; pass `size` to have them resized while reading")
 
 # %% ../nbs/01_media.ipynb #0cb4618d
 def read_clip(
-    path,                       # A video file
-    fps:float=15.,              # Frames per second to sample
-    size:int=None,              # Side of the middle square, px; None keeps the picture as it is
-    max_duration:float=None,    # Refuse longer clips, seconds
-)->Clip:
+    path,  # A video file
+    fps: float = 15.0,  # Frames per second to sample
+    size: int = None,  # Side of the middle square, px; None keeps the picture as it is
+    max_duration: float = None,  # Refuse longer clips, seconds
+) -> Clip:
     "Sample a video by timestamp: frame k is the one on the screen at `k/fps`"
-    if not (np.isfinite(fps) and fps > 0): raise FoleyError(f"fps={fps}: must be above 0; 15 is usual")
-    with _open(path) as f: span = _span(f, _picture(f, path), path)
-    check_length(path, span.duration, max_duration, span.frames/span.duration)
+    if not (np.isfinite(fps) and fps > 0):
+        raise FoleyError(f"fps={fps}: must be above 0; 15 is usual")
+    with _open(path) as f:
+        span = _span(f, _picture(f, path), path)
+    check_length(path, span.duration, max_duration, span.frames / span.duration)
     duration = min(span.duration, max_duration or span.duration)
-    times = np.arange(seconds_to_frames(duration, fps))/fps
+    times = np.arange(seconds_to_frames(duration, fps)) / fps
     frames = []
     with _open(path) as f:
         stream = _picture(f, path)
-        if size is None: _check_memory(path, len(times), stream.height, stream.width)
-        eps = min(max(1e-4, .6*float(stream.time_base)), 6e-4)     # an .mkv rounds times to milliseconds
-        for frame, n in _shown_at(_decoded(f, stream, path), times+span.start, eps):
+        if size is None:
+            _check_memory(path, len(times), stream.height, stream.width)
+        eps = min(max(1e-4, 0.6 * float(stream.time_base)), 6e-4)  # an .mkv rounds times to milliseconds
+        for frame, n in _shown_at(_decoded(f, stream, path), times + span.start, eps):
             picture = _upright(frame)
-            frames += [clip_resize(picture, size) if size else picture]*n
-    if not frames: raise FoleyError(f"{path}: no frame can be decoded; copy or export it again")
+            frames += [clip_resize(picture, size) if size else picture] * n
+    if not frames:
+        raise FoleyError(f"{path}: no frame can be decoded; copy or export it again")
     return Clip(np.stack(frames), times, duration, Path(path))
 
 # %% ../nbs/01_media.ipynb #1092bf45
 def read_audio(
-    path,           # A video or audio file
-    sr:int=SR,      # Sample rate to return, Hz
-):                  # `(n,)` float32, mono
+    path,  # A video or audio file
+    sr: int = SR,  # Sample rate to return, Hz
+):  # `(n,)` float32, mono
     "The sound of a file as one channel"
     with _open(path) as f:
-        if not f.streams.audio: raise FoleyError(f"{path}: no sound in it; give a file with sound")
+        if not f.streams.audio:
+            raise FoleyError(f"{path}: no sound in it; give a file with sound")
         stream = _decodable(_usual(f.streams.audio), path, "sound")
         to_mono, parts = av.AudioResampler(format="flt", layout="mono", rate=sr), []
         try:
             for frame in chain(_frames(f, stream), [None]):
                 parts += [block.to_ndarray()[0] for block in to_mono.resample(frame)]
-        except av.error.FFmpegError as e: raise FoleyError(f"{path}: its sound cannot be decoded ({_why(e)})") from e
+        except av.error.FFmpegError as e:
+            raise FoleyError(f"{path}: its sound cannot be decoded ({_why(e)})") from e
         audio = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        return audio[:round(stream.duration*stream.time_base*sr)] if stream.duration else audio
+        return audio[: round(stream.duration * stream.time_base * sr)] if stream.duration else audio
 
 # %% ../nbs/01_media.ipynb #e8e232bf
 def write_wav(
-    path,          # Where to
-    audio,         # `(n,)` in [-1, 1]; louder is clipped
-    sr:int=SR,     # Sample rate, Hz
-)->Path:
+    path,  # Where to
+    audio,  # `(n,)` in [-1, 1]; louder is clipped
+    sr: int = SR,  # Sample rate, Hz
+) -> Path:
     "Write 16-bit PCM"
     audio = np.asarray(audio, np.float32)
-    if audio.ndim!=1 or not np.isfinite(audio).all(): raise FoleyError(f'{path}: the sound to write must be (n,) and finite, got {audio.shape}')
-    pcm = np.round(audio.clip(-1, 1)*32767).astype('<i2')
-    with atomic_path(path) as tmp, wave.open(str(tmp), 'wb') as w:
+    if audio.ndim != 1 or not np.isfinite(audio).all():
+        raise FoleyError(f"{path}: the sound to write must be (n,) and finite, got {audio.shape}")
+    pcm = np.round(audio.clip(-1, 1) * 32767).astype("<i2")
+    with atomic_path(path) as tmp, wave.open(str(tmp), "wb") as w:
         w.setnchannels(1)
         w.setsampwidth(2)
         w.setframerate(sr)
@@ -398,12 +465,13 @@ def write_wav(
 # %% ../nbs/01_media.ipynb #c7bbb3b3
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
 
+
 def check_output(
-    out,                     # File to be written
-    overwrite:bool=False,    # May it exist already?
-    suffixes=SUFFIXES,       # Kinds that can be written
-    source=None,             # File that is read, never to be overwritten
-)->Path:
+    out,  # File to be written
+    overwrite: bool = False,  # May it exist already?
+    suffixes=SUFFIXES,  # Kinds that can be written
+    source=None,  # File that is read, never to be overwritten
+) -> Path:
     "Raise a `FoleyError` if `out` cannot be written"
     out = Path(out)
     if out.suffix.lower() not in suffixes:
@@ -420,73 +488,109 @@ def _needed(packets):
     "Packets without the empty ones, and without hidden ones behind the last that is shown"
     waiting = []
     for packet in packets:
-        if not packet.size: continue
+        if not packet.size:
+            continue
         waiting.append(packet)
-        if packet.is_discard: continue
+        if packet.is_discard:
+            continue
         yield from waiting
         waiting = []
+
 
 def _dated(packets):
     "Packets with the decoding times that Matroska leaves out at the start, counted back from the first one known"
     waiting = []
     for packet in packets:
         waiting.append(packet)
-        if packet.dts is None: continue
-        for back, earlier in enumerate(reversed(waiting)): earlier.dts = packet.dts - back*(packet.duration or 1)
+        if packet.dts is None:
+            continue
+        for back, earlier in enumerate(reversed(waiting)):
+            earlier.dts = packet.dts - back * (packet.duration or 1)
         yield from waiting
         waiting = []
-    if waiting: raise ValueError("its packets carry no times")
+    if waiting:
+        raise ValueError("its packets carry no times")
+
 
 def _copied(container, stream, target, start, last=None):
     "The packets of `stream`, addressed to `target`; the clock begins at `start` seconds"
-    shift = round(start/stream.time_base)
+    shift = round(start / stream.time_base)
     for packet in _dated(_needed(container.demux(stream))):
-        if last and packet.pts == last[0]: packet.duration = last[1] - last[0]
+        if last and packet.pts == last[0]:
+            packet.duration = last[1] - last[0]
         packet.dts -= shift
-        if packet.pts is not None: packet.pts -= shift
+        if packet.pts is not None:
+            packet.pts -= shift
         packet.stream = target
         yield packet
 
 # %% ../nbs/01_media.ipynb #c0d1a7e3
 def fit_duration(
-    audio,             # `(n,)`
-    duration:float,    # Seconds
-    sr:int=SR,         # Hz
-):                     # `(round(duration*sr),)`
+    audio,  # `(n,)`
+    duration: float,  # Seconds
+    sr: int = SR,  # Hz
+):  # `(round(duration*sr),)`
     "Cut a waveform, or fill it with silence, to exactly `duration`"
     n = seconds_to_samples(duration, sr)
     audio = np.asarray(audio, np.float32)[:n]
-    return np.pad(audio, (0, n-len(audio)))
+    return np.pad(audio, (0, n - len(audio)))
 
 # %% ../nbs/01_media.ipynb #c0d1a7e4
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
-TAGS = ("title", "artist", "date", "comment", "creation_time")     # Of a file
-STREAM_TAGS = ("language", "title", "handler_name")                # Of a stream
-OLD_LANGUAGES = dict(                                              # A .mov spells some languages in another way
-    deu="ger", nld="dut", swe="sve", ell="gre", isl="ice", zho="chi", fas="per", sqi="alb", mkd="mac", hye="arm",
-    kat="geo", bod="tib", mya="bur", msa="may", cym="wel", eus="baq", fre="fra", rum="ron", cze="ces", slo="slk",
+TAGS = ("title", "artist", "date", "comment", "creation_time")  # Of a file
+STREAM_TAGS = ("language", "title", "handler_name")  # Of a stream
+OLD_LANGUAGES = dict(  # A .mov spells some languages in another way
+    deu="ger",
+    nld="dut",
+    swe="sve",
+    ell="gre",
+    isl="ice",
+    zho="chi",
+    fas="per",
+    sqi="alb",
+    mkd="mac",
+    hye="arm",
+    kat="geo",
+    bod="tib",
+    mya="bur",
+    msa="may",
+    cym="wel",
+    eus="baq",
+    fre="fra",
+    rum="ron",
+    cze="ces",
+    slo="slk",
 )
+
 
 def _codec_tag(stream, out):
     "The codec's tag in a file of the MOV family: the source's, or the one that Apple's players want for HEVC"
-    if out.format.name not in ("mp4", "mov"): return None
-    if "mov" not in stream.container.format.name: return "hvc1" if stream.codec_context.name == "hevc" else None
-    try: return stream.codec_context.codec_tag.strip("\0")
-    except UnicodeDecodeError: return None
+    if out.format.name not in ("mp4", "mov"):
+        return None
+    if "mov" not in stream.container.format.name:
+        return "hvc1" if stream.codec_context.name == "hevc" else None
+    try:
+        return stream.codec_context.codec_tag.strip("\0")
+    except UnicodeDecodeError:
+        return None
+
 
 def _describe(target, stream):
     "Language, title and dispositions of `stream`"
     target.metadata.update((k, v) for k, v in stream.metadata.items() if k in STREAM_TAGS)
     language = target.metadata.get("language")
-    if target.container.format.name == "mov": target.metadata["language"] = OLD_LANGUAGES.get(language, language or "und")
+    if target.container.format.name == "mov":
+        target.metadata["language"] = OLD_LANGUAGES.get(language, language or "und")
     target.disposition = stream.disposition
+
 
 def _add_copy(out, stream, keep_tag=True):
     "A stream of `out` for the packets of `stream`, with all that is known about it"
     target = out.add_stream_from_template(stream, opaque=True)
     _describe(target, stream)
     tag = _codec_tag(stream, out) if keep_tag else None
-    if tag: target.codec_context.codec_tag = tag
+    if tag:
+        target.codec_context.codec_tag = tag
     return target
 
 # %% ../nbs/01_media.ipynb #c0d1a7e6
@@ -494,14 +598,17 @@ def _add_encoded(out, stream, matrix):
     "An H.264 stream of `out` that looks like `stream`"
     target = _add_picture(out, stream.height, stream.width, stream.average_rate or 25)
     known = {f.name for f in av.Codec("libx264", "w").video_formats}
-    if stream.pix_fmt in known: target.pix_fmt = stream.pix_fmt
+    if stream.pix_fmt in known:
+        target.pix_fmt = stream.pix_fmt
     for name in ("color_range", "color_primaries", "color_trc", "colorspace"):
         setattr(target.codec_context, name, getattr(stream.codec_context, name))
     target.codec_context.sample_aspect_ratio = stream.sample_aspect_ratio or Fraction(0, 1)
     target.options = {"bf": "0", "crf": "12"}
     _describe(target, stream)
-    if matrix is not None: target.set_display_matrix(matrix)
+    if matrix is not None:
+        target.set_display_matrix(matrix)
     return target
+
 
 def _encoded_anew(out, container, stream, start, path):
     "The frames that a player shows, as packets of a new stream"
@@ -509,9 +616,10 @@ def _encoded_anew(out, container, stream, start, path):
     first = next(frames)
     return _encode(_add_encoded(out, stream, _matrix(first[1])), chain([first], frames), start)
 
+
 def _encode(target, frames, start):
     for t, frame in frames:
-        frame.pts, frame.time_base, frame.pict_type = round((t-start)*TICKS), Fraction(1, TICKS), 0
+        frame.pts, frame.time_base, frame.pict_type = round((t - start) * TICKS), Fraction(1, TICKS), 0
         yield from target.encode(frame)
     yield from target.encode()
 
@@ -519,10 +627,12 @@ def _encode(target, frames, start):
 @dataclass
 class _Plan:
     "How a video gets into a container"
-    anew:bool=False      # Encode the picture again
-    keep_tag:bool=True   # Keep the codec's tag
-    sounds:tuple=()      # Indices of the streams of sound that are kept
-    notes:tuple=()       # What does not come out as it was, a line each
+
+    anew: bool = False  # Encode the picture again
+    keep_tag: bool = True  # Keep the codec's tag
+    sounds: tuple = ()  # Indices of the streams of sound that are kept
+    notes: tuple = ()  # What does not come out as it was, a line each
+
 
 def _write(out, video, span, plan, audio, sr):
     "Write the picture of `video`, a waveform, and the sounds that are kept"
@@ -530,13 +640,18 @@ def _write(out, video, span, plan, audio, sr):
         f = files.enter_context(_open(video))
         out.metadata.update((k, v) for k, v in f.metadata.items() if k in TAGS)
         streams = [_picture_into(out, f, span, plan, video), _new_sound(out, audio, sr)]
-        for index in plan.sounds: streams.append(_kept_sound(out, files.enter_context(_open(video)), index, span.start))
-        for packet in _by_time(*streams): out.mux(packet)
+        for index in plan.sounds:
+            streams.append(_kept_sound(out, files.enter_context(_open(video)), index, span.start))
+        for packet in _by_time(*streams):
+            out.mux(packet)
+
 
 def _picture_into(out, f, span, plan, path):
     stream = _picture(f, path)
-    if plan.anew: return _encoded_anew(out, f, stream, span.start, path)
+    if plan.anew:
+        return _encoded_anew(out, f, stream, span.start, path)
     return _copied(f, stream, _add_copy(out, stream, plan.keep_tag), span.start, span.last)
+
 
 def _new_sound(out, audio, sr):
     target = _add_sound(out, sr)
@@ -551,6 +666,7 @@ def _kept_sound(out, f, index, start):
     packets = _copied(f, f.streams[index], target, start)
     return packets if out.format.name in ("mp4", "mov") else (p for p in packets if (p.pts or 0) >= 0)
 
+
 def _container(target, suffix, sr):
     "A file to write, or an object with `write`; the MOV family counts in samples, or lengths are rounded to a millisecond"
     clock = {} if suffix == ".mkv" else {"movie_timescale": str(sr)}
@@ -559,6 +675,7 @@ def _container(target, suffix, sr):
 # %% ../nbs/01_media.ipynb #c0d1a7e8
 class _Nowhere:
     "A file that forgets what is written"
+
     place = size = 0
 
     def write(self, data):
@@ -570,14 +687,19 @@ class _Nowhere:
         self.place = offset + (0, self.place, self.size)[whence]
         return self.place
 
-    def tell(self): return self.place
+    def tell(self):
+        return self.place
+
 
 def _misfit(video, suffix, span, plan):
     "Why a plan cannot be carried out, or `None`"
     try:
-        with _container(_Nowhere(), suffix, SR) as out: _write(out, video, span, plan, np.zeros(SR, np.float32), SR)
-    except FoleyError: raise
-    except (av.error.FFmpegError, ValueError) as e: return _why(e)
+        with _container(_Nowhere(), suffix, SR) as out:
+            _write(out, video, span, plan, np.zeros(SR, np.float32), SR)
+    except FoleyError:
+        raise
+    except (av.error.FFmpegError, ValueError) as e:
+        return _why(e)
 
 # %% ../nbs/01_media.ipynb #c0d1a7e9
 def _plan_picture(video, suffix, span):
@@ -587,57 +709,69 @@ def _plan_picture(video, suffix, span):
         return _Plan(anew=True, notes=(note + ("; write an .mp4 to copy it" if span.hidden == "start" else ""),)), None
     for plan in (_Plan(), _Plan(keep_tag=False)):
         why = _misfit(video, suffix, span, plan)
-        if why is None: return plan, None
+        if why is None:
+            return plan, None
     return None, why
+
 
 def _plan_sounds(video, suffix, span, plan):
     "The plan with every sound that fits, and a note for each that does not"
-    with _open(video) as f: sounds = [(s.index, s.language or "und") for s in f.streams.audio]
+    with _open(video) as f:
+        sounds = [(s.index, s.language or "und") for s in f.streams.audio]
     for index, language in sounds:
         why = _misfit(video, suffix, span, _Plan(keep_tag=plan.keep_tag, sounds=(index,)))
-        if why is None: plan.sounds += (index,)
-        else: plan.notes += (f"{video}: {suffix} cannot hold its sound {index} ({language}: {why}); it is left out",)
+        if why is None:
+            plan.sounds += (index,)
+        else:
+            plan.notes += (f"{video}: {suffix} cannot hold its sound {index} ({language}: {why}); it is left out",)
     return plan
 
 # %% ../nbs/01_media.ipynb #c0d1a7ea
 def plan_mux(
-    video,                      # File with the picture
-    suffix:str,                 # Kind of file to write
-    keep_original:bool=False,   # Keep the sounds that are there?
-):                              # How, for `mux`; its `notes` tell what does not come out as it was
+    video,  # File with the picture
+    suffix: str,  # Kind of file to write
+    keep_original: bool = False,  # Keep the sounds that are there?
+):  # How, for `mux`; its `notes` tell what does not come out as it was
     "How a video gets into a container, found out by a trial run; a `FoleyError` names a container that works"
     suffix = suffix.lower()
-    with _open(video) as f: span = _span(f, _picture(f, video), video)
+    with _open(video) as f:
+        span = _span(f, _picture(f, video), video)
     plan, why = _plan_picture(video, suffix, span)
-    if plan: return _plan_sounds(video, suffix, span, plan) if keep_original else plan
+    if plan:
+        return _plan_sounds(video, suffix, span, plan) if keep_original else plan
     others = (s for s in (".mp4", ".mkv", ".mov") if s != suffix and _plan_picture(video, s, span)[0])
     instead = next(others, None)
     advice = f"write an {instead}" if instead else "write a .wav, or convert the video to H.264 first"
     raise FoleyError(f"{video}: {suffix} cannot hold its picture ({why}); {advice}")
 
+
 def container_for(
-    video,                      # File with the picture
-    keep_original:bool=False,   # Keep the sounds that are there?
-)->str:                         # .mp4, .mkv or .mov
+    video,  # File with the picture
+    keep_original: bool = False,  # Keep the sounds that are there?
+) -> str:  # .mp4, .mkv or .mov
     "The kind of file that holds a video best"
     plans = {}
     for suffix in (".mp4", ".mkv", ".mov"):
-        try: plans[suffix] = len(plan_mux(video, suffix, keep_original).notes)
-        except FoleyError as e: refused = e
-        if plans.get(suffix) == 0: return suffix
-    if not plans: raise refused
+        try:
+            plans[suffix] = len(plan_mux(video, suffix, keep_original).notes)
+        except FoleyError as e:
+            refused = e
+        if plans.get(suffix) == 0:
+            return suffix
+    if not plans:
+        raise refused
     return min(plans, key=plans.get)
 
 # %% ../nbs/01_media.ipynb #c0d1a7eb
 def mux(
-    video,                        # File with the picture
-    audio,                        # `(n,)` waveform in [-1, 1]
-    sr:int,                       # Its sample rate, Hz
-    out,                          # File to write
-    keep_original:bool=False,     # Keep the sounds that are there as further tracks?
-    overwrite:bool=False,         # May `out` exist already?
-    tell=None,                    # Function that takes a line about what does not come out as it was, e.g. `print`
-)->Path:
+    video,  # File with the picture
+    audio,  # `(n,)` waveform in [-1, 1]
+    sr: int,  # Its sample rate, Hz
+    out,  # File to write
+    keep_original: bool = False,  # Keep the sounds that are there as further tracks?
+    overwrite: bool = False,  # May `out` exist already?
+    tell=None,  # Function that takes a line about what does not come out as it was, e.g. `print`
+) -> Path:
     "Lay a waveform beside the untouched picture of a video"
     audio = np.asarray(audio, np.float32)
     if audio.ndim != 1 or not np.isfinite(audio).all():
@@ -645,8 +779,10 @@ def mux(
     out = check_output(out, overwrite, source=video)
     suffix = out.suffix.lower()
     plan = plan_mux(video, suffix, keep_original)
-    with _open(video) as f: span = _span(f, _picture(f, video), video)
+    with _open(video) as f:
+        span = _span(f, _picture(f, video), video)
     with atomic_path(out) as tmp, _container(str(tmp), suffix, sr) as file:
         _write(file, video, span, plan, fit_duration(audio, span.duration, sr), sr)
-    for note in plan.notes if tell else (): tell(note)
+    for note in plan.notes if tell else ():
+        tell(note)
     return out

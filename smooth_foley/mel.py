@@ -18,171 +18,222 @@ from .core import FoleyError
 # %% ../nbs/02_mel.ipynb #bed584dc
 @lru_cache(maxsize=8)
 def mel_filters(
-    sample_rate:int=16000, # Hz
-    n_fft:int=2048,        # FFT length, samples
-    n_mels:int=256,        # Bands
-    fmin:float=0.,         # Lower edge, Hz
-    fmax:float=8000.,      # Upper edge, Hz
-)->Tensor:                 # Filter bank, `(n_mels, n_fft//2+1)`, float32
+    sample_rate: int = 16000,  # Hz
+    n_fft: int = 2048,  # FFT length, samples
+    n_mels: int = 256,  # Bands
+    fmin: float = 0.0,  # Lower edge, Hz
+    fmax: float = 8000.0,  # Upper edge, Hz
+) -> Tensor:  # Filter bank, `(n_mels, n_fft//2+1)`, float32
     "Slaney-scale, area-normalised triangular filters"
     from librosa.filters import mel
+
     return torch.from_numpy(mel(sr=sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=fmin, fmax=fmax))
 
 # %% ../nbs/02_mel.ipynb #556ebba1
 class ConfigOnly(ModelMixin, ConfigMixin):
     "A pipeline component without weights: its configuration says everything"
+
     def _apply(self, fn, recurse=True):
         "Follow the pipeline to its device, but stay float32: filters have no weights to save on"
-        for k,b in self._buffers.items(): self._buffers[k] = b.to(fn(b).device)
+        for k, b in self._buffers.items():
+            self._buffers[k] = b.to(fn(b).device)
         return self
 
-    def save_pretrained(self,
-        save_directory, # Folder, made if needed
-        **kwargs        # Other options of diffusers, without a meaning here
-    )->None:
+    def save_pretrained(
+        self,
+        save_directory,  # Folder, made if needed
+        **kwargs,  # Other options of diffusers, without a meaning here
+    ) -> None:
         "Write the configuration; there are no weights"
         self.save_config(save_directory)
 
     @classmethod
-    def from_pretrained(cls,
-        folder,              # Folder or hub id with a `config.json`
-        subfolder:str=None,  # Folder inside it
-        **kwargs             # `revision`, `local_files_only`, `cache_dir`, `token`, as in diffusers; others have no meaning here
+    def from_pretrained(
+        cls,
+        folder,  # Folder or hub id with a `config.json`
+        subfolder: str = None,  # Folder inside it
+        **kwargs,  # `revision`, `local_files_only`, `cache_dir`, `token`, as in diffusers; others have no meaning here
     ):
         "Read a configuration"
-        hub = {k:v for k,v in kwargs.items() if k in ('revision','local_files_only','cache_dir','token','force_download','proxies')}
+        hub = {
+            k: v
+            for k, v in kwargs.items()
+            if k in ("revision", "local_files_only", "cache_dir", "token", "force_download", "proxies")
+        }
         return cls.from_config(cls.load_config(folder, subfolder=subfolder, **hub))
 
 # %% ../nbs/02_mel.ipynb #d25365a1
 class MelTransform(ConfigOnly):
     "Waveform -> natural-log mel -> the image a VAE eats, and back"
+
     @register_to_config
-    def __init__(self,
-        sample_rate:int=16000,           # Hz
-        n_fft:int=2048,                  # FFT length, samples
-        win_length:int=1024,             # Hann window centred in `n_fft`, samples
-        hop_length:int=160,              # Samples per column: 100 columns are 1 s at 16 kHz
-        n_mels:int=256,                  # Rows
-        fmin:float=0.,                   # Lower edge of the lowest band, Hz
-        fmax:float=8000.,                # Upper edge of the highest band, Hz
-        log_min:float=math.log(1e-5),    # Log-mel mapped to -1; silence and padding
-        log_max:float=math.log(200.),    # Log-mel mapped to +1
-        n_cols:int=1024,                 # Columns of every image: 10.24 s
-        image_channels:int=3,            # Equal copies of the log-mel
-        fold:int=1,                      # Square patch moved into channels, rows and columns; 1 keeps the image as it is
-        flip:bool=True,                  # Highest band in the first row
+    def __init__(
+        self,
+        sample_rate: int = 16000,  # Hz
+        n_fft: int = 2048,  # FFT length, samples
+        win_length: int = 1024,  # Hann window centred in `n_fft`, samples
+        hop_length: int = 160,  # Samples per column: 100 columns are 1 s at 16 kHz
+        n_mels: int = 256,  # Rows
+        fmin: float = 0.0,  # Lower edge of the lowest band, Hz
+        fmax: float = 8000.0,  # Upper edge of the highest band, Hz
+        log_min: float = math.log(1e-5),  # Log-mel mapped to -1; silence and padding
+        log_max: float = math.log(200.0),  # Log-mel mapped to +1
+        n_cols: int = 1024,  # Columns of every image: 10.24 s
+        image_channels: int = 3,  # Equal copies of the log-mel
+        fold: int = 1,  # Square patch moved into channels, rows and columns; 1 keeps the image as it is
+        flip: bool = True,  # Highest band in the first row
     ):
         super().__init__()
-        if not log_min<log_max: raise FoleyError(f"log_min={log_min} is not below log_max={log_max}; give the range of the natural-log mel")
-        if n_mels%fold or n_cols%fold: raise FoleyError(f"fold={fold} does not divide n_mels={n_mels} and n_cols={n_cols}; choose a common divisor")
-        if win_length>n_fft: raise FoleyError(f"win_length={win_length} is longer than n_fft={n_fft}; the window is centred in the FFT")
-        self.register_buffer('window', torch.hann_window(win_length), persistent=False)
-        self.register_buffer('filters', mel_filters(sample_rate, n_fft, n_mels, fmin, fmax).clone(), persistent=False)
+        if not log_min < log_max:
+            raise FoleyError(f"log_min={log_min} is not below log_max={log_max}; give the range of the natural-log mel")
+        if n_mels % fold or n_cols % fold:
+            raise FoleyError(
+                f"fold={fold} does not divide n_mels={n_mels} and n_cols={n_cols}; choose a common divisor"
+            )
+        if win_length > n_fft:
+            raise FoleyError(f"win_length={win_length} is longer than n_fft={n_fft}; the window is centred in the FFT")
+        self.register_buffer("window", torch.hann_window(win_length), persistent=False)
+        self.register_buffer("filters", mel_filters(sample_rate, n_fft, n_mels, fmin, fmax).clone(), persistent=False)
 
 # %% ../nbs/02_mel.ipynb #62e4a4d7
 @patch(cls_method=True)
-def full(cls:MelTransform, **kw)->MelTransform:
+def full(cls: MelTransform, **kw) -> MelTransform:
     "Auffusion's and FoleyCrafter's mel: 256 bands as three equal channels, highest first, `(3, 256, 1024)`"
     return cls(**kw)
 
 # %% ../nbs/02_mel.ipynb #52b254d0
 @patch(cls_method=True)
-def mini(cls:MelTransform, **kw)->MelTransform:
+def mini(cls: MelTransform, **kw) -> MelTransform:
     "The small scale: 128 bands, 4x4 patches folded into channels, `(16, 32, 256)`"
-    return cls(**{**dict(n_fft=1024, n_mels=128, log_min=math.log(1e-4), log_max=math.log(20.), image_channels=1, fold=4, flip=False), **kw})
+    return cls(
+        **{
+            **dict(
+                n_fft=1024,
+                n_mels=128,
+                log_min=math.log(1e-4),
+                log_max=math.log(20.0),
+                image_channels=1,
+                fold=4,
+                flip=False,
+            ),
+            **kw,
+        }
+    )
 
 # %% ../nbs/02_mel.ipynb #b9153b05
 @patch
-def log_mel_open(self:MelTransform,
-    audio:Tensor, # Waveforms, `(b, n)` samples in [-1, 1]
-)->Tensor:        # Natural-log mel, `(b, n_mels, n//hop_length)`, in [log_min, log_max]
+def log_mel_open(
+    self: MelTransform,
+    audio: Tensor,  # Waveforms, `(b, n)` samples in [-1, 1]
+) -> Tensor:  # Natural-log mel, `(b, n_mels, n//hop_length)`, in [log_min, log_max]
     "Log-mel of the sound as long as it is, one column per whole hop"
     c = self.config
-    if audio.dim()!=2: raise FoleyError(f"audio has shape {tuple(audio.shape)}; give a batch of mono waveforms, (b, n)")
-    n, pad = audio.shape[1]//c.hop_length, (c.n_fft-c.hop_length)//2
+    if audio.dim() != 2:
+        raise FoleyError(f"audio has shape {tuple(audio.shape)}; give a batch of mono waveforms, (b, n)")
+    n, pad = audio.shape[1] // c.hop_length, (c.n_fft - c.hop_length) // 2
     x = audio.float()
-    x = F.pad(x, (0, max(0, pad+1-x.shape[1])))
-    x = F.pad(x[:,None], (pad,pad), mode='reflect')[:,0]
+    x = F.pad(x, (0, max(0, pad + 1 - x.shape[1])))
+    x = F.pad(x[:, None], (pad, pad), mode="reflect")[:, 0]
     S = torch.stft(x, c.n_fft, c.hop_length, c.win_length, self.window.to(x.device), center=False, return_complex=True)
-    mag = (S.real.square()+S.imag.square()+1e-9).sqrt()[...,:n]
-    return (self.filters.to(x.device)@mag).clamp(min=1e-10).log().clamp(c.log_min, c.log_max)
+    mag = (S.real.square() + S.imag.square() + 1e-9).sqrt()[..., :n]
+    return (self.filters.to(x.device) @ mag).clamp(min=1e-10).log().clamp(c.log_min, c.log_max)
 
 # %% ../nbs/02_mel.ipynb #a50b6fcd
 def plot_mel(
-    log_mel:Tensor,                # One natural-log mel, `(n_mels, n_cols)`
-    ax=None,                       # Matplotlib axes; a new one when None
-    columns_per_second:float=100., # Time scale
-    vmin:float=None, vmax:float=None, # Colour range, natural log
-):                                 # The axes
+    log_mel: Tensor,  # One natural-log mel, `(n_mels, n_cols)`
+    ax=None,  # Matplotlib axes; a new one when None
+    columns_per_second: float = 100.0,  # Time scale
+    vmin: float = None,
+    vmax: float = None,  # Colour range, natural log
+):  # The axes
     "Draw a log-mel over seconds, low bands at the bottom"
     import matplotlib.pyplot as plt
-    if ax is None: _,ax = plt.subplots(figsize=(8,2.4), dpi=80)
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 2.4), dpi=80)
     m = log_mel.detach().float().cpu()
-    ax.imshow(m, origin='lower', aspect='auto', cmap='magma', vmin=vmin, vmax=vmax, extent=(0, m.shape[1]/columns_per_second, 0, m.shape[0]))
-    ax.set(xlabel='time (s)', ylabel='mel band')
+    ax.imshow(
+        m,
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        vmin=vmin,
+        vmax=vmax,
+        extent=(0, m.shape[1] / columns_per_second, 0, m.shape[0]),
+    )
+    ax.set(xlabel="time (s)", ylabel="mel band")
     return ax
 
 # %% ../nbs/02_mel.ipynb #fd6e0be1
 @patch
-def log_mel(self:MelTransform,
-    audio:Tensor, # Waveforms, `(b, n)` samples in [-1, 1]
-)->Tensor:        # Natural-log mel, `(b, n_mels, n_cols)`, in [log_min, log_max]
+def log_mel(
+    self: MelTransform,
+    audio: Tensor,  # Waveforms, `(b, n)` samples in [-1, 1]
+) -> Tensor:  # Natural-log mel, `(b, n_mels, n_cols)`, in [log_min, log_max]
     "Log-mel cut, or padded with silence, to `n_cols` columns"
-    x = self.log_mel_open(audio)[...,:self.config.n_cols]
-    return F.pad(x, (0, self.config.n_cols-x.shape[-1]), value=self.config.log_min)
+    x = self.log_mel_open(audio)[..., : self.config.n_cols]
+    return F.pad(x, (0, self.config.n_cols - x.shape[-1]), value=self.config.log_min)
 
 # %% ../nbs/02_mel.ipynb #73e05214
 @patch
-def fold(self:MelTransform,
-    x:Tensor, # Images, `(b, c, n_mels, n_cols)`
-)->Tensor:    # `(b, c*fold**2, n_mels/fold, n_cols/fold)`
+def fold(
+    self: MelTransform,
+    x: Tensor,  # Images, `(b, c, n_mels, n_cols)`
+) -> Tensor:  # `(b, c*fold**2, n_mels/fold, n_cols/fold)`
     "Move every `fold` x `fold` patch into the channels"
     return F.pixel_unshuffle(x, self.config.fold)
 
+
 @patch
-def unfold(self:MelTransform,
-    x:Tensor, # Images, `(b, c*fold**2, h, w)`
-)->Tensor:    # `(b, c, h*fold, w*fold)`
+def unfold(
+    self: MelTransform,
+    x: Tensor,  # Images, `(b, c*fold**2, h, w)`
+) -> Tensor:  # `(b, c, h*fold, w*fold)`
     "Undo `MelTransform.fold`"
     return F.pixel_shuffle(x, self.config.fold)
 
 # %% ../nbs/02_mel.ipynb #30a552fa
 @patch
-def to_image(self:MelTransform,
-    log_mel:Tensor, # Natural-log mel, `(b, n_mels, n_cols)`
-)->Tensor:          # Image, `(b, C, h, w)`, in [-1, 1]
+def to_image(
+    self: MelTransform,
+    log_mel: Tensor,  # Natural-log mel, `(b, n_mels, n_cols)`
+) -> Tensor:  # Image, `(b, C, h, w)`, in [-1, 1]
     "Log-mel as the image the VAE eats"
     c = self.config
-    x = 2*(log_mel.clamp(c.log_min, c.log_max)-c.log_min)/(c.log_max-c.log_min)-1
-    if c.flip: x = x.flip(-2)
-    return self.fold(x[:,None].repeat(1, c.image_channels, 1, 1))
+    x = 2 * (log_mel.clamp(c.log_min, c.log_max) - c.log_min) / (c.log_max - c.log_min) - 1
+    if c.flip:
+        x = x.flip(-2)
+    return self.fold(x[:, None].repeat(1, c.image_channels, 1, 1))
 
 # %% ../nbs/02_mel.ipynb #aa2975ea
 @patch
-def from_image(self:MelTransform,
-    image:Tensor, # Image as the VAE paints it, `(b, C, h, w)`, nominally in [-1, 1]
-)->Tensor:        # Natural-log mel, `(b, n_mels, n_cols)`, in [log_min, log_max]
+def from_image(
+    self: MelTransform,
+    image: Tensor,  # Image as the VAE paints it, `(b, C, h, w)`, nominally in [-1, 1]
+) -> Tensor:  # Natural-log mel, `(b, n_mels, n_cols)`, in [log_min, log_max]
     "Image back to log-mel; values outside [-1, 1] are clipped, of equal channels the first is read"
     c = self.config
-    x = self.unfold(image)[:,0].clamp(-1, 1)
-    if c.flip: x = x.flip(-2)
-    return (x+1)/2*(c.log_max-c.log_min)+c.log_min
+    x = self.unfold(image)[:, 0].clamp(-1, 1)
+    if c.flip:
+        x = x.flip(-2)
+    return (x + 1) / 2 * (c.log_max - c.log_min) + c.log_min
 
 # %% ../nbs/02_mel.ipynb #f403cb58
 @patch
-def condition_image(self:MelTransform,
-    columns:Tensor, # Temporal condition, `(b, n_cols)`, values in {-1, +1}
-)->Tensor:          # ControlNet image, `(b, fold**2, n_mels/fold, n_cols/fold)`
+def condition_image(
+    self: MelTransform,
+    columns: Tensor,  # Temporal condition, `(b, n_cols)`, values in {-1, +1}
+) -> Tensor:  # ControlNet image, `(b, fold**2, n_mels/fold, n_cols/fold)`
     "Repeat the condition over all rows, folded as the mel is folded"
     c = self.config
-    if columns.dim()!=2 or columns.shape[1]!=c.n_cols:
+    if columns.dim() != 2 or columns.shape[1] != c.n_cols:
         raise FoleyError(f"columns has shape {tuple(columns.shape)}; give (b, {c.n_cols}), one value per mel column")
-    return self.fold(columns[:,None,None].expand(-1, 1, c.n_mels, -1).contiguous())
+    return self.fold(columns[:, None, None].expand(-1, 1, c.n_mels, -1).contiguous())
 
 # %% ../nbs/02_mel.ipynb #85e35a44
 def peak_normalize(
-    audio:Tensor,    # Waveforms, `(..., n)`
-    peak:float=.95,  # Largest absolute sample afterwards
-)->Tensor:           # Same shape; silence stays silence
+    audio: Tensor,  # Waveforms, `(..., n)`
+    peak: float = 0.95,  # Largest absolute sample afterwards
+) -> Tensor:  # Same shape; silence stays silence
     "Scale every waveform to the same peak, as Auffusion's training mels are"
-    return audio*(peak/audio.abs().amax(-1, keepdim=True).clamp(min=1e-8))
+    return audio * (peak / audio.abs().amax(-1, keepdim=True).clamp(min=1e-8))

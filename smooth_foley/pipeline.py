@@ -26,8 +26,16 @@ from .media import Clip, SR, read_clip, seconds_to_samples
 from .mel import MelTransform, plot_mel
 from .vocoder import PhaseVocoder, make_vocoder, vocode
 from .clip import FrameEncoder, build_tokenizer, mini_clip_cfg, rank_labels
-from .backbone import (decode_latents, encode_prompt, make_scheduler, make_text_encoder, make_unet,
-                                   make_vae, noise_like, vae_factor)
+from smooth_foley.backbone import (
+    decode_latents,
+    encode_prompt,
+    make_scheduler,
+    make_text_encoder,
+    make_unet,
+    make_vae,
+    noise_like,
+    vae_factor,
+)
 from .frame_adapter import FrameAdapter
 from .temporal_adapter import make_temporal_adapter, residuals
 from .temporal_condition import LabelProjection, TemporalCondition, plot_condition
@@ -37,133 +45,220 @@ from .reuse import EmbeddingCache, fast_linear, reuse as remember
 @dataclass
 class FoleyOutput(BaseOutput):
     "The sound of every clip, and what led to it"
-    audios:list|None             # Sound of each clip, `(n,)` float32 in [-1, 1], `n = round(duration*sample_rate)`; None if only the mel or latent was asked for
-    sample_rate:int              # Hz
-    durations:list[float]        # Length of each clip, seconds
-    labels:list[str]             # Label the condition was made with
-    prompts:list[str]            # Text the sound was made with
-    conditions:list              # `TemporalCondition` of each clip, None for text alone
-    proposals:list               # Labels proposed by CLIP with their scores, best first, where none was given; else None
-    latents:Tensor               # What the UNet made, `(b, c, h, w)`
-    mels:Tensor|None=None        # Natural-log mel, `(b, n_mels, n_cols)`; columns past the clip's end are not played
+
+    audios: (
+        list | None
+    )  # Sound of each clip, `(n,)` float32 in [-1, 1], `n = round(duration*sample_rate)`; None if only the mel or latent was asked for
+    sample_rate: int  # Hz
+    durations: list[float]  # Length of each clip, seconds
+    labels: list[str]  # Label the condition was made with
+    prompts: list[str]  # Text the sound was made with
+    conditions: list  # `TemporalCondition` of each clip, None for text alone
+    proposals: list  # Labels proposed by CLIP with their scores, best first, where none was given; else None
+    latents: Tensor  # What the UNet made, `(b, c, h, w)`
+    mels: Tensor | None = None  # Natural-log mel, `(b, n_mels, n_cols)`; columns past the clip's end are not played
 
 # %% ../nbs/09_pipeline.ipynb #190743bc
 class SmoothFoleyPipeline(DiffusionPipeline):
     "Video to audio under the guidance of frames and a label"
-    def __init__(self, vae:AutoencoderKL, text_encoder:CLIPTextModel, tokenizer:CLIPTokenizer, unet:UNet2DConditionModel,
-        scheduler:SchedulerMixin, vocoder:SpeechT5HifiGan|PhaseVocoder, mel:MelTransform, frame_encoder:FrameEncoder, frame_adapter:FrameAdapter,
-        label_projection:LabelProjection, temporal_adapter:ControlNetModel,
-        labels:list=(),               # Labels it was trained on; proposed from when none is given
-        fps:float=15.,                # Frames per second it looks at
-        threshold:float=.5,           # Cosine at which the automatic condition is on (Sec. II-C)
-        compat_columns:bool=False,    # FoleyCrafter's clock of 102.4 columns a second
-        num_inference_steps:int=25, guidance_scale:float=7.5, frame_scale:float=1., temporal_scale:float=1.,  # Defaults of a call
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        vocoder: SpeechT5HifiGan | PhaseVocoder,
+        mel: MelTransform,
+        frame_encoder: FrameEncoder,
+        frame_adapter: FrameAdapter,
+        label_projection: LabelProjection,
+        temporal_adapter: ControlNetModel,
+        labels: list = (),  # Labels it was trained on; proposed from when none is given
+        fps: float = 15.0,  # Frames per second it looks at
+        threshold: float = 0.5,  # Cosine at which the automatic condition is on (Sec. II-C)
+        compat_columns: bool = False,  # FoleyCrafter's clock of 102.4 columns a second
+        num_inference_steps: int = 25,
+        guidance_scale: float = 7.5,
+        frame_scale: float = 1.0,
+        temporal_scale: float = 1.0,  # Defaults of a call
     ):
         super().__init__()
-        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, vocoder=vocoder, mel=mel,
-            frame_encoder=frame_encoder, frame_adapter=frame_adapter, label_projection=label_projection, temporal_adapter=temporal_adapter)
-        self.register_to_config(labels=list(labels), fps=fps, threshold=threshold, compat_columns=compat_columns, num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, frame_scale=frame_scale, temporal_scale=temporal_scale)
-        self.reuse, self.embeddings = True, EmbeddingCache()     # what is constant is computed once; frame embeddings of the last clips
-        self._observe, self._stage_device = None, None           # set by `profile` and `enable_model_cpu_offload`
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            vocoder=vocoder,
+            mel=mel,
+            frame_encoder=frame_encoder,
+            frame_adapter=frame_adapter,
+            label_projection=label_projection,
+            temporal_adapter=temporal_adapter,
+        )
+        self.register_to_config(
+            labels=list(labels),
+            fps=fps,
+            threshold=threshold,
+            compat_columns=compat_columns,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            frame_scale=frame_scale,
+            temporal_scale=temporal_scale,
+        )
+        self.reuse, self.embeddings = (
+            True,
+            EmbeddingCache(),
+        )  # what is constant is computed once; frame embeddings of the last clips
+        self._observe, self._stage_device = None, None  # set by `profile` and `enable_model_cpu_offload`
 
     @property
-    def labels(self)->list: return list(self.config.labels)
+    def labels(self) -> list:
+        return list(self.config.labels)
 
     @property
-    def max_duration(self)->float:
+    def max_duration(self) -> float:
         "Longest clip it takes, seconds"
-        return self.mel.config.n_cols*self.mel.config.hop_length/self.mel.config.sample_rate
+        return self.mel.config.n_cols * self.mel.config.hop_length / self.mel.config.sample_rate
 
     @property
-    def latent_shape(self)->tuple:
+    def latent_shape(self) -> tuple:
         "Channels, rows and columns of the latents of one clip"
-        c, f = self.mel.config, self.mel.config.fold*vae_factor(self.vae)
-        return self.unet.config.in_channels, c.n_mels//f, c.n_cols//f
+        c, f = self.mel.config, self.mel.config.fold * vae_factor(self.vae)
+        return self.unet.config.in_channels, c.n_mels // f, c.n_cols // f
 
 # %% ../nbs/09_pipeline.ipynb #e90ecbcf
 @patch(cls_method=True)
-def from_random(cls:SmoothFoleyPipeline,
-    seed:int=0,               # Same seed, same weights
-    labels:tuple=("train", "siren", "dog barking"),  # Labels it pretends to know
-    frame_position:str="none",# Passed to `FrameAdapter.from_unet`
-)->SmoothFoleyPipeline:
+def from_random(
+    cls: SmoothFoleyPipeline,
+    seed: int = 0,  # Same seed, same weights
+    labels: tuple = ("train", "siren", "dog barking"),  # Labels it pretends to know
+    frame_position: str = "none",  # Passed to `FrameAdapter.from_unet`
+) -> SmoothFoleyPipeline:
     "A tiny untrained pipeline, for tests"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = build_tokenizer(list(labels), vocab_size=600)
         unet = make_unet(block_out_channels=(16, 16, 32), cross_attention_dim=24, norm_num_groups=8)
-        size = dict(embed_dim=24, patch_size=16, width=32, layers=1, head_width=16, text_width=32, text_layers=1, text_heads=2)
-        parts = dict(unet=unet, tokenizer=tokenizer, scheduler=make_scheduler(), mel=MelTransform.mini(),
-            vae=make_vae(block_out_channels=(16, 16, 16), norm_num_groups=8), vocoder=make_vocoder(upsample_initial_channel=16),
+        size = dict(
+            embed_dim=24, patch_size=16, width=32, layers=1, head_width=16, text_width=32, text_layers=1, text_heads=2
+        )
+        parts = dict(
+            unet=unet,
+            tokenizer=tokenizer,
+            scheduler=make_scheduler(),
+            mel=MelTransform.mini(),
+            vae=make_vae(block_out_channels=(16, 16, 16), norm_num_groups=8),
+            vocoder=make_vocoder(upsample_initial_channel=16),
             text_encoder=make_text_encoder(tokenizer, hidden_size=24, num_hidden_layers=1, num_attention_heads=2),
             frame_encoder=FrameEncoder.from_config(mini_clip_cfg(len(tokenizer), **size), tokenizer=tokenizer),
-            frame_adapter=FrameAdapter.from_unet(unet, 24, frame_position=frame_position), label_projection=LabelProjection(24),
-            temporal_adapter=make_temporal_adapter(unet, 16, (16, 16, 16)))
-        for p in [p for k in ("frame_encoder", "frame_adapter", "temporal_adapter", "vocoder") for p in parts[k].parameters() if p.ndim>1]:
-            torch.nn.init.normal_(p, std=p[0].numel()**-.5)
+            frame_adapter=FrameAdapter.from_unet(unet, 24, frame_position=frame_position),
+            label_projection=LabelProjection(24),
+            temporal_adapter=make_temporal_adapter(unet, 16, (16, 16, 16)),
+        )
+        for p in [
+            p
+            for k in ("frame_encoder", "frame_adapter", "temporal_adapter", "vocoder")
+            for p in parts[k].parameters()
+            if p.ndim > 1
+        ]:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
     for m in parts.values():
-        if isinstance(m, torch.nn.Module): m.eval().requires_grad_(False)
-    return cls(**parts, labels=labels, threshold=-.33, num_inference_steps=3, guidance_scale=2.)
+        if isinstance(m, torch.nn.Module):
+            m.eval().requires_grad_(False)
+    return cls(**parts, labels=labels, threshold=-0.33, num_inference_steps=3, guidance_scale=2.0)
 
 # %% ../nbs/09_pipeline.ipynb #9e545220
-def _check_number(name, value, low=0., integer=False):
+def _check_number(name, value, low=0.0, integer=False):
     "A finite number of at least `low`"
-    ok = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value) and value>=low
-    if not ok or (integer and value!=int(value)):
+    ok = (
+        isinstance(value, (int, float, np.number))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value >= low
+    )
+    if not ok or (integer and value != int(value)):
         raise FoleyError(f"`{name}` is {value!r}: give a {'whole number' if integer else 'number'} of {low:g} or more")
     return int(value) if integer else float(value)
 
+
 def _per_clip(name, value, n):
     "One value for each of `n` clips"
-    if not isinstance(value, (list, tuple)): return [value]*n
-    if len(value)!=n: raise FoleyError(f"`{name}` has {len(value)} entries for {n} clips: give one for all, or one for each")
+    if not isinstance(value, (list, tuple)):
+        return [value] * n
+    if len(value) != n:
+        raise FoleyError(f"`{name}` has {len(value)} entries for {n} clips: give one for all, or one for each")
     return list(value)
+
 
 def _texts(name, value, n, empty=False, nothing=False):
     "One text, or None, for each of `n` clips; `nothing` lets the text '' pass, `empty` blanks too"
     texts = _per_clip(name, value, n)
     for t in texts:
-        if t is not None and not isinstance(t, str): raise FoleyError(f"`{name}` is {t!r}: give a text")
-        if t is not None and not empty and not t.strip() and not (nothing and t==""): raise FoleyError(f"`{name}` is empty: name what sounds, or leave it out")
+        if t is not None and not isinstance(t, str):
+            raise FoleyError(f"`{name}` is {t!r}: give a text")
+        if t is not None and not empty and not t.strip() and not (nothing and t == ""):
+            raise FoleyError(f"`{name}` is empty: name what sounds, or leave it out")
     return texts
 
 # %% ../nbs/09_pipeline.ipynb #d9c180ab
-_STAGE_PARTS = dict(frames=("frame_encoder",), condition=("frame_encoder", "label_projection"), text=("text_encoder",),
-                    denoise=("unet", "temporal_adapter", "frame_adapter"), vae=("vae",), vocoder=("vocoder",))
+_STAGE_PARTS = dict(
+    frames=("frame_encoder",),
+    condition=("frame_encoder", "label_projection"),
+    text=("text_encoder",),
+    denoise=("unet", "temporal_adapter", "frame_adapter"),
+    vae=("vae",),
+    vocoder=("vocoder",),
+)
+
 
 @patch
-def _bring(self:SmoothFoleyPipeline, name):
+def _bring(self: SmoothFoleyPipeline, name):
     "With offloading on: what the stage needs to the device, the rest to the CPU"
-    if self._stage_device is None: return
-    for k in {k for parts in _STAGE_PARTS.values() for k in parts}-set(_STAGE_PARTS.get(name, ())): torch.nn.Module.to(self.components[k], "cpu")
-    for k in _STAGE_PARTS.get(name, ()): torch.nn.Module.to(self.components[k], self._stage_device)
-    if self._stage_device.type=="cuda": torch.cuda.empty_cache()
+    if self._stage_device is None:
+        return
+    for k in {k for parts in _STAGE_PARTS.values() for k in parts} - set(_STAGE_PARTS.get(name, ())):
+        torch.nn.Module.to(self.components[k], "cpu")
+    for k in _STAGE_PARTS.get(name, ()):
+        torch.nn.Module.to(self.components[k], self._stage_device)
+    if self._stage_device.type == "cuda":
+        torch.cuda.empty_cache()
+
 
 @patch
 @contextmanager
-def stage(self:SmoothFoleyPipeline,
-    name:str,   # "decode", "frames", "condition", "text", "denoise", "vae" or "vocoder"
+def stage(
+    self: SmoothFoleyPipeline,
+    name: str,  # "decode", "frames", "condition", "text", "denoise", "vae" or "vocoder"
 ):
     "Run one stage: parts in their place, watched if somebody watches"
     self._bring(name)
-    with nullcontext() if self._observe is None else self._observe(name): yield
+    with nullcontext() if self._observe is None else self._observe(name):
+        yield
 
 # %% ../nbs/09_pipeline.ipynb #55ab55a1
 @patch
-def enable_model_cpu_offload(self:SmoothFoleyPipeline,
-    gpu_id:int=None,      # Number of the accelerator
-    device=None,          # Accelerator; None for the one there is
-)->None:
+def enable_model_cpu_offload(
+    self: SmoothFoleyPipeline,
+    gpu_id: int = None,  # Number of the accelerator
+    device=None,  # Accelerator; None for the one there is
+) -> None:
     "Keep every part on the CPU but for the stage that needs it"
     device = torch.device(default_device() if device is None else device)
-    if device.type=="cpu": raise FoleyError("`device` is cpu: parts are offloaded from an accelerator to the CPU, and there is none here; leave the call out")
-    if gpu_id is not None: device = torch.device(device.type, gpu_id)
+    if device.type == "cpu":
+        raise FoleyError(
+            "`device` is cpu: parts are offloaded from an accelerator to the CPU, and there is none here; leave the call out"
+        )
+    if gpu_id is not None:
+        device = torch.device(device.type, gpu_id)
     self.to("cpu", silence_dtype_warnings=True)
     self._stage_device = device
 
+
 @patch
-def disable_model_cpu_offload(self:SmoothFoleyPipeline)->None:
+def disable_model_cpu_offload(self: SmoothFoleyPipeline) -> None:
     "Leave the parts where they are from now on"
     self._bring(None)
     self._stage_device = None
@@ -171,25 +266,32 @@ def disable_model_cpu_offload(self:SmoothFoleyPipeline)->None:
 # %% ../nbs/09_pipeline.ipynb #61a90f2f
 @patch
 def set_memory_format(
-    self:SmoothFoleyPipeline,
-    layout,                     # `torch.channels_last` or `torch.contiguous_format`
-)->None:
+    self: SmoothFoleyPipeline,
+    layout,  # `torch.channels_last` or `torch.contiguous_format`
+) -> None:
     "Lay the weights of the networks over images out in memory"
-    for net in (self.unet, self.temporal_adapter, self.vae): torch.nn.Module.to(net, memory_format=layout)
+    for net in (self.unet, self.temporal_adapter, self.vae):
+        torch.nn.Module.to(net, memory_format=layout)
+
 
 @patch
-def enable_fast_cpu(self:SmoothFoleyPipeline)->None:
+def enable_fast_cpu(self: SmoothFoleyPipeline) -> None:
     "Lay images out channels last and compute linear layers by oneDNN, until `disable_fast_cpu`"
-    if self.unet.device.type!="cpu" or not torch.backends.mkldnn.is_available(): raise FoleyError(f"fast_cpu: the networks are on {self.unet.device}, or this PyTorch has no oneDNN; leave the call out")
+    if self.unet.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        raise FoleyError(
+            f"fast_cpu: the networks are on {self.unet.device}, or this PyTorch has no oneDNN; leave the call out"
+        )
     self.disable_fast_cpu()
     self.set_memory_format(torch.channels_last)
     self._fast_cpu = ExitStack()
     self._fast_cpu.enter_context(fast_linear(self.unet, self.temporal_adapter, self.frame_encoder, self.text_encoder))
 
+
 @patch
-def disable_fast_cpu(self:SmoothFoleyPipeline)->None:
+def disable_fast_cpu(self: SmoothFoleyPipeline) -> None:
     "Back to PyTorch's own choice"
-    if getattr(self, "_fast_cpu", None) is None: return
+    if getattr(self, "_fast_cpu", None) is None:
+        return
     self._fast_cpu.close()
     self._fast_cpu = None
     self.set_memory_format(torch.contiguous_format)
@@ -198,23 +300,33 @@ def disable_fast_cpu(self:SmoothFoleyPipeline)->None:
 @dataclass
 class Stage:
     "What one stage took"
-    name:str
-    seconds:float
-    peak:int         # Bytes at most: allocated on the GPU, or resident
+
+    name: str
+    seconds: float
+    peak: int  # Bytes at most: allocated on the GPU, or resident
+
 
 def _reset_peak(cuda):
     "Forget earlier peaks, where that can be done"
-    if cuda: return torch.cuda.reset_peak_memory_stats()
-    try: Path("/proc/self/clear_refs").write_text("5")
-    except OSError: pass
+    if cuda:
+        return torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
 
 def _peak(cuda):
     "Bytes at most since"
-    if cuda: return torch.cuda.max_memory_allocated()
+    if cuda:
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.is_file(): return next((1024*int(l.split()[1]) for l in status.read_text().splitlines() if l.startswith("VmHWM")), 0)
+    if status.is_file():
+        return next((1024 * int(l.split()[1]) for l in status.read_text().splitlines() if l.startswith("VmHWM")), 0)
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # bytes on macOS
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
 
 @contextmanager
 def _watch(record, name, cuda):
@@ -222,20 +334,25 @@ def _watch(record, name, cuda):
     _reset_peak(cuda)
     start = time.perf_counter()
     yield
-    if cuda: torch.cuda.synchronize()
-    record.append(Stage(name, time.perf_counter()-start, _peak(cuda)))
+    if cuda:
+        torch.cuda.synchronize()
+    record.append(Stage(name, time.perf_counter() - start, _peak(cuda)))
+
 
 @patch
 @contextmanager
-def profile(self:SmoothFoleyPipeline,
-    observer:Callable=None,   # `observer(stage)` gives a context manager around each stage; None records time and memory
+def profile(
+    self: SmoothFoleyPipeline,
+    observer: Callable = None,  # `observer(stage)` gives a context manager around each stage; None records time and memory
 ):
     "Watch the stages of the calls inside; yields the list of `Stage`s"
     record, before = [], self._observe
     cuda = "cuda" in (self.unet.device.type, getattr(self._stage_device, "type", None))
     self._observe = observer or (lambda name: _watch(record, name, cuda))
-    try: yield record
-    finally: self._observe = before
+    try:
+        yield record
+    finally:
+        self._observe = before
 
 # %% ../nbs/09_pipeline.ipynb #d2d3eadd
 @lru_cache
@@ -243,149 +360,198 @@ def _computes(dtype, kind):
     "Whether a kind of device has what the networks need in this type"
     x = torch.ones(1, 8, 4, 4, dtype=dtype, device=kind)
     try:
-        y = torch.nn.functional.group_norm(torch.nn.functional.conv2d(x, x.new_ones(8, 8, 3, 3), padding=1), 2).flatten(2)
-        torch.nn.functional.scaled_dot_product_attention(*(torch.nn.functional.layer_norm(y, (16,))[None],)*3)
-    except (RuntimeError, NotImplementedError): return False
+        y = torch.nn.functional.group_norm(torch.nn.functional.conv2d(x, x.new_ones(8, 8, 3, 3), padding=1), 2).flatten(
+            2
+        )
+        torch.nn.functional.scaled_dot_product_attention(*(torch.nn.functional.layer_norm(y, (16,))[None],) * 3)
+    except (RuntimeError, NotImplementedError):
+        return False
     return True
 
+
 @patch
-def _check_dtype(self:SmoothFoleyPipeline):
+def _check_dtype(self: SmoothFoleyPipeline):
     "Refuse a type the device cannot compute in"
     kind = (self._stage_device or self.unet.device).type
     if not _computes(self.unet.dtype, kind):
-        raise FoleyError(f"`torch_dtype` is {self.unet.dtype}, which this {kind} cannot compute in: load with torch.bfloat16 or torch.float32")
+        raise FoleyError(
+            f"`torch_dtype` is {self.unet.dtype}, which this {kind} cannot compute in: load with torch.bfloat16 or torch.float32"
+        )
 
 # %% ../nbs/09_pipeline.ipynb #8f3ca7c4
 @patch
-def read(self:SmoothFoleyPipeline,
-    video,        # Path of a video, a `Clip`, or a list of either
-)->list[Clip]:
+def read(
+    self: SmoothFoleyPipeline,
+    video,  # Path of a video, a `Clip`, or a list of either
+) -> list[Clip]:
     "Clips of at most `max_duration` seconds"
     videos = list(video) if isinstance(video, (list, tuple)) else [video]
-    if not videos: raise FoleyError("`video` is an empty list: give at least one video")
+    if not videos:
+        raise FoleyError("`video` is an empty list: give at least one video")
     return [self._read_one(v) for v in videos]
 
+
 @patch
-def _read_one(self:SmoothFoleyPipeline, video):
+def _read_one(self: SmoothFoleyPipeline, video):
     if isinstance(video, (str, os.PathLike)):
         return read_clip(video, self.config.fps, size=self.frame_encoder.image_size, max_duration=self.max_duration)
-    if not isinstance(video, Clip): raise FoleyError(f"`video` is a {type(video).__name__}: give a path, a Clip, or a list of these")
-    if seconds_to_samples(video.duration)>seconds_to_samples(self.max_duration):
-        raise FoleyError(f"{video.name}: lasts {video.duration:.2f} s, and at most {self.max_duration:g} s are supported for now; cut it shorter")
-    if not len(video.frames)==len(video.times)>0: raise FoleyError(f"{video.name}: {len(video.frames)} frames with {len(video.times)} times; give one time per frame")
+    if not isinstance(video, Clip):
+        raise FoleyError(f"`video` is a {type(video).__name__}: give a path, a Clip, or a list of these")
+    if seconds_to_samples(video.duration) > seconds_to_samples(self.max_duration):
+        raise FoleyError(
+            f"{video.name}: lasts {video.duration:.2f} s, and at most {self.max_duration:g} s are supported for now; cut it shorter"
+        )
+    if not len(video.frames) == len(video.times) > 0:
+        raise FoleyError(
+            f"{video.name}: {len(video.frames)} frames with {len(video.times)} times; give one time per frame"
+        )
     return video
 
 # %% ../nbs/09_pipeline.ipynb #7543e86b
 @patch
-def propose(self:SmoothFoleyPipeline,
-    frame_emb:Tensor,   # Frame embeddings of one clip, `(T, D)`
-)->list:                # `(label, score)`, best first; scores sum to 1
+def propose(
+    self: SmoothFoleyPipeline,
+    frame_emb: Tensor,  # Frame embeddings of one clip, `(T, D)`
+) -> list:  # `(label, score)`, best first; scores sum to 1
     "Labels that match the frames"
-    if not self.labels: raise FoleyError("`label` is missing, and these weights name no labels to propose from: give a label")
-    return rank_labels(frame_emb, self.frame_encoder.encode_text(self.labels), self.labels, self.frame_encoder.logit_scale)
+    if not self.labels:
+        raise FoleyError("`label` is missing, and these weights name no labels to propose from: give a label")
+    return rank_labels(
+        frame_emb, self.frame_encoder.encode_text(self.labels), self.labels, self.frame_encoder.logit_scale
+    )
+
 
 @patch
 @torch.no_grad()
-def similarity(self:SmoothFoleyPipeline,
-    frame_emb:Tensor,   # Frame embeddings of one clip, `(T, D)`
-    label:str,          # What to look for
-)->Tensor:              # Cosines, `(T,)`
+def similarity(
+    self: SmoothFoleyPipeline,
+    frame_emb: Tensor,  # Frame embeddings of one clip, `(T, D)`
+    label: str,  # What to look for
+) -> Tensor:  # Cosines, `(T,)`
     "How much each frame looks like the label (Sec. II-C)"
     return self.label_projection(frame_emb, self.frame_encoder.encode_text([label])[0])
 
+
 @patch
-def condition(self:SmoothFoleyPipeline,
-    clip:Clip,
-    frame_emb:Tensor,   # Its frame embeddings, `(T, D)`
-    label:str,          # What to look for
-    ask="auto",         # "auto", "always", `(start, end)` pairs in seconds, or a `TemporalCondition`
-)->TemporalCondition:
+def condition(
+    self: SmoothFoleyPipeline,
+    clip: Clip,
+    frame_emb: Tensor,  # Its frame embeddings, `(T, D)`
+    label: str,  # What to look for
+    ask="auto",  # "auto", "always", `(start, end)` pairs in seconds, or a `TemporalCondition`
+) -> TemporalCondition:
     "When the label sounds in the clip"
-    if isinstance(ask, TemporalCondition): return ask
-    if ask=="always": return TemporalCondition.always(clip.duration)
-    if ask=="auto": return TemporalCondition.from_similarity(clip.times, self.similarity(frame_emb, label), clip.duration, self.config.threshold)
-    if isinstance(ask, (list, tuple)): return TemporalCondition.from_intervals(ask, clip.duration)
-    raise FoleyError(f"`condition` is {ask!r}: use 'auto', 'always', a list of (start, end) in seconds, or a TemporalCondition")
+    if isinstance(ask, TemporalCondition):
+        return ask
+    if ask == "always":
+        return TemporalCondition.always(clip.duration)
+    if ask == "auto":
+        return TemporalCondition.from_similarity(
+            clip.times, self.similarity(frame_emb, label), clip.duration, self.config.threshold
+        )
+    if isinstance(ask, (list, tuple)):
+        return TemporalCondition.from_intervals(ask, clip.duration)
+    raise FoleyError(
+        f"`condition` is {ask!r}: use 'auto', 'always', a list of (start, end) in seconds, or a TemporalCondition"
+    )
 
 # %% ../nbs/09_pipeline.ipynb #222fabbf
 def _per_clip_condition(ask, n):
     "One request for each of `n` clips"
-    pair = lambda p: isinstance(p, (list, tuple)) and len(p)==2 and all(isinstance(x, (int, float, np.number)) for x in p)
-    if isinstance(ask, (list, tuple)) and not all(pair(p) for p in ask): return _per_clip("condition", ask, n)
-    return [ask]*n
+    pair = lambda p: (
+        isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(x, (int, float, np.number)) for x in p)
+    )
+    if isinstance(ask, (list, tuple)) and not all(pair(p) for p in ask):
+        return _per_clip("condition", ask, n)
+    return [ask] * n
 
 # %% ../nbs/09_pipeline.ipynb #1c793cc4
 @patch
-def predict(self:SmoothFoleyPipeline,
-    z_t:Tensor,                # Noisy latents, `(n, c, h, w)`
-    t:Tensor,                  # Time step
-    text:Tensor,               # Text tokens, `(n, L, d_ctx)`
-    tokens:Tensor|None=None,   # What `FrameAdapter.tokens` gives, `(n, T, D)`; None without frame adapter
-    cond:Tensor|None=None,     # Condition image, `(n, C', h', w')`; None without temporal adapter
-    temporal_scale:float=1.,   # Weight of the temporal adapter
-)->Tensor:                     # Prediction of the UNet, `(n, c, h, w)`
+def predict(
+    self: SmoothFoleyPipeline,
+    z_t: Tensor,  # Noisy latents, `(n, c, h, w)`
+    t: Tensor,  # Time step
+    text: Tensor,  # Text tokens, `(n, L, d_ctx)`
+    tokens: Tensor | None = None,  # What `FrameAdapter.tokens` gives, `(n, T, D)`; None without frame adapter
+    cond: Tensor | None = None,  # Condition image, `(n, C', h', w')`; None without temporal adapter
+    temporal_scale: float = 1.0,  # Weight of the temporal adapter
+) -> Tensor:  # Prediction of the UNet, `(n, c, h, w)`
     "One call of the UNet with the adapters that are on"
     kwargs = {} if cond is None else residuals(self.temporal_adapter, z_t, t, text, cond, temporal_scale)
-    if tokens is not None: kwargs["added_cond_kwargs"] = {"image_embeds": [tokens]}
+    if tokens is not None:
+        kwargs["added_cond_kwargs"] = {"image_embeds": [tokens]}
     return self.unet(z_t, t, text, **kwargs).sample
 
 # %% ../nbs/09_pipeline.ipynb #678c1cc7
 def guide(
-    eps:Tensor,          # Predictions, `(2b, c, h, w)`: unconditional, (text without frames,) conditional
-    scale:float,         # Guidance w
-    rescale:float=0.,    # Share of the conditional's own spread to restore, 0 to 1
-    frame_scale:float|None=None, # Guidance w_f of the frames; None if they go with the text
-)->Tensor:               # Guided prediction, `(b, c, h, w)`
+    eps: Tensor,  # Predictions, `(2b, c, h, w)`: unconditional, (text without frames,) conditional
+    scale: float,  # Guidance w
+    rescale: float = 0.0,  # Share of the conditional's own spread to restore, 0 to 1
+    frame_scale: float | None = None,  # Guidance w_f of the frames; None if they go with the text
+) -> Tensor:  # Guided prediction, `(b, c, h, w)`
     "Classifier-free guidance, with the rescaling that keeps strong guidance from over-driving"
     empty, *text, full = eps.chunk(2 if frame_scale is None else 3)
-    guided = empty+scale*((text or [full])[0]-empty)
-    if text: guided = guided+frame_scale*(full-text[0])
-    if rescale==0: return guided
+    guided = empty + scale * ((text or [full])[0] - empty)
+    if text:
+        guided = guided + frame_scale * (full - text[0])
+    if rescale == 0:
+        return guided
     std = lambda x: x.std(dim=(1, 2, 3), keepdim=True)
-    return rescale*guided*(std(full)/std(guided))+(1-rescale)*guided
+    return rescale * guided * (std(full) / std(guided)) + (1 - rescale) * guided
 
 # %% ../nbs/09_pipeline.ipynb #cf7255d8
 @patch
-def denoise(self:SmoothFoleyPipeline,
-    text:Tensor,                # Text tokens, stacked: negative, positive, `(2b, L, d_ctx)`
-    generators:list,            # One per clip
-    tokens:Tensor|None=None,    # Frame tokens, `(b, T, D)`; None without frame adapter
-    cond:Tensor|None=None,      # Condition image, `(b, C', h', w')`; None without temporal adapter
-    steps:int=25,               # Number of steps
-    guidance_scale:float=7.5, guidance_rescale:float=0., temporal_scale:float=1.,
-    on_step:Callable=None,      # Called as `on_step(i, t, z)` after each step; may return other latents
-    latents:Tensor|None=None,   # Unit noise to begin with, `(b, c, h, w)`, instead of the generators'
-    reuse:bool=None,            # Compute once what is constant over the steps; None for `pipe.reuse`
-    frame_guidance_scale:float|None=None,  # w_f; None guides frames together with the text
-)->Tensor:                      # Latents, `(b, c, h, w)`, float32
+def denoise(
+    self: SmoothFoleyPipeline,
+    text: Tensor,  # Text tokens, stacked: negative, positive, `(2b, L, d_ctx)`
+    generators: list,  # One per clip
+    tokens: Tensor | None = None,  # Frame tokens, `(b, T, D)`; None without frame adapter
+    cond: Tensor | None = None,  # Condition image, `(b, C', h', w')`; None without temporal adapter
+    steps: int = 25,  # Number of steps
+    guidance_scale: float = 7.5,
+    guidance_rescale: float = 0.0,
+    temporal_scale: float = 1.0,
+    on_step: Callable = None,  # Called as `on_step(i, t, z)` after each step; may return other latents
+    latents: Tensor | None = None,  # Unit noise to begin with, `(b, c, h, w)`, instead of the generators'
+    reuse: bool = None,  # Compute once what is constant over the steps; None for `pipe.reuse`
+    frame_guidance_scale: float | None = None,  # w_f; None guides frames together with the text
+) -> Tensor:  # Latents, `(b, c, h, w)`, float32
     "From noise to latents"
     net, b, w_f = self.unet, len(generators), frame_guidance_scale if tokens is not None else None
-    cfg = guidance_scale!=1 or w_f not in (None, 1)
-    if w_f is not None and cfg: text = torch.cat([text, text[b:]])          # negative, text alone, text with frames
-    text, tokens, cond = (None if x is None else x.to(net.device, net.dtype) for x in (text if cfg else text[-b:], tokens, cond))
+    cfg = guidance_scale != 1 or w_f not in (None, 1)
+    if w_f is not None and cfg:
+        text = torch.cat([text, text[b:]])  # negative, text alone, text with frames
+    text, tokens, cond = (
+        None if x is None else x.to(net.device, net.dtype) for x in (text if cfg else text[-b:], tokens, cond)
+    )
     self.scheduler.set_timesteps(steps, device=net.device)
     noise = noise_like((b, *self.latent_shape), generators) if latents is None else latents.float()
-    z = noise.to(net.device)*self.scheduler.init_noise_sigma
+    z = noise.to(net.device) * self.scheduler.init_noise_sigma
     with self._predictor(text, tokens, cond, cfg, temporal_scale, reuse) as predict:
         for i, t in enumerate(self.scheduler.timesteps):
             eps = predict(self.scheduler.scale_model_input(z, t).to(net.dtype), t).float()
-            if cfg: eps = guide(eps, guidance_scale, guidance_rescale, w_f)
+            if cfg:
+                eps = guide(eps, guidance_scale, guidance_rescale, w_f)
             z = self.scheduler.step(eps, t, z, **_step_kwargs(self.scheduler, generators)).prev_sample
-            if on_step is not None: z = on_step(i, t, z)
+            if on_step is not None:
+                z = on_step(i, t, z)
     return z
 
 # %% ../nbs/09_pipeline.ipynb #b152df64
 @patch
 @contextmanager
-def _predictor(self:SmoothFoleyPipeline, text, tokens, cond, cfg, temporal_scale, reuse):
+def _predictor(self: SmoothFoleyPipeline, text, tokens, cond, cfg, temporal_scale, reuse):
     "What predicts from latents and time step"
     reuse = self.reuse if reuse is None else reuse
-    if reuse and (tokens is not None or (cond is not None and temporal_scale!=0)):
-        with remember(self.unet, self.temporal_adapter, text, tokens, cond, cfg, temporal_scale) as net: yield net.predict
+    if reuse and (tokens is not None or (cond is not None and temporal_scale != 0)):
+        with remember(self.unet, self.temporal_adapter, text, tokens, cond, cfg, temporal_scale) as net:
+            yield net.predict
         return
-    as_text = lambda x: torch.cat([x]*(len(text)//len(x)))            # one part for each part of the text
-    if tokens is not None: tokens = torch.cat([torch.zeros_like(tokens)]*(len(text)//len(tokens)-1)+[tokens])
-    if cond is not None: cond = as_text(cond)
+    as_text = lambda x: torch.cat([x] * (len(text) // len(x)))  # one part for each part of the text
+    if tokens is not None:
+        tokens = torch.cat([torch.zeros_like(tokens)] * (len(text) // len(tokens) - 1) + [tokens])
+    if cond is not None:
+        cond = as_text(cond)
     yield lambda z, t: self.predict(as_text(z), t, text, tokens, cond, temporal_scale)
 
 # %% ../nbs/09_pipeline.ipynb #ed49dd16
@@ -395,233 +561,341 @@ def _step_kwargs(scheduler, generators):
 
 # %% ../nbs/09_pipeline.ipynb #9b91ce69
 @patch
-def _text(self:SmoothFoleyPipeline, prompts, negatives):
+def _text(self: SmoothFoleyPipeline, prompts, negatives):
     "Text tokens of negative and positive prompts, `(2b, L, d_ctx)`, each different text encoded once"
     texts = list(dict.fromkeys([*negatives, *prompts]))
     emb = torch.stack([encode_prompt(self.tokenizer, self.text_encoder, [t])[0] for t in texts])
     return emb[[texts.index(t) for t in (*negatives, *prompts)]].to(self.unet.dtype)
 
+
 @patch
-def _generators(self:SmoothFoleyPipeline, generator, seed, names):
+def _generators(self: SmoothFoleyPipeline, generator, seed, names):
     "One generator per clip, from (seed, clip name) unless given"
-    if generator is None: return [derive_generator(_check_number("seed", seed, integer=True), name) for name in names]
+    if generator is None:
+        return [derive_generator(_check_number("seed", seed, integer=True), name) for name in names]
     gens = _per_clip("generator", generator, len(names))
-    if not all(isinstance(g, torch.Generator) for g in gens): raise FoleyError("`generator` is no torch.Generator: give one, or one for each clip, or use `seed`")
+    if not all(isinstance(g, torch.Generator) for g in gens):
+        raise FoleyError("`generator` is no torch.Generator: give one, or one for each clip, or use `seed`")
     return gens
 
 # %% ../nbs/09_pipeline.ipynb #476203a9
 @patch
-def _settings(self:SmoothFoleyPipeline, **given):
+def _settings(self: SmoothFoleyPipeline, **given):
     "Checked numbers, from the weights' own defaults where None"
     get = lambda k: self.config[k] if given[k] is None else given[k]
     apart = given.pop("frame_guidance_scale", None)
-    out = {k: _check_number(k, get(k)) for k in given if k!="num_inference_steps"}
+    out = {k: _check_number(k, get(k)) for k in given if k != "num_inference_steps"}
     out["frame_guidance_scale"] = None if apart is None else _check_number("frame_guidance_scale", apart)
     out["num_inference_steps"] = _check_number("num_inference_steps", get("num_inference_steps"), 1, integer=True)
-    if out.get("guidance_rescale", 0)>1: raise FoleyError(f"`guidance_rescale` is {out['guidance_rescale']}: give a share from 0 to 1")
+    if out.get("guidance_rescale", 0) > 1:
+        raise FoleyError(f"`guidance_rescale` is {out['guidance_rescale']}: give a share from 0 to 1")
     return out
 
-@patch
-def _check_latents(self:SmoothFoleyPipeline, latents, n):
-    "Noise for `n` clips, or None"
-    if latents is None: return None
-    if not torch.is_tensor(latents) or tuple(latents.shape)!=(n, *self.latent_shape):
-        raise FoleyError(f"`latents` is {tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__}: give unit noise of shape {(n, *self.latent_shape)}")
-    return latents
 
 @patch
-def _play(self:SmoothFoleyPipeline, z, durations, output_type, **about):
+def _check_latents(self: SmoothFoleyPipeline, latents, n):
+    "Noise for `n` clips, or None"
+    if latents is None:
+        return None
+    if not torch.is_tensor(latents) or tuple(latents.shape) != (n, *self.latent_shape):
+        raise FoleyError(
+            f"`latents` is {tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__}: give unit noise of shape {(n, *self.latent_shape)}"
+        )
+    return latents
+
+
+@patch
+def _play(self: SmoothFoleyPipeline, z, durations, output_type, **about):
     "Latents to log-mel to sound, cut to each clip's length"
     sr, mels, audios = self.mel.config.sample_rate, None, None
-    if output_type!="latent":
-        with self.stage("vae"): mels = self.mel.from_image(decode_latents(self.vae, z).float())
-    if output_type=="audio":
-        with self.stage("vocoder"): audios = [a[:seconds_to_samples(d, sr)].cpu().numpy() for a, d in zip(vocode(self.vocoder, mels), durations)]
+    if output_type != "latent":
+        with self.stage("vae"):
+            mels = self.mel.from_image(decode_latents(self.vae, z).float())
+    if output_type == "audio":
+        with self.stage("vocoder"):
+            audios = [
+                a[: seconds_to_samples(d, sr)].cpu().numpy() for a, d in zip(vocode(self.vocoder, mels), durations)
+            ]
     self._bring(None)
     return FoleyOutput(audios=audios, sample_rate=sr, durations=list(durations), latents=z, mels=mels, **about)
 
 # %% ../nbs/09_pipeline.ipynb #48a9cd86
 @patch
 @torch.no_grad()
-def text_to_audio(self:SmoothFoleyPipeline,
-    prompt,                         # Text, or a list
-    duration:float|None=None,       # Seconds; None for the longest
-    negative_prompt:str="",         # What to stay away from
-    num_inference_steps:int=None, guidance_scale:float=None, guidance_rescale:float=0.,
-    seed:int=0,                     # Same seed and name, same sound
-    generator=None,                 # Instead of `seed`
-    name:str="clip",                # Clip name the noise is derived from
-    output_type:str="audio",        # "audio", "mel" or "latent"
-    latents:Tensor|None=None,       # Unit noise, `(b, c, h, w)`, instead of `seed`
-)->FoleyOutput:
+def text_to_audio(
+    self: SmoothFoleyPipeline,
+    prompt,  # Text, or a list
+    duration: float | None = None,  # Seconds; None for the longest
+    negative_prompt: str = "",  # What to stay away from
+    num_inference_steps: int = None,
+    guidance_scale: float = None,
+    guidance_rescale: float = 0.0,
+    seed: int = 0,  # Same seed and name, same sound
+    generator=None,  # Instead of `seed`
+    name: str = "clip",  # Clip name the noise is derived from
+    output_type: str = "audio",  # "audio", "mel" or "latent"
+    latents: Tensor | None = None,  # Unit noise, `(b, c, h, w)`, instead of `seed`
+) -> FoleyOutput:
     "The frozen text-to-audio model, without adapters"
     prompts = _texts("prompt", prompt, len(prompt) if isinstance(prompt, (list, tuple)) else 1)
     n = len(prompts)
-    set_ = self._settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
-    duration = _check_number("duration", self.max_duration if duration is None else duration, 1/SR)
-    if seconds_to_samples(duration)>seconds_to_samples(self.max_duration): raise FoleyError(f"`duration` is {duration:g} s: at most {self.max_duration:g} s are supported")
-    negatives, gens = _texts("negative_prompt", negative_prompt, n, empty=True), self._generators(generator, seed, [name]*n)
+    set_ = self._settings(
+        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale
+    )
+    duration = _check_number("duration", self.max_duration if duration is None else duration, 1 / SR)
+    if seconds_to_samples(duration) > seconds_to_samples(self.max_duration):
+        raise FoleyError(f"`duration` is {duration:g} s: at most {self.max_duration:g} s are supported")
+    negatives, gens = (
+        _texts("negative_prompt", negative_prompt, n, empty=True),
+        self._generators(generator, seed, [name] * n),
+    )
     self._check_dtype()
     latents = self._check_latents(latents, n)
-    with self.stage("text"): text = self._text(prompts, negatives)
+    with self.stage("text"):
+        text = self._text(prompts, negatives)
     with self.stage("denoise"):
-        z = self.denoise(text, gens, steps=set_["num_inference_steps"], guidance_scale=set_["guidance_scale"], guidance_rescale=set_["guidance_rescale"], latents=latents)
-    return self._play(z, [duration]*n, output_type, labels=[None]*n, prompts=prompts, conditions=[None]*n, proposals=[None]*n)
+        z = self.denoise(
+            text,
+            gens,
+            steps=set_["num_inference_steps"],
+            guidance_scale=set_["guidance_scale"],
+            guidance_rescale=set_["guidance_rescale"],
+            latents=latents,
+        )
+    return self._play(
+        z, [duration] * n, output_type, labels=[None] * n, prompts=prompts, conditions=[None] * n, proposals=[None] * n
+    )
 
 # %% ../nbs/09_pipeline.ipynb #48d7cb57
 @patch
-def _decide(self:SmoothFoleyPipeline, clips, embs, label, prompt, condition):
+def _decide(self: SmoothFoleyPipeline, clips, embs, label, prompt, condition):
     "Label, prompt, condition and proposals of every clip"
     n = len(clips)
-    labels, prompts, asks = _texts("label", label, n), _texts("prompt", prompt, n, nothing=True), _per_clip_condition(condition, n)
-    unnamed = [l is None and (p is None or (p=="" and isinstance(a, str) and a=="auto")) for l, p, a in zip(labels, prompts, asks)]
+    labels, prompts, asks = (
+        _texts("label", label, n),
+        _texts("prompt", prompt, n, nothing=True),
+        _per_clip_condition(condition, n),
+    )
+    unnamed = [
+        l is None and (p is None or (p == "" and isinstance(a, str) and a == "auto"))
+        for l, p, a in zip(labels, prompts, asks)
+    ]
     proposals = [self.propose(e) if u else None for e, u in zip(embs, unnamed)]
     labels = [l or p or (r[0][0] if r else None) for l, p, r in zip(labels, prompts, proposals)]
-    prompts = [l if p is None else p for p, l in zip(prompts, labels)]      # the empty prompt is a prompt
+    prompts = [l if p is None else p for p, l in zip(prompts, labels)]  # the empty prompt is a prompt
     conds = [self.condition(c, e, l, a) for c, e, l, a in zip(clips, embs, labels, asks)]
     return dict(labels=labels, prompts=prompts, conditions=conds, proposals=proposals)
 
+
 @patch
-def _tokens(self:SmoothFoleyPipeline, clips, embs, frame_wise):
+def _tokens(self: SmoothFoleyPipeline, clips, embs, frame_wise):
     "Frame tokens of every clip, `(1, T, D)`"
     return [self.frame_adapter.tokens(e[None], torch.as_tensor(c.times)[None], frame_wise) for c, e in zip(clips, embs)]
 
+
 @patch
-def _condition_image(self:SmoothFoleyPipeline, conds):
+def _condition_image(self: SmoothFoleyPipeline, conds):
     "What the temporal adapter reads, `(b, C', h', w')`"
     n, c = self.mel.config.n_cols, self.mel.config
-    columns = torch.stack([k.columns(n, c.sample_rate/c.hop_length, compat=self.config.compat_columns) for k in conds])
+    columns = torch.stack(
+        [k.columns(n, c.sample_rate / c.hop_length, compat=self.config.compat_columns) for k in conds]
+    )
     return self.mel.condition_image(columns.to(self.unet.device)).to(self.unet.dtype)
+
 
 def _groups(sizes):
     "Indices of equal size together, in order of first appearance"
-    return [[i for i, s in enumerate(sizes) if s==size] for size in dict.fromkeys(sizes)]
+    return [[i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)]
 
 # %% ../nbs/09_pipeline.ipynb #1f167ec3
 @patch
 @torch.no_grad()
-def __call__(self:SmoothFoleyPipeline,
-    video,                               # Path, `Clip`, or a list of these; at most `max_duration` seconds each
-    label=None,                          # What sounds, one for all or one each; None lets CLIP propose
-    prompt=None,                         # Text for the sound; None takes the label, "" is no text at all
-    negative_prompt:str="",              # What the sound should not be
-    num_inference_steps:int=None,        # Steps; None for the weights' default
-    guidance_scale:float=None,           # w of classifier-free guidance; 1 switches it off
-    frame_scale:float=None,              # lambda of Eq. 2; 0 never touches the UNet
-    temporal_scale:float=None,           # Weight of the temporal adapter; 0 never runs it
-    condition="auto",                    # "auto", "always", `(start, end)` pairs in seconds, or a `TemporalCondition`
-    frame_wise:bool=True,                # Every frame for itself, or the mean of all ("w/o frame-wise")
-    generator=None,                      # `torch.Generator`, or one each, instead of `seed`
-    seed:int=0,                          # Same seed and file name, same sound
-    guidance_rescale:float=0.,           # Share of the unguided spread to restore, 0 to 1
-    output_type:str="audio",             # "audio", "mel" (no vocoder) or "latent" (no VAE either)
-    callback_on_step_end:Callable=None,  # diffusers' `callback(pipe, step, timestep, {"latents": z})`, for each group of clips
-    latents:Tensor|None=None,            # Unit noise, `(b, c, h, w)`, instead of `seed`
-    reuse:bool=None,                     # Compute once what stays the same; None for `pipe.reuse`
-    frame_batch_size:int=32,             # Frames CLIP sees at once
-    frame_guidance_scale:float=None,     # Guidance of the frames alone, a third prediction; None for `guidance_scale`
-)->FoleyOutput:
+def __call__(
+    self: SmoothFoleyPipeline,
+    video,  # Path, `Clip`, or a list of these; at most `max_duration` seconds each
+    label=None,  # What sounds, one for all or one each; None lets CLIP propose
+    prompt=None,  # Text for the sound; None takes the label, "" is no text at all
+    negative_prompt: str = "",  # What the sound should not be
+    num_inference_steps: int = None,  # Steps; None for the weights' default
+    guidance_scale: float = None,  # w of classifier-free guidance; 1 switches it off
+    frame_scale: float = None,  # lambda of Eq. 2; 0 never touches the UNet
+    temporal_scale: float = None,  # Weight of the temporal adapter; 0 never runs it
+    condition="auto",  # "auto", "always", `(start, end)` pairs in seconds, or a `TemporalCondition`
+    frame_wise: bool = True,  # Every frame for itself, or the mean of all ("w/o frame-wise")
+    generator=None,  # `torch.Generator`, or one each, instead of `seed`
+    seed: int = 0,  # Same seed and file name, same sound
+    guidance_rescale: float = 0.0,  # Share of the unguided spread to restore, 0 to 1
+    output_type: str = "audio",  # "audio", "mel" (no vocoder) or "latent" (no VAE either)
+    callback_on_step_end: Callable = None,  # diffusers' `callback(pipe, step, timestep, {"latents": z})`, for each group of clips
+    latents: Tensor | None = None,  # Unit noise, `(b, c, h, w)`, instead of `seed`
+    reuse: bool = None,  # Compute once what stays the same; None for `pipe.reuse`
+    frame_batch_size: int = 32,  # Frames CLIP sees at once
+    frame_guidance_scale: float = None,  # Guidance of the frames alone, a third prediction; None for `guidance_scale`
+) -> FoleyOutput:
     "The sound of silent videos"
-    if output_type not in ("audio", "mel", "latent"): raise FoleyError(f"`output_type` is {output_type!r}: use 'audio', 'mel' or 'latent'")
-    s = self._settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, frame_scale=frame_scale,
-                       temporal_scale=temporal_scale, guidance_rescale=guidance_rescale,
-                       frame_guidance_scale=frame_guidance_scale)
+    if output_type not in ("audio", "mel", "latent"):
+        raise FoleyError(f"`output_type` is {output_type!r}: use 'audio', 'mel' or 'latent'")
+    s = self._settings(
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        frame_scale=frame_scale,
+        temporal_scale=temporal_scale,
+        guidance_rescale=guidance_rescale,
+        frame_guidance_scale=frame_guidance_scale,
+    )
     n = len(video) if isinstance(video, (list, tuple)) else 1
-    for name, text in (("label", label), ("prompt", prompt)): _texts(name, text, n, nothing=name=="prompt")
+    for name, text in (("label", label), ("prompt", prompt)):
+        _texts(name, text, n, nothing=name == "prompt")
     negatives = _texts("negative_prompt", negative_prompt, n, empty=True)
     frame_batch_size = _check_number("frame_batch_size", frame_batch_size, 1, integer=True)
     self._check_dtype()
-    with self.stage("decode"): clips = self.read(video)
+    with self.stage("decode"):
+        clips = self.read(video)
     gens, latents = self._generators(generator, seed, [c.name for c in clips]), self._check_latents(latents, len(clips))
-    with self.stage("frames"): embs = [self._see(c, frame_batch_size, reuse) for c in clips]
+    with self.stage("frames"):
+        embs = [self._see(c, frame_batch_size, reuse) for c in clips]
     with self.stage("condition"):
         about = self._decide(clips, embs, label, prompt, condition)
-        tokens = self._tokens(clips, embs, frame_wise) if s["frame_scale"]>0 else None
-        cond = self._condition_image(about["conditions"]) if s["temporal_scale"]>0 else None
-    with self.stage("text"): text = self._text(about["prompts"], negatives)
-    with self.stage("denoise"): z = self._denoise_clips(clips, text, tokens, cond, gens, s, frame_wise, callback_on_step_end, latents, reuse)
+        tokens = self._tokens(clips, embs, frame_wise) if s["frame_scale"] > 0 else None
+        cond = self._condition_image(about["conditions"]) if s["temporal_scale"] > 0 else None
+    with self.stage("text"):
+        text = self._text(about["prompts"], negatives)
+    with self.stage("denoise"):
+        z = self._denoise_clips(clips, text, tokens, cond, gens, s, frame_wise, callback_on_step_end, latents, reuse)
     return self._play(z, [c.duration for c in clips], output_type, **about)
 
+
 @patch
-def _see(self:SmoothFoleyPipeline, clip, batch_size, reuse):
+def _see(self: SmoothFoleyPipeline, clip, batch_size, reuse):
     "Frame embeddings of a clip, remembered if wanted"
-    if self.reuse if reuse is None else reuse: return self.embeddings.encode(self.frame_encoder, clip.frames, batch_size)
+    if self.reuse if reuse is None else reuse:
+        return self.embeddings.encode(self.frame_encoder, clip.frames, batch_size)
     return self.frame_encoder.encode_frames(clip.frames, batch_size, unique=False)
 
 # %% ../nbs/09_pipeline.ipynb #c5eb3d77
 @patch
-def _denoise_clips(self:SmoothFoleyPipeline, clips, text, tokens, cond, gens, s, frame_wise, callback, latents, reuse):
+def _denoise_clips(self: SmoothFoleyPipeline, clips, text, tokens, cond, gens, s, frame_wise, callback, latents, reuse):
     "Denoise clips of equal number of frame tokens together"
     n, steps = len(clips), s["num_inference_steps"]
     groups, z = _groups([0 if tokens is None else t.shape[1] for t in (tokens or clips)]), {}
     self.scheduler.set_timesteps(steps)
-    with self.progress_bar(total=len(groups)*len(self.scheduler.timesteps)) as bar, self.frame_adapter.installed(self.unet, s["frame_scale"]):
+    with (
+        self.progress_bar(total=len(groups) * len(self.scheduler.timesteps)) as bar,
+        self.frame_adapter.installed(self.unet, s["frame_scale"]),
+    ):
         for g in groups:
+
             def on_step(i, t, latents):
                 bar.update()
-                return latents if callback is None else (callback(self, i, t, {"latents": latents}) or {}).get("latents", latents)
-            if tokens is not None and frame_wise: self._tell_times([clips[i] for i in g])
-            out = self.denoise(text[[*g, *(n+i for i in g)]], [gens[i] for i in g], None if tokens is None else torch.cat([tokens[i] for i in g]),
-                None if cond is None else cond[g], steps, s["guidance_scale"], s["guidance_rescale"], s["temporal_scale"], on_step,
-                None if latents is None else latents[g], reuse, s["frame_guidance_scale"])
+                return (
+                    latents
+                    if callback is None
+                    else (callback(self, i, t, {"latents": latents}) or {}).get("latents", latents)
+                )
+
+            if tokens is not None and frame_wise:
+                self._tell_times([clips[i] for i in g])
+            out = self.denoise(
+                text[[*g, *(n + i for i in g)]],
+                [gens[i] for i in g],
+                None if tokens is None else torch.cat([tokens[i] for i in g]),
+                None if cond is None else cond[g],
+                steps,
+                s["guidance_scale"],
+                s["guidance_rescale"],
+                s["temporal_scale"],
+                on_step,
+                None if latents is None else latents[g],
+                reuse,
+                s["frame_guidance_scale"],
+            )
             z.update(zip(g, out))
     return torch.stack([z[i] for i in range(n)])
 
+
 @patch
-def _tell_times(self:SmoothFoleyPipeline, clips):
+def _tell_times(self: SmoothFoleyPipeline, clips):
     "Frame times, for an adapter with a window in time"
     times = torch.stack([torch.as_tensor(c.times) for c in clips]).float()
     self.frame_adapter.look(self.unet, times, self.max_duration, self.latent_shape)
 
 # %% ../nbs/09_pipeline.ipynb #517f71df
 def resolve_weights(
-    name,                         # Folder, hub id, "full" for the published weights, or None or "mini" for the model inside the package
-    revision:str=None,            # Hub revision
-    local_files_only:bool=False,  # Never download
-    cache_dir=None, token=None,   # As in huggingface_hub
-)->Path:                          # Folder with a `model_index.json`
+    name,  # Folder, hub id, "full" for the published weights, or None or "mini" for the model inside the package
+    revision: str = None,  # Hub revision
+    local_files_only: bool = False,  # Never download
+    cache_dir=None,
+    token=None,  # As in huggingface_hub
+) -> Path:  # Folder with a `model_index.json`
     "Find the weights, from the hub if need be"
-    if name=="full":
+    if name == "full":
         from smooth_foley.published import resolve_full
+
         return resolve_full(local_files_only=local_files_only, revision=revision, cache_dir=cache_dir, token=token)
-    if name=="mini": name = None
+    if name == "mini":
+        name = None
     folder = mini_path() if name is None else Path(name).expanduser()
     if name is not None and not folder.is_dir():
-        if folder.is_absolute() or str(name).startswith(".") or len(folder.parts)!=2:
+        if folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2:
             raise FoleyError(f"{name}: no such folder, and no hub id (owner/name) either; check the name")
-        folder = _download(str(name), revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
-    if not (folder/"model_index.json").is_file():
-        how = "the package came without weights; `smooth-foley train mini` makes them" if name is None else "give a folder that `save_pretrained` wrote"
+        folder = _download(
+            str(name), revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token
+        )
+    if not (folder / "model_index.json").is_file():
+        how = (
+            "the package came without weights; `smooth-foley train mini` makes them"
+            if name is None
+            else "give a folder that `save_pretrained` wrote"
+        )
         raise FoleyError(f"{folder}: no model_index.json in it; {how}")
     return folder
+
 
 def _download(name, **kw):
     "Configs and safetensors of a hub repository"
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"], **kw))
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"], **kw))
     except Exception as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise FoleyError(f"{name}: cannot be had from the hub ({reason}); check name, network and token, or give a local folder") from e
+        raise FoleyError(
+            f"{name}: cannot be had from the hub ({reason}); check name, network and token, or give a local folder"
+        ) from e
 
 # %% ../nbs/09_pipeline.ipynb #66c83d36
 def load_part(
-    folder:Path,        # Folder of the component
-    library:str,        # Module of its class, as in `model_index.json`
-    class_name:str,     # Name of its class
+    folder: Path,  # Folder of the component
+    library: str,  # Module of its class, as in `model_index.json`
+    class_name: str,  # Name of its class
     dtype=torch.float32,
-):                      # The component, with every weight read from disk
+):  # The component, with every weight read from disk
     "Load one component; refuse by key what does not fit"
-    if library.split(".")[0] not in ("diffusers", "transformers", "smooth_foley"): raise FoleyError(f"{folder}: class {library}.{class_name} is none of ours; only diffusers, transformers and smooth_foley are loaded")
-    if not folder.is_dir(): raise FoleyError(f"{folder}: no such folder; the weights are incomplete, copy them again")
+    if library.split(".")[0] not in ("diffusers", "transformers", "smooth_foley"):
+        raise FoleyError(
+            f"{folder}: class {library}.{class_name} is none of ours; only diffusers, transformers and smooth_foley are loaded"
+        )
+    if not folder.is_dir():
+        raise FoleyError(f"{folder}: no such folder; the weights are incomplete, copy them again")
     cls = getattr(importlib.import_module(library), class_name)
-    if not issubclass(cls, torch.nn.Module): return _try(folder, cls.from_pretrained, folder)
-    if any("from_pretrained" in vars(c) for c in cls.__mro__ if c.__module__.startswith("smooth_foley")): return _try(folder, cls.from_pretrained, folder, torch_dtype=dtype).eval()      # strict by itself
-    kw = dict(dtype=dtype, ignore_mismatched_sizes=True) if issubclass(cls, PreTrainedModel) else dict(torch_dtype=dtype)   # the first then tells misfits by name
+    if not issubclass(cls, torch.nn.Module):
+        return _try(folder, cls.from_pretrained, folder)
+    if any("from_pretrained" in vars(c) for c in cls.__mro__ if c.__module__.startswith("smooth_foley")):
+        return _try(folder, cls.from_pretrained, folder, torch_dtype=dtype).eval()  # strict by itself
+    kw = (
+        dict(dtype=dtype, ignore_mismatched_sizes=True) if issubclass(cls, PreTrainedModel) else dict(torch_dtype=dtype)
+    )  # the first then tells misfits by name
     part, info = _try(folder, cls.from_pretrained, folder, output_loading_info=True, use_safetensors=True, **kw)
-    bad = {k.removesuffix("_keys"): [str(o) for o in v if not str(o).endswith("position_ids")][:4] for k, v in info.items()}   # old CLIPs store their counting
+    bad = {
+        k.removesuffix("_keys"): [str(o) for o in v if not str(o).endswith("position_ids")][:4] for k, v in info.items()
+    }  # old CLIPs store their counting
     bad = {k: v for k, v in bad.items() if v}
-    if bad: raise FoleyError(f"{folder}: weights do not fit their config ({', '.join(f'{k} {v}' for k, v in bad.items())}); use weights and config of the same model")
+    if bad:
+        raise FoleyError(
+            f"{folder}: weights do not fit their config ({', '.join(f'{k} {v}' for k, v in bad.items())}); use weights and config of the same model"
+        )
     return part.eval()
+
 
 @contextmanager
 def _quiet():
@@ -629,80 +903,109 @@ def _quiet():
     libs, bars = (diffusers_logging, transformers_logging), transformers_logging.is_progress_bar_enabled()
     levels = [lib.get_verbosity() for lib in libs]
     transformers_logging.disable_progress_bar()
-    for lib in libs: lib.set_verbosity(lib.CRITICAL)
-    try: yield
+    for lib in libs:
+        lib.set_verbosity(lib.CRITICAL)
+    try:
+        yield
     finally:
-        for lib, level in zip(libs, levels): lib.set_verbosity(level)
-        if bars: transformers_logging.enable_progress_bar()
+        for lib, level in zip(libs, levels):
+            lib.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
 
 def _try(folder, load, *args, **kw):
     "Turn what the libraries raise on damaged files into one line"
     try:
-        with _quiet(): return load(*args, **kw)
-    except FoleyError: raise
+        with _quiet():
+            return load(*args, **kw)
+    except FoleyError:
+        raise
     except Exception as e:
         reason = str(e).split(" If you want")[0].strip() or type(e).__name__
-        raise FoleyError(f"{folder}: cannot be loaded ({reason}); the files are damaged or belong to another model") from e
+        raise FoleyError(
+            f"{folder}: cannot be loaded ({reason}); the files are damaged or belong to another model"
+        ) from e
 
 # %% ../nbs/09_pipeline.ipynb #cce1f8fd
 @patch(cls_method=True)
-def from_pretrained(cls:SmoothFoleyPipeline,
-    name=None,                    # Folder, hub id, "full" for the published weights, or None for the small model inside the package
-    torch_dtype=torch.float32,    # Type of the weights; `torch.bfloat16` is fast on new CPUs and GPUs
-    revision:str=None,            # Hub revision
-    local_files_only:bool=False,  # Never download
-    cache_dir=None, token=None,   # As in huggingface_hub
-    **kwargs                      # Components or settings to use instead of the stored ones, e.g. `scheduler=...`, `frame_scale=...`
-)->SmoothFoleyPipeline:           # Frozen, in evaluation mode, on the CPU
+def from_pretrained(
+    cls: SmoothFoleyPipeline,
+    name=None,  # Folder, hub id, "full" for the published weights, or None for the small model inside the package
+    torch_dtype=torch.float32,  # Type of the weights; `torch.bfloat16` is fast on new CPUs and GPUs
+    revision: str = None,  # Hub revision
+    local_files_only: bool = False,  # Never download
+    cache_dir=None,
+    token=None,  # As in huggingface_hub
+    **kwargs,  # Components or settings to use instead of the stored ones, e.g. `scheduler=...`, `frame_scale=...`
+) -> SmoothFoleyPipeline:  # Frozen, in evaluation mode, on the CPU
     "Load a pipeline; weights that do not fit are refused by name"
     folder = resolve_weights(name, revision, local_files_only, cache_dir, token)
-    index = _try(folder/"model_index.json", lambda: json.loads((folder/"model_index.json").read_text()))
+    index = _try(folder / "model_index.json", lambda: json.loads((folder / "model_index.json").read_text()))
     parts, settings = cls._get_signature_keys(cls)
-    missing, extra = sorted(set(parts)-{"self"}-set(index)-set(kwargs)), sorted(set(kwargs)-set(parts)-set(settings))
-    if missing: raise FoleyError(f"{folder}/model_index.json names no {', '.join(missing)}; give a folder that `SmoothFoleyPipeline.save_pretrained` wrote")
-    if extra: raise FoleyError(f"from_pretrained knows no {', '.join(extra)}; components are {', '.join(sorted(set(parts)-{'self'}))}")
-    loaded = {k: load_part(folder/k, *index[k], torch_dtype) for k in index if k in parts and k not in kwargs}
+    missing, extra = (
+        sorted(set(parts) - {"self"} - set(index) - set(kwargs)),
+        sorted(set(kwargs) - set(parts) - set(settings)),
+    )
+    if missing:
+        raise FoleyError(
+            f"{folder}/model_index.json names no {', '.join(missing)}; give a folder that `SmoothFoleyPipeline.save_pretrained` wrote"
+        )
+    if extra:
+        raise FoleyError(
+            f"from_pretrained knows no {', '.join(extra)}; components are {', '.join(sorted(set(parts) - {'self'}))}"
+        )
+    loaded = {k: load_part(folder / k, *index[k], torch_dtype) for k in index if k in parts and k not in kwargs}
     for m in loaded.values():
-        if isinstance(m, torch.nn.Module): m.requires_grad_(False)
+        if isinstance(m, torch.nn.Module):
+            m.requires_grad_(False)
     return cls(**{**{k: index[k] for k in settings if k in index}, **loaded, **kwargs})
 
 # %% ../nbs/09_pipeline.ipynb #c8fd8b5e
 @patch
-def save_pretrained(self:SmoothFoleyPipeline,
+def save_pretrained(
+    self: SmoothFoleyPipeline,
     save_directory,  # Folder, made if needed
-    **kwargs         # As in diffusers: `safe_serialization`, `variant`, `push_to_hub`, ...
-)->None:
+    **kwargs,  # As in diffusers: `safe_serialization`, `variant`, `push_to_hub`, ...
+) -> None:
     "Write every component and `model_index.json`"
-    with _quiet(): super(SmoothFoleyPipeline, self).save_pretrained(save_directory, **kwargs)
+    with _quiet():
+        super(SmoothFoleyPipeline, self).save_pretrained(save_directory, **kwargs)
 
 # %% ../nbs/09_pipeline.ipynb #852fbe7d
 def plot_foley(
-    clip:Clip,              # The clip
-    output:FoleyOutput,     # What the pipeline made of it
-    i:int=0,                # Which clip of the batch it was
-    path=None,              # Write the picture there (.png, .pdf, .svg)
-    n_frames:int=10,        # Pictures in the strip
-):                          # A matplotlib `Figure`
+    clip: Clip,  # The clip
+    output: FoleyOutput,  # What the pipeline made of it
+    i: int = 0,  # Which clip of the batch it was
+    path=None,  # Write the picture there (.png, .pdf, .svg)
+    n_frames: int = 10,  # Pictures in the strip
+):  # A matplotlib `Figure`
     "Frames, similarity, condition and spectrogram over seconds"
     import matplotlib.pyplot as plt
+
     fig = plt.figure(figsize=(8, 4.4), dpi=80, layout="constrained")
-    plt.close(fig)                                       # a notebook shows what is returned, once
-    strip, cond, spec = fig.subplots(3, 1, sharex=True, height_ratios=[.8, 1.3, 2])
+    plt.close(fig)  # a notebook shows what is returned, once
+    strip, cond, spec = fig.subplots(3, 1, sharex=True, height_ratios=[0.8, 1.3, 2])
     _plot_frames(clip, n_frames, strip)
-    if output.conditions[i] is not None: plot_condition(output.conditions[i], cond)
-    if output.mels is not None: plot_mel(output.mels[i], spec)
+    if output.conditions[i] is not None:
+        plot_condition(output.conditions[i], cond)
+    if output.mels is not None:
+        plot_mel(output.mels[i], spec)
     title = f"{clip.name}: {output.labels[i] or output.prompts[i] or 'no prompt'}"
     strip.set_title(printable(title), fontsize=10, parse_math=False)
-    for ax in (strip, cond): ax.set_xlabel("")
+    for ax in (strip, cond):
+        ax.set_xlabel("")
     spec.set(xlim=(0, clip.duration), xlabel="time (s)")
     if path is not None:
-        with atomic_path(path) as tmp: fig.savefig(tmp)
+        with atomic_path(path) as tmp:
+            fig.savefig(tmp)
     return fig
+
 
 def _plot_frames(clip, n, ax):
     "A strip of frames, each over its share of the time"
-    edges = np.linspace(0, clip.duration, n+1)
+    edges = np.linspace(0, clip.duration, n + 1)
     for start, end in zip(edges, edges[1:]):
-        k = np.searchsorted(clip.times, (start+end)/2, side="right")-1
-        ax.imshow(clip.frames[k], extent=(start, start+.97*(end-start), 0, 1), aspect="auto")
+        k = np.searchsorted(clip.times, (start + end) / 2, side="right") - 1
+        ax.imshow(clip.frames[k], extent=(start, start + 0.97 * (end - start), 0, 1), aspect="auto")
     ax.set(ylim=(0, 1), yticks=[])

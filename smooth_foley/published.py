@@ -30,543 +30,939 @@ from .temporal_condition import LabelProjection
 @dataclass(frozen=True)
 class HubFile:
     "A file to fetch, and the part of the pipeline it becomes"
-    part:str              # Part, as in `LAYOUT`
-    names:tuple           # Names it may have in the repository, best first
-    size:float            # Bytes
-    exact:bool=False      # Is `size` what the hub says?
-    optional:bool=False   # May be missing
+
+    part: str  # Part, as in `LAYOUT`
+    names: tuple  # Names it may have in the repository, best first
+    size: float  # Bytes
+    exact: bool = False  # Is `size` what the hub says?
+    optional: bool = False  # May be missing
+
 
 @dataclass(frozen=True)
 class Source:
     "A repository on the hub"
-    repo:str              # `owner/name`
-    licence:str           # Terms of the weights
-    files:tuple           # `HubFile`s
-    revision:str=None     # Commit; None where no commit is known to us, then the newest is taken
+
+    repo: str  # `owner/name`
+    licence: str  # Terms of the weights
+    files: tuple  # `HubFile`s
+    revision: str = None  # Commit; None where no commit is known to us, then the newest is taken
 
 # %% ../nbs/app/61_published.ipynb #863809fa
-def _json(part, *names, size=1e3, **kw): return tuple(HubFile(part, (f'{part}/{n}',), size, **kw) for n in names)
+def _json(part, *names, size=1e3, **kw):
+    return tuple(HubFile(part, (f"{part}/{n}",), size, **kw) for n in names)
 
-def _weights(part, stem, size): return HubFile(part, (f'{part}/{stem}.safetensors', f'{part}/{stem.replace("model", "pytorch_model") if stem=="model" else stem}.bin'), size)
+
+def _weights(part, stem, size):
+    return HubFile(
+        part,
+        (
+            f"{part}/{stem}.safetensors",
+            f"{part}/{stem.replace('model', 'pytorch_model') if stem == 'model' else stem}.bin",
+        ),
+        size,
+    )
+
 
 SOURCES = (
-    Source('auffusion/auffusion-full-no-adapter', 'CC BY-NC-SA 4.0 (Auffusion\'s code; see the model card for the weights)', (
-        *_json('unet', 'config.json'), _weights('unet', 'diffusion_pytorch_model', 3438.1e6),
-        *_json('vae', 'config.json'), _weights('vae', 'diffusion_pytorch_model', 334.6e6),
-        *_json('text_encoder', 'config.json'), _weights('text_encoder', 'model', 492.3e6),
-        *_json('tokenizer', 'vocab.json', size=1.06e6), *_json('tokenizer', 'merges.txt', size=.52e6), *_json('tokenizer', 'tokenizer_config.json'),
-        *_json('scheduler', 'scheduler_config.json'))),
-    Source('ymzhang319/FoleyCrafter', 'Apache-2.0 (code; trained on top of Auffusion, whose terms it refers to)', (
-        HubFile('semantic_adapter', ('semantic/semantic_adapter.bin',), 89e6), HubFile('temporal_adapter', ('temporal_adapter.ckpt',), 4340e6),
-        HubFile('time_detector', ('timestamp_detector.pth.tar',), 377e6, optional=True),
-        *_json('vocoder', 'config.json'), HubFile('vocoder', ('vocoder/vocoder.pt',), 55e6))),
-    Source('laion/CLIP-ViT-H-14-laion2B-s32B-b79K', 'MIT', (
-        HubFile('frame_encoder', (CONFIG_FILE,), 1e3), HubFile('frame_encoder', (WEIGHTS_FILE, 'open_clip_pytorch_model.bin'), 3944517836, exact=True)),
-        revision='1c2b8495b28150b8a4922ee1c8edee224c284c0c'))
+    Source(
+        "auffusion/auffusion-full-no-adapter",
+        "CC BY-NC-SA 4.0 (Auffusion's code; see the model card for the weights)",
+        (
+            *_json("unet", "config.json"),
+            _weights("unet", "diffusion_pytorch_model", 3438.1e6),
+            *_json("vae", "config.json"),
+            _weights("vae", "diffusion_pytorch_model", 334.6e6),
+            *_json("text_encoder", "config.json"),
+            _weights("text_encoder", "model", 492.3e6),
+            *_json("tokenizer", "vocab.json", size=1.06e6),
+            *_json("tokenizer", "merges.txt", size=0.52e6),
+            *_json("tokenizer", "tokenizer_config.json"),
+            *_json("scheduler", "scheduler_config.json"),
+        ),
+    ),
+    Source(
+        "ymzhang319/FoleyCrafter",
+        "Apache-2.0 (code; trained on top of Auffusion, whose terms it refers to)",
+        (
+            HubFile("semantic_adapter", ("semantic/semantic_adapter.bin",), 89e6),
+            HubFile("temporal_adapter", ("temporal_adapter.ckpt",), 4340e6),
+            HubFile("time_detector", ("timestamp_detector.pth.tar",), 377e6, optional=True),
+            *_json("vocoder", "config.json"),
+            HubFile("vocoder", ("vocoder/vocoder.pt",), 55e6),
+        ),
+    ),
+    Source(
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "MIT",
+        (
+            HubFile("frame_encoder", (CONFIG_FILE,), 1e3),
+            HubFile("frame_encoder", (WEIGHTS_FILE, "open_clip_pytorch_model.bin"), 3944517836, exact=True),
+        ),
+        revision="1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    ),
+)
 
 # %% ../nbs/app/61_published.ipynb #15c00622
 def plan(
-    sources:tuple=SOURCES,  # `Source`s
-)->list:                    # One dict per file: `repo`, `file`, `part`, `size`, `exact`, `licence`, `revision`
+    sources: tuple = SOURCES,  # `Source`s
+) -> list:  # One dict per file: `repo`, `file`, `part`, `size`, `exact`, `licence`, `revision`
     "What would be fetched"
-    return [dict(repo=s.repo, file=f.names[0], part=f.part, size=int(f.size), exact=f.exact, licence=s.licence, revision=s.revision) for s in sources for f in s.files]
+    return [
+        dict(
+            repo=s.repo,
+            file=f.names[0],
+            part=f.part,
+            size=int(f.size),
+            exact=f.exact,
+            licence=s.licence,
+            revision=s.revision,
+        )
+        for s in sources
+        for f in s.files
+    ]
+
 
 def show_plan(
-    rows:list,   # As `plan` gives them
-)->str:          # Lines
+    rows: list,  # As `plan` gives them
+) -> str:  # Lines
     "The plan as text: repositories with their terms, then files with their sizes"
     lines = []
-    for repo in dict.fromkeys(r['repo'] for r in rows):
-        mine = [r for r in rows if r['repo']==repo]
-        lines += [f'{repo}  ({sum(r["size"] for r in mine)/1e9:.2f} GB)', f'  licence   {mine[0]["licence"]}', f'  revision  {mine[0]["revision"] or "newest (no commit known to pin)"}']
-        lines += [f'  {"" if r["exact"] else "~":>1}{_size(r["size"]):>9}  {r["file"]:<44} -> {r["part"]}' for r in mine]
-    return '\n'.join([*lines, f'together ~{sum(r["size"] for r in rows)/1e9:.1f} GB to fetch'])
+    for repo in dict.fromkeys(r["repo"] for r in rows):
+        mine = [r for r in rows if r["repo"] == repo]
+        lines += [
+            f"{repo}  ({sum(r['size'] for r in mine) / 1e9:.2f} GB)",
+            f"  licence   {mine[0]['licence']}",
+            f"  revision  {mine[0]['revision'] or 'newest (no commit known to pin)'}",
+        ]
+        lines += [
+            f"  {'' if r['exact'] else '~':>1}{_size(r['size']):>9}  {r['file']:<44} -> {r['part']}" for r in mine
+        ]
+    return "\n".join([*lines, f"together ~{sum(r['size'] for r in rows) / 1e9:.1f} GB to fetch"])
 
-def _size(n): return f'{n/1e6:.1f} MB' if n>=1e5 else f'{max(1, round(n/1e3))} kB'
+
+def _size(n):
+    return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{max(1, round(n / 1e3))} kB"
 
 # %% ../nbs/app/61_published.ipynb #863e3818
 def _harmless():
     "Numpy's plain numbers, under the names that old and new numpy give them"
     scalar = np.float64(0).__reduce__()[0]
-    return [scalar, (scalar, 'numpy.core.multiarray.scalar'), np.dtype, *{type(np.dtype(t)) for t in ('f4', 'f8', 'i4', 'i8', '?')}]
+    return [
+        scalar,
+        (scalar, "numpy.core.multiarray.scalar"),
+        np.dtype,
+        *{type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?")},
+    ]
+
 
 def _load_pickle(path):
     import _codecs
+
     with warnings.catch_warnings(), torch.serialization.safe_globals([*_harmless(), _codecs.encode]):
-        warnings.simplefilter('ignore')                       # about pickles of newer protocols, which are refused
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+        warnings.simplefilter("ignore")  # about pickles of newer protocols, which are refused
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
 
 def read_weights(
-    path,     # `.safetensors`, or a pickle of `torch.save`
-)->dict:      # What it holds
+    path,  # `.safetensors`, or a pickle of `torch.save`
+) -> dict:  # What it holds
     "Read a checkpoint without running any code in it"
     path = Path(path)
-    if not path.is_file(): raise FoleyError(f'{path}: no such file; fetch it again, or give another folder')
-    try: found = load_file(path) if path.suffix=='.safetensors' else _load_pickle(path)
+    if not path.is_file():
+        raise FoleyError(f"{path}: no such file; fetch it again, or give another folder")
+    try:
+        found = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
     except Exception as e:
-        asked = re.search(r'GLOBAL ([\w.]+)', str(e)) if isinstance(e, pickle.UnpicklingError) else None
-        if asked: raise FoleyError(f'{path}: wants to run {asked[1]}, which weights never need; refused, and nothing of it was run: get the file from its authors again') from e
-        raise FoleyError(f'{path}: cannot be read as weights ({type(e).__name__}); it is cut short or damaged, and nothing of it was run: delete it and fetch it again') from e
-    if not isinstance(found, dict) or not found: raise FoleyError(f'{path}: holds a {type(found).__name__}, not weights by name; give the checkpoint its authors published')
+        asked = re.search(r"GLOBAL ([\w.]+)", str(e)) if isinstance(e, pickle.UnpicklingError) else None
+        if asked:
+            raise FoleyError(
+                f"{path}: wants to run {asked[1]}, which weights never need; refused, and nothing of it was run: get the file from its authors again"
+            ) from e
+        raise FoleyError(
+            f"{path}: cannot be read as weights ({type(e).__name__}); it is cut short or damaged, and nothing of it was run: delete it and fetch it again"
+        ) from e
+    if not isinstance(found, dict) or not found:
+        raise FoleyError(
+            f"{path}: holds a {type(found).__name__}, not weights by name; give the checkpoint its authors published"
+        )
     return found
 
 # %% ../nbs/app/61_published.ipynb #73bd3b40
 LAYOUT = dict(
-    unet=('unet/diffusion_pytorch_model.safetensors', 'unet/diffusion_pytorch_model.bin'),
-    vae=('vae/diffusion_pytorch_model.safetensors', 'vae/diffusion_pytorch_model.bin'),
-    text_encoder=('text_encoder/model.safetensors', 'text_encoder/pytorch_model.bin'),
-    tokenizer=('tokenizer/vocab.json',), scheduler=('scheduler/scheduler_config.json',),
-    vocoder=('vocoder/vocoder.pt', 'vocoder/vocoder.safetensors'),
-    semantic_adapter=('semantic/semantic_adapter.bin', 'semantic_adapter.bin', 'semantic_adapter.safetensors'),
-    temporal_adapter=('temporal_adapter.ckpt', 'temporal_adapter.safetensors'),
-    time_detector=('timestamp_detector.pth.tar', 'timestamp_detector.safetensors'),
-    frame_encoder=(WEIGHTS_FILE, 'open_clip_pytorch_model.bin'))
-OPTIONAL = ('time_detector',)
+    unet=("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"),
+    vae=("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"),
+    text_encoder=("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin"),
+    tokenizer=("tokenizer/vocab.json",),
+    scheduler=("scheduler/scheduler_config.json",),
+    vocoder=("vocoder/vocoder.pt", "vocoder/vocoder.safetensors"),
+    semantic_adapter=("semantic/semantic_adapter.bin", "semantic_adapter.bin", "semantic_adapter.safetensors"),
+    temporal_adapter=("temporal_adapter.ckpt", "temporal_adapter.safetensors"),
+    time_detector=("timestamp_detector.pth.tar", "timestamp_detector.safetensors"),
+    frame_encoder=(WEIGHTS_FILE, "open_clip_pytorch_model.bin"),
+)
+OPTIONAL = ("time_detector",)
+
 
 def _inside(folder, part):
     "The file of a part in a folder, or None"
-    names = [n for name in LAYOUT[part] for n in (name, Path(name).name)] if folder.name==part else LAYOUT[part]
-    return next((folder/n for n in names if (folder/n).is_file()), None)
+    names = [n for name in LAYOUT[part] for n in (name, Path(name).name)] if folder.name == part else LAYOUT[part]
+    return next((folder / n for n in names if (folder / n).is_file()), None)
+
 
 def _named(part, path):
     "The file of a part that was named itself"
-    if part=='frame_encoder' and isinstance(path, (tuple, list)): return tuple(Path(p) for p in path)
+    if part == "frame_encoder" and isinstance(path, (tuple, list)):
+        return tuple(Path(p) for p in path)
     path = Path(path).expanduser()
-    file = path if path.is_file() else _inside(path, part) or next((path/Path(n).name for n in LAYOUT[part] if (path/Path(n).name).is_file()), None)
-    if file is None: raise FoleyError(f'{path}: no {part} there; looked for {" or ".join(Path(n).name for n in LAYOUT[part])}')
+    file = (
+        path
+        if path.is_file()
+        else _inside(path, part)
+        or next((path / Path(n).name for n in LAYOUT[part] if (path / Path(n).name).is_file()), None)
+    )
+    if file is None:
+        raise FoleyError(f"{path}: no {part} there; looked for {' or '.join(Path(n).name for n in LAYOUT[part])}")
     return file
 
 # %% ../nbs/app/61_published.ipynb #85e321c9
 def locate(
-    sources,   # A folder, a list of folders, or a dict: a part's name -> its file or folder, any other name -> a folder to search
-)->dict:       # Part -> file; for `frame_encoder` also a pair of folders, image and text tower as `transformers` saves them
+    sources,  # A folder, a list of folders, or a dict: a part's name -> its file or folder, any other name -> a folder to search
+) -> (
+    dict
+):  # Part -> file; for `frame_encoder` also a pair of folders, image and text tower as `transformers` saves them
     "Find every part, or say which are missing"
-    given = sources if isinstance(sources, dict) else dict(enumerate([sources] if isinstance(sources, (str, os.PathLike)) else sources))
+    given = (
+        sources
+        if isinstance(sources, dict)
+        else dict(enumerate([sources] if isinstance(sources, (str, os.PathLike)) else sources))
+    )
     found = {k: _named(k, v) for k, v in given.items() if k in LAYOUT}
     folders = [Path(v).expanduser() for k, v in given.items() if k not in LAYOUT]
     for f in folders:
-        if not f.is_dir(): raise FoleyError(f'{f}: no such folder; give folders with the published files')
+        if not f.is_dir():
+            raise FoleyError(f"{f}: no such folder; give folders with the published files")
     for part in LAYOUT:
         here = list(dict.fromkeys(filter(None, (_inside(f, part) for f in folders)))) if part not in found else []
-        if len(here)>1: raise FoleyError(f'{part}: found in {here[0].parent} and in {here[1].parent}; say which with {part}={here[-1].parent}')
-        if here: found[part] = here[0]
+        if len(here) > 1:
+            raise FoleyError(
+                f"{part}: found in {here[0].parent} and in {here[1].parent}; say which with {part}={here[-1].parent}"
+            )
+        if here:
+            found[part] = here[0]
     missing = [p for p in LAYOUT if p not in found and p not in OPTIONAL]
-    if missing: raise FoleyError(f'{", ".join(map(str, folders)) or "sources"}: no {", ".join(f"{p} ({LAYOUT[p][0]})" for p in missing)}; add the folder that has it, or name it as {missing[0]}=PATH')
+    if missing:
+        raise FoleyError(
+            f"{', '.join(map(str, folders)) or 'sources'}: no {', '.join(f'{p} ({LAYOUT[p][0]})' for p in missing)}; add the folder that has it, or name it as {missing[0]}=PATH"
+        )
     return found
 
 # %% ../nbs/app/61_published.ipynb #0075fb04
-_BLOCK = {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2', 'attn.out_proj': 'self_attn.out_proj'}
-_TURNED = ('visual.proj', 'text_projection')
+_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+_TURNED = ("visual.proj", "text_projection")
 _ENDS = dict(
-    vision={'visual.class_embedding': 'vision_model.embeddings.class_embedding', 'visual.conv1.weight': 'vision_model.embeddings.patch_embedding.weight',
-        'visual.positional_embedding': 'vision_model.embeddings.position_embedding.weight', 'visual.proj': 'visual_projection.weight',
-        **{f'visual.{a}.{w}': f'vision_model.{b}.{w}' for a, b in (('ln_pre', 'pre_layrnorm'), ('ln_post', 'post_layernorm')) for w in ('weight', 'bias')}},
-    text={'token_embedding.weight': 'text_model.embeddings.token_embedding.weight', 'positional_embedding': 'text_model.embeddings.position_embedding.weight',
-        'text_projection': 'text_projection.weight', **{f'ln_final.{w}': f'text_model.final_layer_norm.{w}' for w in ('weight', 'bias')}})
+    vision={
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.proj": "visual_projection.weight",
+        **{
+            f"visual.{a}.{w}": f"vision_model.{b}.{w}"
+            for a, b in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"))
+            for w in ("weight", "bias")
+        },
+    },
+    text={
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "text_projection": "text_projection.weight",
+        **{f"ln_final.{w}": f"text_model.final_layer_norm.{w}" for w in ("weight", "bias")},
+    },
+)
+
 
 def _clip_names(
-    layers:dict,   # Tower -> its number of blocks; towers without blocks are left out
-)->dict:           # open_clip's name -> names in `transformers`
+    layers: dict,  # Tower -> its number of blocks; towers without blocks are left out
+) -> dict:  # open_clip's name -> names in `transformers`
     names = {}
-    for tower, ours in (('vision', 'visual.transformer'), ('text', 'transformer')):
-        if not layers[tower]: continue
+    for tower, ours in (("vision", "visual.transformer"), ("text", "transformer")):
+        if not layers[tower]:
+            continue
         names |= {a: (b,) for a, b in _ENDS[tower].items()}
         for i in range(layers[tower]):
-            a, b = f'{ours}.resblocks.{i}.', f'{tower}_model.encoder.layers.{i}.'
-            for w in ('weight', 'bias'):
-                names |= {f'{a}{x}.{w}': (f'{b}{y}.{w}',) for x, y in _BLOCK.items()}
-                names[f'{a}attn.in_proj_{w}'] = tuple(f'{b}self_attn.{p}_proj.{w}' for p in 'qkv')
+            a, b = f"{ours}.resblocks.{i}.", f"{tower}_model.encoder.layers.{i}."
+            for w in ("weight", "bias"):
+                names |= {f"{a}{x}.{w}": (f"{b}{y}.{w}",) for x, y in _BLOCK.items()}
+                names[f"{a}attn.in_proj_{w}"] = tuple(f"{b}self_attn.{p}_proj.{w}" for p in "qkv")
     return names
 
 # %% ../nbs/app/61_published.ipynb #5d224e4b
-def _count(sd, pattern): return 1+max([int(m[1]) for k in sd if (m := re.match(pattern, k))], default=-1)
+def _count(sd, pattern):
+    return 1 + max([int(m[1]) for k in sd if (m := re.match(pattern, k))], default=-1)
+
 
 def _refuse(what, missing, extra, misfit=()):
     "One line that names the first of what does not fit, and counts the rest"
-    some = lambda ks: ', '.join(list(ks)[:4])+(f' and {len(ks)-4} more' if len(ks)>4 else '')
-    said = [f'{word} {some(ks)}' for word, ks in (('missing', missing), ('unexpected', extra), ('of another shape', misfit)) if ks]
-    if said: raise FoleyError(f'{what}: weights do not fit, {"; ".join(said)}; use weights and config of the same model')
+    some = lambda ks: ", ".join(list(ks)[:4]) + (f" and {len(ks) - 4} more" if len(ks) > 4 else "")
+    said = [
+        f"{word} {some(ks)}"
+        for word, ks in (("missing", missing), ("unexpected", extra), ("of another shape", misfit))
+        if ks
+    ]
+    if said:
+        raise FoleyError(f"{what}: weights do not fit, {'; '.join(said)}; use weights and config of the same model")
+
 
 def clip_to_transformers(
-    state_dict:dict,   # An open_clip model's weights; one tower is enough
-)->dict:               # The same weights under `CLIPModel`'s names
+    state_dict: dict,  # An open_clip model's weights; one tower is enough
+) -> dict:  # The same weights under `CLIPModel`'s names
     "open_clip's names to `transformers`'"
-    names = _clip_names(dict(vision=_count(state_dict, r'visual\.transformer\.resblocks\.(\d+)\.'), text=_count(state_dict, r'transformer\.resblocks\.(\d+)\.')))
-    names |= {'logit_scale': ('logit_scale',)} if 'logit_scale' in state_dict else {}
-    _refuse('open_clip', [k for k in names if k not in state_dict], [k for k in state_dict if k not in names])
+    names = _clip_names(
+        dict(
+            vision=_count(state_dict, r"visual\.transformer\.resblocks\.(\d+)\."),
+            text=_count(state_dict, r"transformer\.resblocks\.(\d+)\."),
+        )
+    )
+    names |= {"logit_scale": ("logit_scale",)} if "logit_scale" in state_dict else {}
+    _refuse("open_clip", [k for k in names if k not in state_dict], [k for k in state_dict if k not in names])
     turn = lambda k: state_dict[k].T.contiguous() if k in _TURNED else state_dict[k]
-    return {b: part for a, theirs in names.items() for b, part in zip(theirs, turn(a).chunk(len(theirs)) if len(theirs)>1 else [turn(a)])}
+    return {
+        b: part
+        for a, theirs in names.items()
+        for b, part in zip(theirs, turn(a).chunk(len(theirs)) if len(theirs) > 1 else [turn(a)])
+    }
+
 
 def clip_from_transformers(
-    state_dict:dict,   # Weights of a `CLIPModel`, or of one tower with its projection
-)->dict:               # The same weights under open_clip's names
+    state_dict: dict,  # Weights of a `CLIPModel`, or of one tower with its projection
+) -> dict:  # The same weights under open_clip's names
     "`transformers`' names to open_clip's"
-    sd = {k: v for k, v in state_dict.items() if not k.endswith('position_ids')}          # old files store their counting
-    names = _clip_names({t: _count(sd, rf'{t}_model\.encoder\.layers\.(\d+)\.') for t in ('vision', 'text')})
-    names |= {'logit_scale': ('logit_scale',)} if 'logit_scale' in sd else {}
+    sd = {k: v for k, v in state_dict.items() if not k.endswith("position_ids")}  # old files store their counting
+    names = _clip_names({t: _count(sd, rf"{t}_model\.encoder\.layers\.(\d+)\.") for t in ("vision", "text")})
+    names |= {"logit_scale": ("logit_scale",)} if "logit_scale" in sd else {}
     want = [b for theirs in names.values() for b in theirs]
-    _refuse('CLIP', [k for k in want if k not in sd], [k for k in sd if k not in set(want)])
-    join = lambda theirs: torch.cat([sd[b] for b in theirs]) if len(theirs)>1 else sd[theirs[0]]
+    _refuse("CLIP", [k for k in want if k not in sd], [k for k in sd if k not in set(want)])
+    join = lambda theirs: torch.cat([sd[b] for b in theirs]) if len(theirs) > 1 else sd[theirs[0]]
     return {a: join(theirs).T.contiguous() if a in _TURNED else join(theirs) for a, theirs in names.items()}
 
 # %% ../nbs/app/61_published.ipynb #b8b9e255
-OPENAI = dict(mean=(.48145466, .4578275, .40821073), std=(.26862954, .26130258, .27577711), interpolation='bicubic', resize_mode='shortest')
+OPENAI = dict(
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    interpolation="bicubic",
+    resize_mode="shortest",
+)
+
 
 def clip_config_from_transformers(
-    vision:dict,   # `CLIPVisionConfig` as a dict
-    text:dict,     # `CLIPTextConfig` as a dict
-)->dict:           # open_clip's `model_cfg`
+    vision: dict,  # `CLIPVisionConfig` as a dict
+    text: dict,  # `CLIPTextConfig` as a dict
+) -> dict:  # open_clip's `model_cfg`
     "Two towers' configurations as open_clip's"
-    if len({(c.get('hidden_act'), c.get('layer_norm_eps', 1e-5), c['projection_dim']) for c in (vision, text)})>1 or vision.get('layer_norm_eps', 1e-5)!=1e-5 or vision['hidden_act'] not in ('gelu', 'quick_gelu'):
-        raise FoleyError('CLIP: image and text tower must agree in hidden_act (gelu or quick_gelu), layer_norm_eps (1e-5) and projection_dim; take both from one model')
-    size = lambda c: dict(width=c['hidden_size'], layers=c['num_hidden_layers'], mlp_ratio=c['intermediate_size']/c['hidden_size'])
-    cfg = dict(embed_dim=vision['projection_dim'], vision_cfg=dict(**size(vision), image_size=vision['image_size'], patch_size=vision['patch_size'], head_width=vision['hidden_size']//vision['num_attention_heads']),
-        text_cfg=dict(**size(text), context_length=text['max_position_embeddings'], vocab_size=text['vocab_size'], heads=text['num_attention_heads']))
-    return cfg | (dict(quick_gelu=True) if vision['hidden_act']=='quick_gelu' else {})
+    if (
+        len({(c.get("hidden_act"), c.get("layer_norm_eps", 1e-5), c["projection_dim"]) for c in (vision, text)}) > 1
+        or vision.get("layer_norm_eps", 1e-5) != 1e-5
+        or vision["hidden_act"] not in ("gelu", "quick_gelu")
+    ):
+        raise FoleyError(
+            "CLIP: image and text tower must agree in hidden_act (gelu or quick_gelu), layer_norm_eps (1e-5) and projection_dim; take both from one model"
+        )
+    size = lambda c: dict(
+        width=c["hidden_size"], layers=c["num_hidden_layers"], mlp_ratio=c["intermediate_size"] / c["hidden_size"]
+    )
+    cfg = dict(
+        embed_dim=vision["projection_dim"],
+        vision_cfg=dict(
+            **size(vision),
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            head_width=vision["hidden_size"] // vision["num_attention_heads"],
+        ),
+        text_cfg=dict(
+            **size(text),
+            context_length=text["max_position_embeddings"],
+            vocab_size=text["vocab_size"],
+            heads=text["num_attention_heads"],
+        ),
+    )
+    return cfg | (dict(quick_gelu=True) if vision["hidden_act"] == "quick_gelu" else {})
 
 # %% ../nbs/app/61_published.ipynb #c625cccd
 @dataclass
 class Part:
     "A component about to be written"
-    cls:type           # Class that loads it later
-    model:object       # Module that knows the configuration; its own weights are not used when `weights` is given
-    weights:dict=None  # Under the class's names; None takes those of `model`, if it has any
+
+    cls: type  # Class that loads it later
+    model: object  # Module that knows the configuration; its own weights are not used when `weights` is given
+    weights: dict = None  # Under the class's names; None takes those of `model`, if it has any
+
 
 def _config(file):
     "The `config.json` beside a file"
-    path = Path(file).parent/'config.json'
-    if not path.is_file(): raise FoleyError(f'{path}: no such file; the configuration belongs beside the weights, fetch it too')
-    try: return json.loads(path.read_text())
-    except ValueError as e: raise FoleyError(f'{path}: is no JSON ({e}); delete it and fetch it again') from e
+    path = Path(file).parent / "config.json"
+    if not path.is_file():
+        raise FoleyError(f"{path}: no such file; the configuration belongs beside the weights, fetch it too")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise FoleyError(f"{path}: is no JSON ({e}); delete it and fetch it again") from e
+
 
 def check_fit(
-    model,          # Module, also on the meta device
-    weights:dict,   # Name -> tensor
-    what,           # File, for the error
-)->dict:            # The same weights
+    model,  # Module, also on the meta device
+    weights: dict,  # Name -> tensor
+    what,  # File, for the error
+) -> dict:  # The same weights
     "Refuse weights that are not exactly this model's"
     want, odd = model.state_dict(), [k for k, v in weights.items() if not isinstance(v, Tensor)]
-    if odd: raise FoleyError(f'{what}: {odd[0]!r} is no tensor; give a checkpoint of weights')
-    misfit = [f'{k} {tuple(v.shape)} instead of {tuple(want[k].shape)}' for k, v in weights.items() if k in want and v.shape!=want[k].shape]
+    if odd:
+        raise FoleyError(f"{what}: {odd[0]!r} is no tensor; give a checkpoint of weights")
+    misfit = [
+        f"{k} {tuple(v.shape)} instead of {tuple(want[k].shape)}"
+        for k, v in weights.items()
+        if k in want and v.shape != want[k].shape
+    ]
     _refuse(what, [k for k in want if k not in weights], [k for k in weights if k not in want], misfit)
     return weights
 
+
 def _lay_out(cls, cfg, what):
     "A model without memory"
-    named = cfg.get('_class_name', cls.__name__) if isinstance(cfg, dict) else cls.__name__
-    if named!=cls.__name__: raise FoleyError(f'{Path(what).parent/"config.json"}: describes {named}, not {cls.__name__}; use the config published with the weights')
+    named = cfg.get("_class_name", cls.__name__) if isinstance(cfg, dict) else cls.__name__
+    if named != cls.__name__:
+        raise FoleyError(
+            f"{Path(what).parent / 'config.json'}: describes {named}, not {cls.__name__}; use the config published with the weights"
+        )
     try:
-        with torch.device('meta'): return cls.from_config(cfg) if hasattr(cls, 'from_config') else cls(cfg)
-    except FoleyError: raise
-    except Exception as e: raise FoleyError(f'{Path(what).parent/"config.json"}: describes no {cls.__name__} ({str(e).strip().splitlines()[0][:120]}); use the config published with the weights') from e
+        with torch.device("meta"):
+            return cls.from_config(cfg) if hasattr(cls, "from_config") else cls(cfg)
+    except FoleyError:
+        raise
+    except Exception as e:
+        raise FoleyError(
+            f"{Path(what).parent / 'config.json'}: describes no {cls.__name__} ({str(e).strip().splitlines()[0][:120]}); use the config published with the weights"
+        ) from e
 
 # %% ../nbs/app/61_published.ipynb #6103727b
-_OLD_VAE = {'.query.': '.to_q.', '.key.': '.to_k.', '.value.': '.to_v.', '.proj_attn.': '.to_out.0.'}
+_OLD_VAE = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
 
 def _new_vae_name(k):
     for old, new in _OLD_VAE.items():
-        if '.attentions.' in k: k = k.replace(old, new)
+        if ".attentions." in k:
+            k = k.replace(old, new)
     return k
+
 
 def _diffusers_part(cls, file, rename=lambda k: k):
     "A part of Auffusion"
     model = _lay_out(cls, _config(file), file)
     return Part(cls, model, check_fit(model, {rename(k): v for k, v in read_weights(file).items()}, file))
 
+
 def _text_part(file):
     "The text encoder; the prefix of its names has come and gone with `transformers`"
     model = _lay_out(CLIPTextModel, CLIPTextConfig(**_config(file)), file)
-    bare = lambda k: k.removeprefix('text_model.')
-    prefix = 'text_model.' if any(k.startswith('text_model.') for k in model.state_dict()) else ''
-    sd = {prefix+bare(k): v for k, v in read_weights(file).items() if not k.endswith('position_ids')}
-    return Part(CLIPTextModel, model, {'text_model.'+bare(k): v for k, v in check_fit(model, sd, file).items()})
+    bare = lambda k: k.removeprefix("text_model.")
+    prefix = "text_model." if any(k.startswith("text_model.") for k in model.state_dict()) else ""
+    sd = {prefix + bare(k): v for k, v in read_weights(file).items() if not k.endswith("position_ids")}
+    return Part(CLIPTextModel, model, {"text_model." + bare(k): v for k, v in check_fit(model, sd, file).items()})
 
 # %% ../nbs/app/61_published.ipynb #93ec6a5e
 def _unwrap(found, *keys):
     "What a training checkpoint keeps its weights under"
     return next((found[k] for k in keys if isinstance(found.get(k), dict)), found)
 
+
 def _temporal_part(file, unet):
-    with torch.device('meta'): model = ControlNetModel.from_unet(unet, conditioning_channels=1, conditioning_embedding_out_channels=(16, 32, 96, 256), load_weights_from_unet=False)
-    sd = {k.removeprefix('module.'): v for k, v in _unwrap(read_weights(file), 'state_dict').items()}
+    with torch.device("meta"):
+        model = ControlNetModel.from_unet(
+            unet,
+            conditioning_channels=1,
+            conditioning_embedding_out_channels=(16, 32, 96, 256),
+            load_weights_from_unet=False,
+        )
+    sd = {k.removeprefix("module."): v for k, v in _unwrap(read_weights(file), "state_dict").items()}
     return Part(ControlNetModel, model, check_fit(model, sd, file))
+
 
 def _frame_part(file, unet):
     found = read_weights(file)
-    try: adapter = FrameAdapter.from_ip_adapter_state_dict(found)
-    except FoleyError as e: raise FoleyError(f'{file}: {e}') from e
-    except Exception as e: raise FoleyError(f'{file}: is no IP-Adapter checkpoint, or of another architecture ({str(e).strip().splitlines()[-1].strip()[:160]}); use semantic_adapter.bin as published') from e
+    try:
+        adapter = FrameAdapter.from_ip_adapter_state_dict(found)
+    except FoleyError as e:
+        raise FoleyError(f"{file}: {e}") from e
+    except Exception as e:
+        raise FoleyError(
+            f"{file}: is no IP-Adapter checkpoint, or of another architecture ({str(e).strip().splitlines()[-1].strip()[:160]}); use semantic_adapter.bin as published"
+        ) from e
     want, got = [a.to_k.out_features for a in cross_attentions(unet)], list(adapter.config.attention_dims)
-    if (want, unet.config.cross_attention_dim)!=(got, adapter.config.cross_attention_dim):
-        raise FoleyError(f'{file}: made for cross-attentions of widths {got} and tokens of size {adapter.config.cross_attention_dim}, the UNet has {want} and {unet.config.cross_attention_dim}; use the adapter trained for this UNet')
+    if (want, unet.config.cross_attention_dim) != (got, adapter.config.cross_attention_dim):
+        raise FoleyError(
+            f"{file}: made for cross-attentions of widths {got} and tokens of size {adapter.config.cross_attention_dim}, the UNet has {want} and {unet.config.cross_attention_dim}; use the adapter trained for this UNet"
+        )
     return Part(FrameAdapter, adapter)
 
 # %% ../nbs/app/61_published.ipynb #ccd88b80
-def _vocoder_parts(file, mel:dict):
+def _vocoder_parts(file, mel: dict):
     "The vocoder, and the mel it reads"
     cfg = _config(file)
-    try: vocoder = from_hifigan(cfg, _unwrap(read_weights(file), 'generator'))
-    except FoleyError as e: raise FoleyError(f'{file}: {str(e)[:240]}{"..." if len(str(e))>240 else ""}') from e
-    except Exception as e: raise FoleyError(f'{file}: is no HiFi-GAN generator ({type(e).__name__}); give the vocoder with its config.json') from e
-    c = dict(sample_rate=cfg['sampling_rate'], n_fft=cfg['n_fft'], win_length=cfg['win_size'], hop_length=cfg['hop_size'], n_mels=cfg['num_mels'], fmin=float(cfg.get('fmin') or 0), fmax=float(cfg.get('fmax') or cfg['sampling_rate']/2))
+    try:
+        vocoder = from_hifigan(cfg, _unwrap(read_weights(file), "generator"))
+    except FoleyError as e:
+        raise FoleyError(f"{file}: {str(e)[:240]}{'...' if len(str(e)) > 240 else ''}") from e
+    except Exception as e:
+        raise FoleyError(
+            f"{file}: is no HiFi-GAN generator ({type(e).__name__}); give the vocoder with its config.json"
+        ) from e
+    c = dict(
+        sample_rate=cfg["sampling_rate"],
+        n_fft=cfg["n_fft"],
+        win_length=cfg["win_size"],
+        hop_length=cfg["hop_size"],
+        n_mels=cfg["num_mels"],
+        fmin=float(cfg.get("fmin") or 0),
+        fmax=float(cfg.get("fmax") or cfg["sampling_rate"] / 2),
+    )
     return Part(type(vocoder), vocoder), Part(MelTransform, MelTransform.full(**{**c, **mel}))
 
 # %% ../nbs/app/61_published.ipynb #266275ef
 def _clip_tokenizer(folder, vocab_size):
-    if vocab_size==49408: return None                                  # open_clip brings CLIP's own
-    if not any((folder/n).is_file() for n in ('tokenizer.json', 'vocab.json')): raise FoleyError(f'{folder}: no tokenizer.json or vocab.json; a text tower with {vocab_size} tokens needs its tokenizer beside it')
+    if vocab_size == 49408:
+        return None  # open_clip brings CLIP's own
+    if not any((folder / n).is_file() for n in ("tokenizer.json", "vocab.json")):
+        raise FoleyError(
+            f"{folder}: no tokenizer.json or vocab.json; a text tower with {vocab_size} tokens needs its tokenizer beside it"
+        )
     return CLIPTokenizer.from_pretrained(folder)
+
 
 def _towers(vision, text):
     "Configuration, weights and tokenizer from two folders of `transformers`"
-    files = [d if d.is_file() else next((d/n for n in ('model.safetensors', 'pytorch_model.bin') if (d/n).is_file()), d/'model.safetensors') for d in (vision, text)]
+    files = [
+        d
+        if d.is_file()
+        else next(
+            (d / n for n in ("model.safetensors", "pytorch_model.bin") if (d / n).is_file()), d / "model.safetensors"
+        )
+        for d in (vision, text)
+    ]
     cfg = clip_config_from_transformers(*map(_config, files))
     weights = {k: v for f in files for k, v in clip_from_transformers(read_weights(f)).items()}
-    return cfg, {'logit_scale': torch.tensor(math.log(100.)), **weights}, _clip_tokenizer(files[1].parent, cfg['text_cfg']['vocab_size'])
+    return (
+        cfg,
+        {"logit_scale": torch.tensor(math.log(100.0)), **weights},
+        _clip_tokenizer(files[1].parent, cfg["text_cfg"]["vocab_size"]),
+    )
+
 
 def _encoder_part(file):
-    if isinstance(file, tuple): (cfg, sd, tokenizer), pre, what = _towers(*file), OPENAI, file[0]
+    if isinstance(file, tuple):
+        (cfg, sd, tokenizer), pre, what = _towers(*file), OPENAI, file[0]
     else:
-        about, what = file.parent/CONFIG_FILE, file
-        if not about.is_file(): raise FoleyError(f'{about}: no such file; open_clip keeps its configuration beside the weights, fetch it too')
-        try: stored = json.loads(about.read_text())
-        except ValueError as e: raise FoleyError(f'{about}: is no JSON ({e}); delete it and fetch it again') from e
-        cfg, pre, sd = stored['model_cfg'], stored.get('preprocess_cfg'), read_weights(file)
-        tokenizer = _clip_tokenizer(file.parent, cfg['text_cfg'].get('vocab_size', 49408))
-    with torch.device('meta'): encoder = FrameEncoder.from_config(cfg, pre, tokenizer)
+        about, what = file.parent / CONFIG_FILE, file
+        if not about.is_file():
+            raise FoleyError(
+                f"{about}: no such file; open_clip keeps its configuration beside the weights, fetch it too"
+            )
+        try:
+            stored = json.loads(about.read_text())
+        except ValueError as e:
+            raise FoleyError(f"{about}: is no JSON ({e}); delete it and fetch it again") from e
+        cfg, pre, sd = stored["model_cfg"], stored.get("preprocess_cfg"), read_weights(file)
+        tokenizer = _clip_tokenizer(file.parent, cfg["text_cfg"].get("vocab_size", 49408))
+    with torch.device("meta"):
+        encoder = FrameEncoder.from_config(cfg, pre, tokenizer)
     return Part(FrameEncoder, encoder, check_fit(encoder.model, sd, what))
 
 # %% ../nbs/app/61_published.ipynb #2ba86954
-def _detector_part(file, config:dict):
+def _detector_part(file, config: dict):
     from smooth_foley.baselines.foleycrafter import TimeDetector
-    try: return Part(TimeDetector, TimeDetector.from_published_state_dict(read_weights(file), **config))
-    except FoleyError as e: raise FoleyError(f'{file}: {str(e).removeprefix(f"{file}: ")}') from e
-    except Exception as e: raise FoleyError(f'{file}: is no time detector checkpoint ({type(e).__name__}); give timestamp_detector.pth.tar') from e
+
+    try:
+        return Part(TimeDetector, TimeDetector.from_published_state_dict(read_weights(file), **config))
+    except FoleyError as e:
+        raise FoleyError(f"{file}: {str(e).removeprefix(f'{file}: ')}") from e
+    except Exception as e:
+        raise FoleyError(
+            f"{file}: is no time detector checkpoint ({type(e).__name__}); give timestamp_detector.pth.tar"
+        ) from e
+
 
 def _scheduler_part(file):
-    try: cfg = json.loads(Path(file).read_text())
-    except ValueError as e: raise FoleyError(f'{file}: is no JSON ({e}); delete it and fetch it again') from e
-    cls = getattr(diffusers, str(cfg.get('_class_name')), None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)): raise FoleyError(f'{file}: names the scheduler {cfg.get("_class_name")!r}, which diffusers does not have; give a scheduler_config.json')
+    try:
+        cfg = json.loads(Path(file).read_text())
+    except ValueError as e:
+        raise FoleyError(f"{file}: is no JSON ({e}); delete it and fetch it again") from e
+    cls = getattr(diffusers, str(cfg.get("_class_name")), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        raise FoleyError(
+            f"{file}: names the scheduler {cfg.get('_class_name')!r}, which diffusers does not have; give a scheduler_config.json"
+        )
     return Part(cls, cls.from_config(cfg))
 
+
 def _tokenizer_part(file):
-    if not (Path(file).parent/'merges.txt').is_file(): raise FoleyError(f'{Path(file).parent}/merges.txt: no such file; it belongs to vocab.json, fetch it too')
-    try: return Part(CLIPTokenizer, CLIPTokenizer.from_pretrained(Path(file).parent))
-    except Exception as e: raise FoleyError(f'{Path(file).parent}: holds no CLIP tokenizer ({type(e).__name__}); fetch vocab.json and merges.txt again') from e
+    if not (Path(file).parent / "merges.txt").is_file():
+        raise FoleyError(f"{Path(file).parent}/merges.txt: no such file; it belongs to vocab.json, fetch it too")
+    try:
+        return Part(CLIPTokenizer, CLIPTokenizer.from_pretrained(Path(file).parent))
+    except Exception as e:
+        raise FoleyError(
+            f"{Path(file).parent}: holds no CLIP tokenizer ({type(e).__name__}); fetch vocab.json and merges.txt again"
+        ) from e
 
 # %% ../nbs/app/61_published.ipynb #b7e8ae5d
-CALIBRATION = (.10, .25)
-SETTINGS = dict(labels=[], fps=15., threshold=.5, compat_columns=True, num_inference_steps=25, guidance_scale=7.5, frame_scale=1., temporal_scale=.2)
+CALIBRATION = (0.10, 0.25)
+SETTINGS = dict(
+    labels=[],
+    fps=15.0,
+    threshold=0.5,
+    compat_columns=True,
+    num_inference_steps=25,
+    guidance_scale=7.5,
+    frame_scale=1.0,
+    temporal_scale=0.2,
+)
+
 
 def read_parts(
-    found:dict,            # As `locate` gives it
-    configs:dict=None,     # Part -> changes to its configuration, for `mel`, `label_projection`, `time_detector`
-)->dict:                   # Component -> `Part`
+    found: dict,  # As `locate` gives it
+    configs: dict = None,  # Part -> changes to its configuration, for `mel`, `label_projection`, `time_detector`
+) -> dict:  # Component -> `Part`
     "Read and check every part"
-    own = {k: dict((configs or {}).get(k, {})) for k in ('mel', 'label_projection', 'time_detector')}
-    unet = _diffusers_part(UNet2DConditionModel, found['unet'])
-    vocoder, mel = _vocoder_parts(found['vocoder'], own['mel'])
-    encoder = _encoder_part(found['frame_encoder'])
-    projection = LabelProjection(encoder.model.config.embed_dim, **{'calibration': CALIBRATION, **own['label_projection']})
-    parts = dict(unet=unet, vae=_diffusers_part(AutoencoderKL, found['vae'], _new_vae_name), text_encoder=_text_part(found['text_encoder']), tokenizer=_tokenizer_part(found['tokenizer']),
-        scheduler=_scheduler_part(found['scheduler']), vocoder=vocoder, mel=mel, frame_encoder=encoder, frame_adapter=_frame_part(found['semantic_adapter'], unet.model),
-        label_projection=Part(LabelProjection, projection), temporal_adapter=_temporal_part(found['temporal_adapter'], unet.model))
-    if 'time_detector' in found: parts['time_detector'] = _detector_part(found['time_detector'], own['time_detector'])
+    own = {k: dict((configs or {}).get(k, {})) for k in ("mel", "label_projection", "time_detector")}
+    unet = _diffusers_part(UNet2DConditionModel, found["unet"])
+    vocoder, mel = _vocoder_parts(found["vocoder"], own["mel"])
+    encoder = _encoder_part(found["frame_encoder"])
+    projection = LabelProjection(
+        encoder.model.config.embed_dim, **{"calibration": CALIBRATION, **own["label_projection"]}
+    )
+    parts = dict(
+        unet=unet,
+        vae=_diffusers_part(AutoencoderKL, found["vae"], _new_vae_name),
+        text_encoder=_text_part(found["text_encoder"]),
+        tokenizer=_tokenizer_part(found["tokenizer"]),
+        scheduler=_scheduler_part(found["scheduler"]),
+        vocoder=vocoder,
+        mel=mel,
+        frame_encoder=encoder,
+        frame_adapter=_frame_part(found["semantic_adapter"], unet.model),
+        label_projection=Part(LabelProjection, projection),
+        temporal_adapter=_temporal_part(found["temporal_adapter"], unet.model),
+    )
+    if "time_detector" in found:
+        parts["time_detector"] = _detector_part(found["time_detector"], own["time_detector"])
     _check_together(parts, found)
     return parts
 
 # %% ../nbs/app/61_published.ipynb #141dd4be
 def _check_together(parts, found):
     "Refuse parts that are each whole, but of different models"
-    c = {k: p.model.config for k, p in parts.items() if k!='tokenizer'}
-    down = 2**(len(c['vae'].block_out_channels)-1)
-    rules = [(c['unet'].in_channels, c['vae'].latent_channels, 'unet', 'vae', 'latent channels'),
-        (c['unet'].cross_attention_dim, c['text_encoder'].hidden_size, 'unet', 'text_encoder', 'size of a text token'),
-        (c['frame_adapter'].clip_dim, c['frame_encoder'].embed_dim, 'semantic_adapter', 'frame_encoder', 'size of a frame embedding'),
-        (c['vae'].in_channels, c['mel'].image_channels*c['mel'].fold**2, 'vae', 'mel', 'channels of the mel image')]
+    c = {k: p.model.config for k, p in parts.items() if k != "tokenizer"}
+    down = 2 ** (len(c["vae"].block_out_channels) - 1)
+    rules = [
+        (c["unet"].in_channels, c["vae"].latent_channels, "unet", "vae", "latent channels"),
+        (c["unet"].cross_attention_dim, c["text_encoder"].hidden_size, "unet", "text_encoder", "size of a text token"),
+        (
+            c["frame_adapter"].clip_dim,
+            c["frame_encoder"].embed_dim,
+            "semantic_adapter",
+            "frame_encoder",
+            "size of a frame embedding",
+        ),
+        (c["vae"].in_channels, c["mel"].image_channels * c["mel"].fold ** 2, "vae", "mel", "channels of the mel image"),
+    ]
     for a, b, x, y, what in rules:
-        if a!=b: raise FoleyError(f'{x} ({found.get(x, "")}) and {y} ({found.get(y, "its config")}) are of different models: {what} {a} and {b}; use parts that belong together')
-    if len(parts['tokenizer'].model)>c['text_encoder'].vocab_size: raise FoleyError(f'{found["tokenizer"]}: {len(parts["tokenizer"].model)} tokens, the text encoder knows {c["text_encoder"].vocab_size}; use the tokenizer of the same model')
-    if c['mel'].n_mels%down or c['mel'].n_cols%down: raise FoleyError(f'{found["vocoder"]}: {c["mel"].n_mels} mel bands and {c["mel"].n_cols} columns, which the VAE cannot halve to a {down}th; use parts that belong together')
+        if a != b:
+            raise FoleyError(
+                f"{x} ({found.get(x, '')}) and {y} ({found.get(y, 'its config')}) are of different models: {what} {a} and {b}; use parts that belong together"
+            )
+    if len(parts["tokenizer"].model) > c["text_encoder"].vocab_size:
+        raise FoleyError(
+            f"{found['tokenizer']}: {len(parts['tokenizer'].model)} tokens, the text encoder knows {c['text_encoder'].vocab_size}; use the tokenizer of the same model"
+        )
+    if c["mel"].n_mels % down or c["mel"].n_cols % down:
+        raise FoleyError(
+            f"{found['vocoder']}: {c['mel'].n_mels} mel bands and {c['mel'].n_cols} columns, which the VAE cannot halve to a {down}th; use parts that belong together"
+        )
 
 # %% ../nbs/app/61_published.ipynb #96c4fe71
 def check_room(
-    path,         # Where something will be written
-    need:float,   # Bytes
-)->None:
+    path,  # Where something will be written
+    need: float,  # Bytes
+) -> None:
     "Refuse to begin what cannot end"
     there = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())
     free = shutil.disk_usage(there).free
-    if free<need: raise FoleyError(f'{path}: needs {_size(need)} and {_size(free)} are free; make room, or choose another place')
+    if free < need:
+        raise FoleyError(f"{path}: needs {_size(need)} and {_size(free)} are free; make room, or choose another place")
+
 
 @contextmanager
 def new_folder(
-    out,                    # Where the finished folder goes
-    overwrite:bool=False,   # Replace what is there
-):                          # Temporary sibling
+    out,  # Where the finished folder goes
+    overwrite: bool = False,  # Replace what is there
+):  # Temporary sibling
     "Fill a folder beside `out` that takes its place only if the block ends well"
     out = Path(out).expanduser().absolute()
-    if out.exists() and not overwrite: raise FoleyError(f'{out}: is there already; choose another place, or allow to overwrite it')
-    tmp, old = (out.with_name(f'.{out.name}.{os.getpid()}.{os.urandom(3).hex()}.{k}') for k in ('part', 'old'))
+    if out.exists() and not overwrite:
+        raise FoleyError(f"{out}: is there already; choose another place, or allow to overwrite it")
+    tmp, old = (out.with_name(f".{out.name}.{os.getpid()}.{os.urandom(3).hex()}.{k}") for k in ("part", "old"))
     try:
         tmp.mkdir(parents=True)
         yield tmp
-        if out.exists(): out.rename(old)
+        if out.exists():
+            out.rename(old)
         tmp.rename(out)
     except Exception as e:
-        full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(e)
-        if full: raise FoleyError(f'{out}: no space left on the disk; make room, or choose another place') from e
-        if isinstance(e, PermissionError): raise FoleyError(f'{out}: cannot be written ({(e.strerror or str(e)).lower()}); choose another place') from e
+        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e)
+        if full:
+            raise FoleyError(f"{out}: no space left on the disk; make room, or choose another place") from e
+        if isinstance(e, PermissionError):
+            raise FoleyError(
+                f"{out}: cannot be written ({(e.strerror or str(e)).lower()}); choose another place"
+            ) from e
         raise
     finally:
-        if old.exists() and not out.exists(): old.rename(out)
-        for d in (tmp, old): shutil.rmtree(d, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for d in (tmp, old):
+            shutil.rmtree(d, ignore_errors=True)
 
 # %% ../nbs/app/61_published.ipynb #2e016c72
 def _tensors(part):
     "All a part will write"
-    if part.weights is not None: return part.weights
+    if part.weights is not None:
+        return part.weights
     return part.model.state_dict() if isinstance(part.model, torch.nn.Module) else {}
 
-def _to(t, dtype): return (t.to(dtype) if t.is_floating_point() else t).contiguous()
+
+def _to(t, dtype):
+    return (t.to(dtype) if t.is_floating_point() else t).contiguous()
+
 
 def write_part(
-    part:Part,
-    folder,              # Made here
-    dtype=torch.float32, # Type of the weights
-)->None:
+    part: Part,
+    folder,  # Made here
+    dtype=torch.float32,  # Type of the weights
+) -> None:
     "Configuration and safetensors, as the part's class reads them"
-    folder = Path(folder); folder.mkdir()
+    folder = Path(folder)
+    folder.mkdir()
     weights, borrowed = _tensors(part), issubclass(part.cls, PreTrainedModel)
-    if part.cls is FrameEncoder: _write_encoder_config(part.model, folder)
-    elif borrowed: part.model.config.save_pretrained(folder)
-    elif weights: part.model.save_config(folder)
-    else: part.model.save_pretrained(folder)
-    name = WEIGHTS_FILE if part.cls is FrameEncoder else 'model.safetensors' if borrowed else 'diffusion_pytorch_model.safetensors'
-    if weights: save_file({k: _to(v, dtype) for k, v in weights.items()}, folder/name, metadata={'format': 'pt'})
+    if part.cls is FrameEncoder:
+        _write_encoder_config(part.model, folder)
+    elif borrowed:
+        part.model.config.save_pretrained(folder)
+    elif weights:
+        part.model.save_config(folder)
+    else:
+        part.model.save_pretrained(folder)
+    name = (
+        WEIGHTS_FILE
+        if part.cls is FrameEncoder
+        else "model.safetensors"
+        if borrowed
+        else "diffusion_pytorch_model.safetensors"
+    )
+    if weights:
+        save_file({k: _to(v, dtype) for k, v in weights.items()}, folder / name, metadata={"format": "pt"})
+
 
 def _write_encoder_config(encoder, folder):
-    (folder/CONFIG_FILE).write_text(json.dumps({k: encoder.config[k] for k in ('model_cfg', 'preprocess_cfg')}, indent=2)+'\n')
-    if hasattr(encoder.tokenizer, 'pad_token_id'): encoder.tokenizer.save_pretrained(folder)
+    (folder / CONFIG_FILE).write_text(
+        json.dumps({k: encoder.config[k] for k in ("model_cfg", "preprocess_cfg")}, indent=2) + "\n"
+    )
+    if hasattr(encoder.tokenizer, "pad_token_id"):
+        encoder.tokenizer.save_pretrained(folder)
+
 
 def _index(parts):
     "What `model_index.json` says"
-    home = lambda cls: cls.__module__ if cls.__module__.startswith('smooth_foley') else cls.__module__.split('.')[0]
-    return dict(_class_name='SmoothFoleyPipeline', _diffusers_version=diffusers.__version__, **SETTINGS,
-                **{k: [home(p.cls), p.cls.__name__] for k, p in sorted(parts.items()) if k not in OPTIONAL})
+    home = lambda cls: cls.__module__ if cls.__module__.startswith("smooth_foley") else cls.__module__.split(".")[0]
+    return dict(
+        _class_name="SmoothFoleyPipeline",
+        _diffusers_version=diffusers.__version__,
+        **SETTINGS,
+        **{k: [home(p.cls), p.cls.__name__] for k, p in sorted(parts.items()) if k not in OPTIONAL},
+    )
 
 # %% ../nbs/app/61_published.ipynb #f72231e4
 def convert(
-    sources,               # As in `locate`
-    out,                   # Folder to make
-    dtype=torch.float32,   # Type of the weights that are written
-    configs:dict=None,     # As in `read_parts`
-    overwrite:bool=False,  # Replace `out`
-    about:dict=None,       # Goes into `sources.json`
-)->Path:                   # `out`
+    sources,  # As in `locate`
+    out,  # Folder to make
+    dtype=torch.float32,  # Type of the weights that are written
+    configs: dict = None,  # As in `read_parts`
+    overwrite: bool = False,  # Replace `out`
+    about: dict = None,  # Goes into `sources.json`
+) -> Path:  # `out`
     "Rewrite published checkpoints as one folder that `SmoothFoleyPipeline.from_pretrained` loads"
-    if isinstance(dtype, str): dtype = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16).get(dtype)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16): raise FoleyError('`dtype`: use float32, float16 or bfloat16')
+    if isinstance(dtype, str):
+        dtype = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16).get(dtype)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise FoleyError("`dtype`: use float32, float16 or bfloat16")
     out = Path(out).expanduser()
-    if out.exists() and not overwrite: raise FoleyError(f'{out}: is there already; choose another place, or allow to overwrite it')
+    if out.exists() and not overwrite:
+        raise FoleyError(f"{out}: is there already; choose another place, or allow to overwrite it")
     found = locate(sources)
     parts = read_parts(found, configs)
-    check_room(out, 1.01*dtype.itemsize*sum(t.numel() for p in parts.values() for t in _tensors(p).values())+1e5)
+    check_room(out, 1.01 * dtype.itemsize * sum(t.numel() for p in parts.values() for t in _tensors(p).values()) + 1e5)
     index, origin = _index(parts), {p: _origin(f) for p, f in found.items()}
     with new_folder(out, overwrite) as tmp:
-        for name in progress(list(parts), 'converting', 'part'): write_part(parts.pop(name), tmp/name, dtype)
-        (tmp/'sources.json').write_text(json.dumps(dict(dtype=str(dtype).removeprefix('torch.'), files=origin, **(about or {})), indent=2)+'\n')
-        (tmp/'model_index.json').write_text(json.dumps(index, indent=2, sort_keys=True)+'\n')
+        for name in progress(list(parts), "converting", "part"):
+            write_part(parts.pop(name), tmp / name, dtype)
+        (tmp / "sources.json").write_text(
+            json.dumps(dict(dtype=str(dtype).removeprefix("torch."), files=origin, **(about or {})), indent=2) + "\n"
+        )
+        (tmp / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return out
+
 
 def _origin(file):
     "Name, size and, from the hub's cache, commit of what a part was made from"
     files = [f for f in (file if isinstance(file, tuple) else (file,)) if f.is_file()]
-    commit = lambda f: f.parts[f.parts.index('snapshots')+1] if 'snapshots' in f.parts else None
+    commit = lambda f: f.parts[f.parts.index("snapshots") + 1] if "snapshots" in f.parts else None
     return [dict(file=f.name, bytes=f.stat().st_size, commit=commit(f)) for f in files]
 
 # %% ../nbs/app/61_published.ipynb #45b7be4b
-def full_path(
-)->Path:   # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
+def full_path() -> Path:  # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
     "Where the converted `full` lives"
-    home = os.environ.get('SMOOTH_FOLEY_HOME')
-    return (Path(home).expanduser() if home else Path.home()/'.cache'/'smooth_foley')/'full'
+    home = os.environ.get("SMOOTH_FOLEY_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".cache" / "smooth_foley") / "full"
+
 
 class NotHere(FoleyError):
     "A file is not in the cache, and the hub was not to be reached"
+
 
 def _get(source, file, **hub):
     "One file, under the first of its names that exists"
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     offline = None
     for name in file.names:
-        try: return Path(hf_hub_download(source.repo, name, revision=source.revision, **hub))
-        except LocalEntryNotFoundError as e: offline = e
-        except EntryNotFoundError: pass
+        try:
+            return Path(hf_hub_download(source.repo, name, revision=source.revision, **hub))
+        except LocalEntryNotFoundError as e:
+            offline = e
+        except EntryNotFoundError:
+            pass
         except Exception as e:
-            if getattr(e, 'errno', None)==errno.ENOSPC: raise FoleyError(f'{source.repo}/{name}: no space left on the disk; make room, and start again: what is there already is kept') from e
-            raise FoleyError(f'{source.repo}/{name}: cannot be had from the hub ({type(e).__name__}: {str(e).strip().splitlines()[0][:160]}); check network and token, and start again: what is there already is kept') from e
-    local = hub.get('local_files_only') or constants.HF_HUB_OFFLINE
-    if offline and not (local and file.optional): raise NotHere(f'{source.repo}/{file.names[0]}: not in the cache, and the hub cannot be reached; run `smooth-foley fetch full` where there is a network') from offline
-    if file.optional: return None
-    raise FoleyError(f'{source.repo}: has no {" or ".join(file.names)} at {source.revision or "its newest commit"}; the repository has changed, give its files to `smooth-foley fetch full --from`')
+            if getattr(e, "errno", None) == errno.ENOSPC:
+                raise FoleyError(
+                    f"{source.repo}/{name}: no space left on the disk; make room, and start again: what is there already is kept"
+                ) from e
+            raise FoleyError(
+                f"{source.repo}/{name}: cannot be had from the hub ({type(e).__name__}: {str(e).strip().splitlines()[0][:160]}); check network and token, and start again: what is there already is kept"
+            ) from e
+    local = hub.get("local_files_only") or constants.HF_HUB_OFFLINE
+    if offline and not (local and file.optional):
+        raise NotHere(
+            f"{source.repo}/{file.names[0]}: not in the cache, and the hub cannot be reached; run `smooth-foley fetch full` where there is a network"
+        ) from offline
+    if file.optional:
+        return None
+    raise FoleyError(
+        f"{source.repo}: has no {' or '.join(file.names)} at {source.revision or 'its newest commit'}; the repository has changed, give its files to `smooth-foley fetch full --from`"
+    )
 
 # %% ../nbs/app/61_published.ipynb #f60b3f69
 def download(
-    sources:tuple=SOURCES, # `Source`s
-    cache_dir=None,        # Hub cache
-    token=None,            # Hub token
-    local_files_only:bool=False, # Never download
-)->dict:                   # Part -> its weights' file, for `convert`
+    sources: tuple = SOURCES,  # `Source`s
+    cache_dir=None,  # Hub cache
+    token=None,  # Hub token
+    local_files_only: bool = False,  # Never download
+) -> dict:  # Part -> its weights' file, for `convert`
     "Bring all files into the hub's cache"
     from huggingface_hub import constants, try_to_load_from_cache
-    cached = lambda s, f: any(isinstance(try_to_load_from_cache(s.repo, n, cache_dir=cache_dir, revision=s.revision), str) for n in f.names)
+
+    cached = lambda s, f: any(
+        isinstance(try_to_load_from_cache(s.repo, n, cache_dir=cache_dir, revision=s.revision), str) for n in f.names
+    )
     files = [(s, f) for s in sources for f in s.files]
-    if not (local_files_only or constants.HF_HUB_OFFLINE): check_room(cache_dir or constants.HF_HUB_CACHE, sum(f.size for s, f in files if not cached(s, f)))
-    got = [(f, _get(s, f, cache_dir=cache_dir, token=token, local_files_only=local_files_only)) for s, f in progress(files, 'fetching', 'file')]
-    largest = {p: max((g for g in got if g[0].part==p and g[1]), key=lambda g: g[0].size, default=None) for p in LAYOUT}
+    if not (local_files_only or constants.HF_HUB_OFFLINE):
+        check_room(cache_dir or constants.HF_HUB_CACHE, sum(f.size for s, f in files if not cached(s, f)))
+    got = [
+        (f, _get(s, f, cache_dir=cache_dir, token=token, local_files_only=local_files_only))
+        for s, f in progress(files, "fetching", "file")
+    ]
+    largest = {
+        p: max((g for g in got if g[0].part == p and g[1]), key=lambda g: g[0].size, default=None) for p in LAYOUT
+    }
     return {p: g[1] for p, g in largest.items() if g}
 
+
 def fetch(
-    out=None,              # Folder to make; `full_path()` when None
-    dry_run:bool=False,    # Only show what would be done
-    dtype=torch.float32,   # Type of the weights that are written
-    folders=None,          # Use these instead of the hub, as in `locate`
-    sources:tuple=SOURCES, # What to bring from the hub
-    configs:dict=None,     # As in `read_parts`
-    overwrite:bool=False,  # Replace `out`
-    say=print,             # Told what is done
-    **hub                  # `cache_dir`, `token`, `local_files_only`, as in `download`
-)->Path:                   # `out`
+    out=None,  # Folder to make; `full_path()` when None
+    dry_run: bool = False,  # Only show what would be done
+    dtype=torch.float32,  # Type of the weights that are written
+    folders=None,  # Use these instead of the hub, as in `locate`
+    sources: tuple = SOURCES,  # What to bring from the hub
+    configs: dict = None,  # As in `read_parts`
+    overwrite: bool = False,  # Replace `out`
+    say=print,  # Told what is done
+    **hub,  # `cache_dir`, `token`, `local_files_only`, as in `download`
+) -> Path:  # `out`
     "Bring the published weights and make `full` of them"
     out = Path(out).expanduser() if out else full_path()
-    say(show_plan(plan(sources)) if folders is None else '\n'.join(f'{p:<17}{f if not isinstance(f, tuple) else " and ".join(map(str, f))}' for p, f in locate(folders).items()))
-    if dry_run: return out
-    if out.exists() and not overwrite: raise FoleyError(f'{out}: is there already; choose another place, or allow to overwrite it')
-    about = {} if folders is not None else dict(hub=[dict(repo=s.repo, revision=s.revision, licence=s.licence) for s in sources])
+    say(
+        show_plan(plan(sources))
+        if folders is None
+        else "\n".join(
+            f"{p:<17}{f if not isinstance(f, tuple) else ' and '.join(map(str, f))}" for p, f in locate(folders).items()
+        )
+    )
+    if dry_run:
+        return out
+    if out.exists() and not overwrite:
+        raise FoleyError(f"{out}: is there already; choose another place, or allow to overwrite it")
+    about = (
+        {}
+        if folders is not None
+        else dict(hub=[dict(repo=s.repo, revision=s.revision, licence=s.licence) for s in sources])
+    )
     found = folders if folders is not None else download(sources, **hub)
-    if 'time_detector' not in locate(found): say('no time detector: the FoleyCrafter baseline will not run, everything else does')
+    if "time_detector" not in locate(found):
+        say("no time detector: the FoleyCrafter baseline will not run, everything else does")
     return convert(found, out, dtype, configs, overwrite, about)
 
 # %% ../nbs/app/61_published.ipynb #ece88b95
 def resolve_full(
-    local_files_only:bool=False, # Never download
-    revision:str=None,           # Has no meaning here: there are three repositories
-    cache_dir=None, token=None,  # As in huggingface_hub
-)->Path:                         # Folder with a `model_index.json`
+    local_files_only: bool = False,  # Never download
+    revision: str = None,  # Has no meaning here: there are three repositories
+    cache_dir=None,
+    token=None,  # As in huggingface_hub
+) -> Path:  # Folder with a `model_index.json`
     "The converted `full`, fetched and converted first if it is missing"
-    if revision is not None: raise FoleyError(f'`revision` is {revision!r}: `full` is made of three repositories, each with its own; use `fetch(sources=...)` to pin them')
+    if revision is not None:
+        raise FoleyError(
+            f"`revision` is {revision!r}: `full` is made of three repositories, each with its own; use `fetch(sources=...)` to pin them"
+        )
     folder = full_path()
-    if (folder/'model_index.json').is_file(): return folder
-    if folder.exists(): raise FoleyError(f'{folder}: no model_index.json in it; remove the folder and run `smooth-foley fetch full`')
+    if (folder / "model_index.json").is_file():
+        return folder
+    if folder.exists():
+        raise FoleyError(f"{folder}: no model_index.json in it; remove the folder and run `smooth-foley fetch full`")
     from huggingface_hub import constants
+
     quiet = dict(say=lambda text: None, local_files_only=True)
     loud = dict(say=lambda text: print(text, file=sys.stderr))
-    try: return fetch(cache_dir=cache_dir, token=token, **quiet)
-    except NotHere as e: missing = e
     try:
-        if local_files_only or constants.HF_HUB_OFFLINE: raise missing
+        return fetch(cache_dir=cache_dir, token=token, **quiet)
+    except NotHere as e:
+        missing = e
+    try:
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            raise missing
         return fetch(cache_dir=cache_dir, token=token, **loud)
-    except NotHere as e: raise FoleyError(f'full: the published weights are not on this machine ({str(e).split(":")[0]}); run `smooth-foley fetch full` where there is a network, or `smooth-foley fetch full --from FOLDER...` with the files') from e
+    except NotHere as e:
+        raise FoleyError(
+            f"full: the published weights are not on this machine ({str(e).split(':')[0]}); run `smooth-foley fetch full` where there is a network, or `smooth-foley fetch full --from FOLDER...` with the files"
+        ) from e

@@ -27,25 +27,32 @@ from .temporal_adapter import residuals
 # %% ../nbs/08a_reuse.ipynb #24118430
 @contextmanager
 def borrowed(
-    module:torch.nn.Module,
-    forward,                # What stands in for `module.forward`
+    module: torch.nn.Module,
+    forward,  # What stands in for `module.forward`
 ):
     "Run something else in place of a module's `forward`, for a while"
-    before = vars(module).get("forward")     # none, unless someone else borrows it too
+    before = vars(module).get("forward")  # none, unless someone else borrows it too
     module.forward = forward
-    try: yield module
+    try:
+        yield module
     finally:
-        if before is None: del module.forward
-        else: module.forward = before
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
 
 def first_answer(
     forward,  # Of a layer whose input stays the same
-):            # The same, which computes once
+):  # The same, which computes once
     "Compute at the first call, and give that from then on"
     known = []
+
     def run(*args, **kwargs):
-        if not known: known.append(forward(*args, **kwargs))
+        if not known:
+            known.append(forward(*args, **kwargs))
         return known[0]
+
     return run
 
 # %% ../nbs/08a_reuse.ipynb #d1ed4593
@@ -53,17 +60,22 @@ def _heads(x, attn):
     "`(b, n, h*d)` to `(b, h, n, d)`"
     return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
+
 class FrameGroup:
     "Samples of the batch that attend to the same kind of frame tokens"
-    def __init__(self,
-        rows:slice,    # Which samples
-        kind:slice,    # Which rows of the projected tokens they attend to
-        n:int=None,    # How many of their tokens; None for all
-    ): self.rows, self.kind, self.n = rows, kind, n
+
+    def __init__(
+        self,
+        rows: slice,  # Which samples
+        kind: slice,  # Which rows of the projected tokens they attend to
+        n: int = None,  # How many of their tokens; None for all
+    ):
+        self.rows, self.kind, self.n = rows, kind, n
 
     def pick(self, x):
         "Their share of keys or values, `(len(kind), h, n, d)`"
-        return x[self.kind, :, :self.n]
+        return x[self.kind, :, : self.n]
+
 
 def _bias(proc, q, n):
     "What a processor with a window in time adds to the logits of `n` frame tokens"
@@ -74,15 +86,19 @@ def _bias(proc, q, n):
 # %% ../nbs/08a_reuse.ipynb #4645813c
 class KnownKeys:
     "Attention processor that has text and frame keys and values already"
-    def __init__(self,
-        attn,              # Cross-attention it stands in
-        text:Tensor|None,  # Text tokens, `(n, L, d_ctx)`, to compute keys and values from now; None computes them at every call
-        F_emb:Tensor|None=None, # Projected frame tokens, on an attention with a frame branch
-        groups:list=(),    # `FrameGroup`s: who attends to which of them
-        keep:bool=True,    # Compute keys and values of the frames now
+
+    def __init__(
+        self,
+        attn,  # Cross-attention it stands in
+        text: Tensor
+        | None,  # Text tokens, `(n, L, d_ctx)`, to compute keys and values from now; None computes them at every call
+        F_emb: Tensor | None = None,  # Projected frame tokens, on an attention with a frame branch
+        groups: list = (),  # `FrameGroup`s: who attends to which of them
+        keep: bool = True,  # Compute keys and values of the frames now
     ):
         self.stock, self.F_emb, self.groups, self.biases = attn.processor, F_emb, groups, None
-        if hasattr(self.stock, "replaced"): self.replaced = self.stock.replaced     # still counts as installed
+        if hasattr(self.stock, "replaced"):
+            self.replaced = self.stock.replaced  # still counts as installed
         self.text = None if text is None else self.text_keys(attn, text)
         self.frames = self.frame_keys(attn) if keep and groups else None
 
@@ -91,165 +107,215 @@ class KnownKeys:
         k, v = (_heads(to(self.F_emb), attn) for to in (self.stock.to_k_ip[0], self.stock.to_v_ip[0]))
         return [(g.pick(k), g.pick(v)) for g in self.groups]
 
-    def text_keys(self, attn, text): return _heads(attn.to_k(text), attn), _heads(attn.to_v(text), attn)
+    def text_keys(self, attn, text):
+        return _heads(attn.to_k(text), attn), _heads(attn.to_v(text), attn)
 
     @property
-    def scale(self): return self.stock.scale
+    def scale(self):
+        return self.stock.scale
+
     @scale.setter
-    def scale(self, lam): self.stock.scale = lam
+    def scale(self, lam):
+        self.stock.scale = lam
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
         q = _heads(attn.to_q(hidden_states), attn)
         text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
         k, v = self.text or self.text_keys(attn, text)
         out = scaled_dot_product_attention(q, k, v)
-        if self.groups and self.scale[0]!=0: out = out+self.scale[0]*self.look(attn, q)
+        if self.groups and self.scale[0] != 0:
+            out = out + self.scale[0] * self.look(attn, q)
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(q.dtype)))
 
 # %% ../nbs/08a_reuse.ipynb #6354e3e6
 @patch
-def look(self:KnownKeys, attn, q):
+def look(self: KnownKeys, attn, q):
     "Frame branch of Eq. 2, group by group"
     known, queries = self.frames or self.frame_keys(attn), [q[g.rows] for g in self.groups]
-    if self.biases is None: self.biases = [_bias(self.stock, x, k.shape[2]) for x, (k, _) in zip(queries, known)]
+    if self.biases is None:
+        self.biases = [_bias(self.stock, x, k.shape[2]) for x, (k, _) in zip(queries, known)]
     every = lambda kv, n: (x.expand(n, -1, -1, -1) for x in kv)
-    return torch.cat([scaled_dot_product_attention(x, *every(kv, len(x)), attn_mask=m) for x, kv, m in zip(queries, known, self.biases)])
+    return torch.cat(
+        [
+            scaled_dot_product_attention(x, *every(kv, len(x)), attn_mask=m)
+            for x, kv, m in zip(queries, known, self.biases)
+        ]
+    )
 
 # %% ../nbs/08a_reuse.ipynb #db7e7385
 def _is_stock(attn):
     "Whether `KnownKeys` does what this attention's own processor does"
-    odd = [getattr(attn, k, None) for k in ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "residual_connection")]
-    return not any(odd) and attn.rescale_output_factor==1
+    odd = [
+        getattr(attn, k, None)
+        for k in ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "residual_connection")
+    ]
+    return not any(odd) and attn.rescale_output_factor == 1
+
 
 @contextmanager
 def known_keys(
-    net,                 # UNet or temporal adapter
-    text:Tensor|None,    # Text tokens, `(n, L, d_ctx)`; None leaves the text's keys alone
-    F_emb:Tensor|None=None,  # Projected frame tokens
-    groups:list=(),      # `FrameGroup`s; none leaves the frames' keys alone
-    keep:bool=True,      # Compute keys and values of the frames now
+    net,  # UNet or temporal adapter
+    text: Tensor | None,  # Text tokens, `(n, L, d_ctx)`; None leaves the text's keys alone
+    F_emb: Tensor | None = None,  # Projected frame tokens
+    groups: list = (),  # `FrameGroup`s; none leaves the frames' keys alone
+    keep: bool = True,  # Compute keys and values of the frames now
 ):
     "Give every cross-attention of `net` its keys and values"
     attns = [a for a in cross_attentions(net) if _is_stock(a)]
     before = [a.processor for a in attns]
     with ExitStack() as stack:
-        for a, p in zip(attns, before): stack.callback(a.set_processor, p)
+        for a, p in zip(attns, before):
+            stack.callback(a.set_processor, p)
         for a in attns:
-            if hasattr(a.processor, "to_k_ip") and not groups: continue      # a frame branch that stays as it is
+            if hasattr(a.processor, "to_k_ip") and not groups:
+                continue  # a frame branch that stays as it is
             a.set_processor(KnownKeys(a, text, F_emb, groups, keep))
         yield net
 
 # %% ../nbs/08a_reuse.ipynb #4e6d1c4c
 def frame_groups(
-    unet:UNet2DConditionModel,  # With a frame adapter installed
-    tokens:Tensor,              # What `FrameAdapter.tokens` gives, `(b, T, D)`
-    cfg:bool=True,              # Whether samples without frames come first
-    group:bool=True,            # One group of tokens for those without frames, instead of `T` copies
-    empty:int=1,                # How many times these clips come without frames: 2 if text is guided apart from frames
-)->tuple:                       # F_emb, and the groups that attend to it
+    unet: UNet2DConditionModel,  # With a frame adapter installed
+    tokens: Tensor,  # What `FrameAdapter.tokens` gives, `(b, T, D)`
+    cfg: bool = True,  # Whether samples without frames come first
+    group: bool = True,  # One group of tokens for those without frames, instead of `T` copies
+    empty: int = 1,  # How many times these clips come without frames: 2 if text is guided apart from frames
+) -> tuple:  # F_emb, and the groups that attend to it
     "Project the frames once (Eq. 1), and say who attends to what"
     b = len(tokens)
     zeros = torch.zeros_like(tokens)
-    if cfg: tokens = torch.cat([zeros[:1] if group else zeros.repeat(empty, 1, 1), tokens])
+    if cfg:
+        tokens = torch.cat([zeros[:1] if group else zeros.repeat(empty, 1, 1), tokens])
     F_emb = unet.encoder_hid_proj([tokens])[0].reshape(len(tokens), -1, unet.config.cross_attention_dim)
-    if not cfg or not group: return F_emb, [FrameGroup(slice(0, len(F_emb)), slice(0, len(F_emb)))]
-    k = F_emb.shape[1]//tokens.shape[1]
-    without, full = FrameGroup(slice(0, empty*b), slice(0, 1), k), FrameGroup(slice(empty*b, (empty+1)*b), slice(1, b+1))
+    if not cfg or not group:
+        return F_emb, [FrameGroup(slice(0, len(F_emb)), slice(0, len(F_emb)))]
+    k = F_emb.shape[1] // tokens.shape[1]
+    without, full = (
+        FrameGroup(slice(0, empty * b), slice(0, 1), k),
+        FrameGroup(slice(empty * b, (empty + 1) * b), slice(1, b + 1)),
+    )
     return F_emb, [without, full]
 
 # %% ../nbs/08a_reuse.ipynb #f0636bbd
 def equal_layers(
-    net,     # UNet or temporal adapter
-)->list:     # Layers that see the same in both halves, in order
+    net,  # UNet or temporal adapter
+) -> list:  # Layers that see the same in both halves, in order
     "Everything before the first cross-attention, and the query of that"
     layers = [net.conv_in]
-    if net.conv_in._forward_hooks: return layers            # what is added there differs
-    inside = lambda r: [m for m in (r.norm1, r.conv1, r.norm2, r.conv2, r.conv_shortcut) if m is not None]   # the time enters between them
+    if net.conv_in._forward_hooks:
+        return layers  # what is added there differs
+    inside = lambda r: [
+        m for m in (r.norm1, r.conv1, r.norm2, r.conv2, r.conv_shortcut) if m is not None
+    ]  # the time enters between them
     for block in net.down_blocks:
         if not getattr(block, "has_cross_attention", False):
-            layers += [m for r in block.resnets for m in inside(r)]+list(block.downsamplers or [])
+            layers += [m for r in block.resnets for m in inside(r)] + list(block.downsamplers or [])
             continue
         tfm = block.attentions[0]
         first = tfm.transformer_blocks[0]
         layers += [*inside(block.resnets[0]), tfm.norm, tfm.proj_in, first.norm1]
-        return layers if first.only_cross_attention or first.norm_type!="layer_norm" else layers+[first.attn1, first.norm2, first.attn2.to_q]
+        return (
+            layers
+            if first.only_cross_attention or first.norm_type != "layer_norm"
+            else layers + [first.attn1, first.norm2, first.attn2.to_q]
+        )
     return layers
 
+
 def on_one_half(
-    forward,   # Of a layer that gives a tensor
-    copies:int=2, # How many
-):             # The same, for a batch of equal parts
+    forward,  # Of a layer that gives a tensor
+    copies: int = 2,  # How many
+):  # The same, for a batch of equal parts
     "Compute one part, repeat it"
+
     def run(x, *args, **kwargs):
-        y = forward(x[:len(x)//copies], *args, **kwargs)
-        return torch.cat([y]*copies)
+        y = forward(x[: len(x) // copies], *args, **kwargs)
+        return torch.cat([y] * copies)
+
     return run
+
 
 @contextmanager
 def one_half(net, copies=2):
     "Run the layers in which all parts are equal on one of them"
     with ExitStack() as stack:
-        for m in equal_layers(net): stack.enter_context(borrowed(m, on_one_half(m.forward, copies)))
+        for m in equal_layers(net):
+            stack.enter_context(borrowed(m, on_one_half(m.forward, copies)))
         yield net
 
 # %% ../nbs/08a_reuse.ipynb #d803516a
 PIECES = ("text", "frames", "group", "condition", "halves")
 
+
 class Remembering:
     "UNet and temporal adapter that know text, frames and condition already"
+
     def __init__(self, unet, controlnet, text, tokens, cond, temporal_scale):
         self.unet, self.controlnet, self.text = unet, controlnet, text
         self.tokens, self.cond, self.temporal_scale = tokens, cond, temporal_scale
 
     @torch.no_grad()
-    def predict(self,
-        z:Tensor,  # Noisy latents of each clip, `(b, c, h, w)`
-        t:Tensor,  # Time step
-    )->Tensor:     # Predictions of the UNet, one part for each part of the text, `(2b, c, h, w)` with guidance
+    def predict(
+        self,
+        z: Tensor,  # Noisy latents of each clip, `(b, c, h, w)`
+        t: Tensor,  # Time step
+    ) -> Tensor:  # Predictions of the UNet, one part for each part of the text, `(2b, c, h, w)` with guidance
         "One call of the networks"
-        z = torch.cat([z]*(len(self.text)//len(z)))
-        kwargs = {} if self.cond is None else residuals(self.controlnet, z, t, self.text, self.cond, self.temporal_scale)
-        if self.tokens is not None: kwargs["added_cond_kwargs"] = {"image_embeds": [self.tokens]}
+        z = torch.cat([z] * (len(self.text) // len(z)))
+        kwargs = (
+            {} if self.cond is None else residuals(self.controlnet, z, t, self.text, self.cond, self.temporal_scale)
+        )
+        if self.tokens is not None:
+            kwargs["added_cond_kwargs"] = {"image_embeds": [self.tokens]}
         return self.unet(z, t, self.text, **kwargs).sample
 
 # %% ../nbs/08a_reuse.ipynb #b06a126b
 @contextmanager
 def reuse(
-    unet:UNet2DConditionModel,          # Its frame adapter is installed, where there are `tokens`
-    controlnet:ControlNetModel|None,    # Temporal adapter
-    text:Tensor,                        # Text tokens, `(b, L, d_ctx)`, or stacked: negative, (positive without frames,) positive
-    tokens:Tensor|None=None,            # Frame tokens, `(b, T, D)`; None without frame adapter
-    cond:Tensor|None=None,              # Condition image, `(b, C', h', w')`; None without temporal adapter
-    cfg:bool=True,                      # Classifier-free guidance: two halves, or as many parts as text of frames or condition
-    temporal_scale:float=1.,            # Weight of the temporal adapter; 0 never runs it
-    pieces:tuple=PIECES,                # What to reuse
+    unet: UNet2DConditionModel,  # Its frame adapter is installed, where there are `tokens`
+    controlnet: ControlNetModel | None,  # Temporal adapter
+    text: Tensor,  # Text tokens, `(b, L, d_ctx)`, or stacked: negative, (positive without frames,) positive
+    tokens: Tensor | None = None,  # Frame tokens, `(b, T, D)`; None without frame adapter
+    cond: Tensor | None = None,  # Condition image, `(b, C', h', w')`; None without temporal adapter
+    cfg: bool = True,  # Classifier-free guidance: two halves, or as many parts as text of frames or condition
+    temporal_scale: float = 1.0,  # Weight of the temporal adapter; 0 never runs it
+    pieces: tuple = PIECES,  # What to reuse
 ):
     "Compute what is constant over the steps, and lend networks that know it"
-    if odd := set(pieces)-set(PIECES): raise FoleyError(f"`pieces` names {', '.join(sorted(odd))}: choose from {', '.join(PIECES)}")
+    if odd := set(pieces) - set(PIECES):
+        raise FoleyError(f"`pieces` names {', '.join(sorted(odd))}: choose from {', '.join(PIECES)}")
     first = tokens if tokens is not None else cond
-    copies = len(text)//len(first) if cfg and first is not None else 2 if cfg else 1
-    two = lambda x: torch.cat([x]*copies)
-    run_ctrl = cond is not None and controlnet is not None and temporal_scale!=0
+    copies = len(text) // len(first) if cfg and first is not None else 2 if cfg else 1
+    two = lambda x: torch.cat([x] * copies)
+    run_ctrl = cond is not None and controlnet is not None and temporal_scale != 0
     with torch.no_grad(), ExitStack() as stack:
         stacked, keys = None, text if "text" in pieces else None
-        if tokens is not None: stacked = _keep_frames(stack, unet, keys, tokens, copies-1, pieces)
-        elif keys is not None: stack.enter_context(known_keys(unet, keys))
-        if run_ctrl and keys is not None: stack.enter_context(known_keys(controlnet, keys))
-        if run_ctrl and "condition" in pieces: _keep_condition(stack, controlnet, cond.to(controlnet.dtype), two)
+        if tokens is not None:
+            stacked = _keep_frames(stack, unet, keys, tokens, copies - 1, pieces)
+        elif keys is not None:
+            stack.enter_context(known_keys(unet, keys))
+        if run_ctrl and keys is not None:
+            stack.enter_context(known_keys(controlnet, keys))
+        if run_ctrl and "condition" in pieces:
+            _keep_condition(stack, controlnet, cond.to(controlnet.dtype), two)
         if cfg and "halves" in pieces:
-            for net in (unet, controlnet) if run_ctrl else (unet,): stack.enter_context(one_half(net, copies))
+            for net in (unet, controlnet) if run_ctrl else (unet,):
+                stack.enter_context(one_half(net, copies))
         yield Remembering(unet, controlnet, text, stacked, two(cond) if run_ctrl else None, temporal_scale)
+
 
 def _keep_frames(stack, unet, keys, tokens, empty, pieces):
     "Frame tokens projected, keys and values known; what goes in as `image_embeds`"
     columns = [m for m in unet.modules() if isinstance(m, ColumnResidual)]
-    F_emb, groups = frame_groups(unet, tokens, empty>0, "group" in pieces, empty)
-    if keys is not None or {"frames", "group"} & set(pieces): stack.enter_context(known_keys(unet, keys, F_emb, groups, "frames" in pieces))
+    F_emb, groups = frame_groups(unet, tokens, empty > 0, "group" in pieces, empty)
+    if keys is not None or {"frames", "group"} & set(pieces):
+        stack.enter_context(known_keys(unet, keys, F_emb, groups, "frames" in pieces))
     if "frames" in pieces:
-        both = torch.cat([F_emb[:1].expand(empty*len(tokens), -1, -1), F_emb[-len(tokens):]])
+        both = torch.cat([F_emb[:1].expand(empty * len(tokens), -1, -1), F_emb[-len(tokens) :]])
         stack.enter_context(borrowed(unet.encoder_hid_proj, lambda _: [both]))
-        for m in columns: stack.enter_context(borrowed(m, first_answer(m.forward)))
-    return torch.cat([torch.zeros_like(tokens)]*empty+[tokens])
+        for m in columns:
+            stack.enter_context(borrowed(m, first_answer(m.forward)))
+    return torch.cat([torch.zeros_like(tokens)] * empty + [tokens])
+
 
 def _keep_condition(stack, controlnet, cond, two):
     "Condition image embedded once, for one half"
@@ -258,72 +324,89 @@ def _keep_condition(stack, controlnet, cond, two):
 
 # %% ../nbs/08a_reuse.ipynb #1263c100
 def fingerprint(
-    module:torch.nn.Module,
-    n:int=64,                 # Values to look at in each tensor
-)->str:                       # Hex digest
+    module: torch.nn.Module,
+    n: int = 64,  # Values to look at in each tensor
+) -> str:  # Hex digest
     "What a module is: its configuration, and the names, types and a sample of its weights"
     h = hashlib.sha256(json.dumps(getattr(module, "config", {}), sort_keys=True, default=str).encode())
     for name, p in sorted(module.state_dict().items()):
         h.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
         x = p.detach().flatten()
-        h.update(x[::max(1, len(x)//n)].float().cpu().numpy().tobytes())
+        h.update(x[:: max(1, len(x) // n)].float().cpu().numpy().tobytes())
     return h.hexdigest()
+
 
 class EmbeddingCache:
     "Frame embeddings of the clips seen last"
-    def __init__(self,
-        size:int=8,       # Clips to keep in memory
-        folder=None,      # Keep every clip there, too; None for memory alone
+
+    def __init__(
+        self,
+        size: int = 8,  # Clips to keep in memory
+        folder=None,  # Keep every clip there, too; None for memory alone
     ):
         self.size, self.folder, self.seen = size, None if folder is None else Path(folder), OrderedDict()
 
     def key(self, encoder, frames):
         "Hash of pixels and encoder"
         f = np.ascontiguousarray(frames)
-        return hashlib.sha256(f"{f.shape} {f.dtype} {fingerprint(encoder)}".encode()+f.tobytes()).hexdigest()
+        return hashlib.sha256(f"{f.shape} {f.dtype} {fingerprint(encoder)}".encode() + f.tobytes()).hexdigest()
 
-    def clear(self)->None:
+    def clear(self) -> None:
         "Forget what is in memory"
         self.seen.clear()
 
 # %% ../nbs/08a_reuse.ipynb #7f20f180
 @patch
-def encode(self:EmbeddingCache,
-    encoder,               # `FrameEncoder`
-    frames:np.ndarray,     # uint8, `(T, H, W, 3)`
-    batch_size:int=32,     # Frames at once
-)->Tensor:                 # Embeddings, `(T, D)`, on the encoder's device
+def encode(
+    self: EmbeddingCache,
+    encoder,  # `FrameEncoder`
+    frames: np.ndarray,  # uint8, `(T, H, W, 3)`
+    batch_size: int = 32,  # Frames at once
+) -> Tensor:  # Embeddings, `(T, D)`, on the encoder's device
     "Embeddings from memory, from the folder, or from the encoder"
     key = self.key(encoder, frames)
     z = self.seen.pop(key, None)
-    if z is None: z = self._read(key, len(frames))
-    if z is None: z = self._write(key, encoder.encode_frames(frames, batch_size).cpu())
+    if z is None:
+        z = self._read(key, len(frames))
+    if z is None:
+        z = self._write(key, encoder.encode_frames(frames, batch_size).cpu())
     self.seen[key] = z
-    while len(self.seen)>self.size: self.seen.popitem(last=False)      # the one unused longest
+    while len(self.seen) > self.size:
+        self.seen.popitem(last=False)  # the one unused longest
     return z.clone().to(next(encoder.parameters()).device)
 
-@patch
-def _read(self:EmbeddingCache, key, n):
-    "What the folder has, if it is whole"
-    from safetensors.torch import load_file
-    if self.folder is None or not (self.folder/f"{key}.safetensors").is_file(): return None
-    try: z = load_file(self.folder/f"{key}.safetensors")["frames"]
-    except Exception: return None                                     # cut short: encode again
-    return z if len(z)==n else None
 
 @patch
-def _write(self:EmbeddingCache, key, z):
+def _read(self: EmbeddingCache, key, n):
+    "What the folder has, if it is whole"
+    from safetensors.torch import load_file
+
+    if self.folder is None or not (self.folder / f"{key}.safetensors").is_file():
+        return None
+    try:
+        z = load_file(self.folder / f"{key}.safetensors")["frames"]
+    except Exception:
+        return None  # cut short: encode again
+    return z if len(z) == n else None
+
+
+@patch
+def _write(self: EmbeddingCache, key, z):
     "Keep it in the folder, if there is one"
     from safetensors.torch import save_file
-    if self.folder is None: return z
+
+    if self.folder is None:
+        return z
     self.folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(self.folder/f"{key}.safetensors") as tmp: save_file({"frames": z.contiguous()}, tmp)
+    with atomic_path(self.folder / f"{key}.safetensors") as tmp:
+        save_file({"frames": z.contiguous()}, tmp)
     return z
 
 # %% ../nbs/08a_reuse.ipynb #c560a144
 def onednn_linear(x, w, b=None):
     "`F.linear` by oneDNN; CPU only, no gradients"
-    return torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '')
+    return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+
 
 def _self_attention(mha, q, k, v, need_weights=False, attn_mask=None, **kwargs):
     "What `nn.MultiheadAttention` gives for a batch that attends to itself"
@@ -335,16 +418,24 @@ def _self_attention(mha, q, k, v, need_weights=False, attn_mask=None, **kwargs):
 # %% ../nbs/08a_reuse.ipynb #be3c5e1a
 def _faster(m):
     "The other forward of one layer, or None"
-    if type(m) is torch.nn.Linear: return lambda x: onednn_linear(x, m.weight, m.bias)
-    if isinstance(m, torch.nn.MultiheadAttention) and m.batch_first and m.in_proj_weight is not None: return partial(_self_attention, m)
+    if type(m) is torch.nn.Linear:
+        return lambda x: onednn_linear(x, m.weight, m.bias)
+    if isinstance(m, torch.nn.MultiheadAttention) and m.batch_first and m.in_proj_weight is not None:
+        return partial(_self_attention, m)
+
 
 @contextmanager
 def fast_linear(
-    *nets,   # Modules on the CPU, frozen
+    *nets,  # Modules on the CPU, frozen
 ):
     "Inside the block linear layers, and attention of a batch to itself, are computed by oneDNN"
-    swapped = [(m, f) for net in nets for m in net.modules() if (f := _faster(m)) is not None and 'forward' not in vars(m)]
-    for m, f in swapped: m.forward = f
-    try: yield
+    swapped = [
+        (m, f) for net in nets for m in net.modules() if (f := _faster(m)) is not None and "forward" not in vars(m)
+    ]
+    for m, f in swapped:
+        m.forward = f
+    try:
+        yield
     finally:
-        for m, _ in swapped: del m.forward
+        for m, _ in swapped:
+            del m.forward

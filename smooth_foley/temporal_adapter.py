@@ -16,35 +16,50 @@ from .frame_adapter import is_installed
 
 # %% ../nbs/08_temporal_adapter.ipynb #691909c2
 def make_temporal_adapter(
-    unet:UNet2DConditionModel,        # Frozen backbone to copy the encoder of
-    conditioning_channels:int=1,      # Channels of the condition image
-    conditioning_embedding_out_channels:tuple=(16, 32, 96, 256),  # Widths that bring it down to the latents; one halving after each but the last
-)->ControlNetModel:                   # Changes nothing until it is trained
+    unet: UNet2DConditionModel,  # Frozen backbone to copy the encoder of
+    conditioning_channels: int = 1,  # Channels of the condition image
+    conditioning_embedding_out_channels: tuple = (
+        16,
+        32,
+        96,
+        256,
+    ),  # Widths that bring it down to the latents; one halving after each but the last
+) -> ControlNetModel:  # Changes nothing until it is trained
     "A ControlNet with the encoder's weights and zero-initialised outputs"
-    if is_installed(unet): raise FoleyError("the UNet carries a frame adapter: uninstall it before making a temporal adapter from it")
-    ctrl = ControlNetModel.from_unet(unet, conditioning_channels=conditioning_channels,
-                                     conditioning_embedding_out_channels=tuple(conditioning_embedding_out_channels))
-    return torch.nn.Module.to(ctrl, unet.device, unet.dtype)   # ModelMixin.to warns at every change of dtype
+    if is_installed(unet):
+        raise FoleyError("the UNet carries a frame adapter: uninstall it before making a temporal adapter from it")
+    ctrl = ControlNetModel.from_unet(
+        unet,
+        conditioning_channels=conditioning_channels,
+        conditioning_embedding_out_channels=tuple(conditioning_embedding_out_channels),
+    )
+    return torch.nn.Module.to(ctrl, unet.device, unet.dtype)  # ModelMixin.to warns at every change of dtype
 
 # %% ../nbs/08_temporal_adapter.ipynb #cf0060a4
 def residuals(
-    controlnet:ControlNetModel,  # The temporal adapter
-    z_t:Tensor,                  # Noisy latents, `(b, c, h, w)`
-    t:Tensor,                    # Time step, scalar or `(b,)`
-    text:Tensor,                 # Text tokens, `(b, L, d_ctx)`
-    cond:Tensor,                 # Condition image, `(b, C', h', w')`, in {-1, +1}
-    scale:float=1.,              # Weight of the residuals; 0 never runs the adapter
-)->dict:                         # Keyword arguments for the UNet; empty when `scale` is 0
+    controlnet: ControlNetModel,  # The temporal adapter
+    z_t: Tensor,  # Noisy latents, `(b, c, h, w)`
+    t: Tensor,  # Time step, scalar or `(b,)`
+    text: Tensor,  # Text tokens, `(b, L, d_ctx)`
+    cond: Tensor,  # Condition image, `(b, C', h', w')`, in {-1, +1}
+    scale: float = 1.0,  # Weight of the residuals; 0 never runs the adapter
+) -> dict:  # Keyword arguments for the UNet; empty when `scale` is 0
     "What the temporal adapter adds to the UNet at one step"
-    if not (math.isfinite(scale) and scale>=0): raise FoleyError(f"`temporal_scale` is {scale}: give a number of 0 or more")
-    if scale==0: return {}
-    down, mid = controlnet(z_t, t, text, _check_cond(controlnet, cond, z_t), conditioning_scale=scale, return_dict=False)
+    if not (math.isfinite(scale) and scale >= 0):
+        raise FoleyError(f"`temporal_scale` is {scale}: give a number of 0 or more")
+    if scale == 0:
+        return {}
+    down, mid = controlnet(
+        z_t, t, text, _check_cond(controlnet, cond, z_t), conditioning_scale=scale, return_dict=False
+    )
     return dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
+
 
 def _check_cond(controlnet, cond, z_t):
     "Refuse a condition image that would not meet the latents"
     c = controlnet.config
-    f = 2**(len(c.conditioning_embedding_out_channels)-1)
-    want = (len(z_t), c.conditioning_channels, z_t.shape[2]*f, z_t.shape[3]*f)
-    if tuple(cond.shape)!=want: raise FoleyError(f"condition image has shape {tuple(cond.shape)}: this temporal adapter reads {want}")
+    f = 2 ** (len(c.conditioning_embedding_out_channels) - 1)
+    want = (len(z_t), c.conditioning_channels, z_t.shape[2] * f, z_t.shape[3] * f)
+    if tuple(cond.shape) != want:
+        raise FoleyError(f"condition image has shape {tuple(cond.shape)}: this temporal adapter reads {want}")
     return cond.to(z_t.dtype)

@@ -22,150 +22,189 @@ from .core import FoleyError
 # %% ../nbs/07_temporal_condition.ipynb #dba59121
 class LabelProjection(ModelMixin, ConfigMixin):
     "The learned map of frame embeddings before they are compared with the label (Sec. II-C)"
+
     @register_to_config
-    def __init__(self,
-        clip_dim:int,            # Size of a CLIP embedding, D
-        calibration:tuple=None,  # Cosines `(low, high)` that become 0 and 1, for plain CLIP without a trained projection
+    def __init__(
+        self,
+        clip_dim: int,  # Size of a CLIP embedding, D
+        calibration: tuple = None,  # Cosines `(low, high)` that become 0 and 1, for plain CLIP without a trained projection
     ):
         super().__init__()
         self.proj = nn.Linear(clip_dim, clip_dim)
         nn.init.eye_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
-        if calibration is not None and not -1<=calibration[0]<calibration[1]<=1:
+        if calibration is not None and not -1 <= calibration[0] < calibration[1] <= 1:
             raise FoleyError(f"`calibration` is {calibration}: give two cosines, the lower first")
 
-    def forward(self,
-        frame_emb:Tensor, # Frame embeddings, `(T, D)` or `(b, T, D)`
-        text_emb:Tensor,  # Label embedding, `(D,)`, one per clip `(b, D)`, or several for the same frames `(n, D)`
-    )->Tensor:            # Cosines, `(T,)`, `(b, T)` or `(n, T)`, in [-1, 1]; in [0, 1] with a `calibration`
+    def forward(
+        self,
+        frame_emb: Tensor,  # Frame embeddings, `(T, D)` or `(b, T, D)`
+        text_emb: Tensor,  # Label embedding, `(D,)`, one per clip `(b, D)`, or several for the same frames `(n, D)`
+    ) -> Tensor:  # Cosines, `(T,)`, `(b, T)` or `(n, T)`, in [-1, 1]; in [0, 1] with a `calibration`
         "Cosine of every projected frame with its label"
         frames = self.proj(frame_emb.to(self.proj.weight.dtype))
         cos = nn.functional.cosine_similarity(frames.float(), text_emb[..., None, :].float(), dim=-1)
-        if self.config.calibration is None: return cos
+        if self.config.calibration is None:
+            return cos
         low, high = _told_once(*self.config.calibration)
-        return ((cos-low)/(high-low)).clamp(0, 1)
+        return ((cos - low) / (high - low)).clamp(0, 1)
+
 
 @lru_cache
 def _told_once(low, high):
     "The calibration, logged the first time it is used"
-    logging.getLogger(__name__).warning("no trained label projection: plain CLIP cosines, %g to %g read as 0 to 1 (a choice, not a measurement)", low, high)
+    logging.getLogger(__name__).warning(
+        "no trained label projection: plain CLIP cosines, %g to %g read as 0 to 1 (a choice, not a measurement)",
+        low,
+        high,
+    )
     return low, high
 
 # %% ../nbs/07_temporal_condition.ipynb #823ae9b0
 @dataclass(frozen=True, eq=False)
 class TemporalCondition:
     "When the labelled thing sounds: one answer per frame, in seconds"
-    times:np.ndarray       # Start of each frame's stretch, `(T,)`, seconds, rising
-    similarity:np.ndarray  # Cosine with the label, `(T,)`; NaN where nobody measured it
-    active:np.ndarray      # Does it sound, `(T,)`, bool
-    duration:float         # Length of the clip, seconds
-    threshold:float=.5     # Cosine at which `active` begins (Sec. II-C)
+
+    times: np.ndarray  # Start of each frame's stretch, `(T,)`, seconds, rising
+    similarity: np.ndarray  # Cosine with the label, `(T,)`; NaN where nobody measured it
+    active: np.ndarray  # Does it sound, `(T,)`, bool
+    duration: float  # Length of the clip, seconds
+    threshold: float = 0.5  # Cosine at which `active` begins (Sec. II-C)
 
     def __post_init__(self):
         for name, kind in (("times", float), ("similarity", float), ("active", bool)):
             object.__setattr__(self, name, np.asarray(getattr(self, name), kind).reshape(-1))
-        if not (math.isfinite(self.duration) and self.duration>0):
+        if not (math.isfinite(self.duration) and self.duration > 0):
             raise FoleyError(f"`duration` is {self.duration}: give the length of the clip in seconds, above 0")
-        if not len(self.times)==len(self.similarity)==len(self.active)>0:
-            raise FoleyError(f"condition has {len(self.times)} times, {len(self.similarity)} similarities and {len(self.active)} answers: give one of each per frame")
-        if not np.all(np.diff(self.times)>0): raise FoleyError("condition `times` do not rise: give the frames in order of time, in seconds")
+        if not len(self.times) == len(self.similarity) == len(self.active) > 0:
+            raise FoleyError(
+                f"condition has {len(self.times)} times, {len(self.similarity)} similarities and {len(self.active)} answers: give one of each per frame"
+            )
+        if not np.all(np.diff(self.times) > 0):
+            raise FoleyError("condition `times` do not rise: give the frames in order of time, in seconds")
 
 # %% ../nbs/07_temporal_condition.ipynb #f7c13049
 @patch(cls_method=True)
-def from_similarity(cls:TemporalCondition,
-    times:Sequence,      # Time of each frame, `(T,)`, seconds
-    similarity:Sequence, # Cosine of each frame with the label, `(T,)`
-    duration:float,      # Length of the clip, seconds
-    threshold:float=.5,  # Cosine at which the sound is on, in [-1, 1]
-)->TemporalCondition:
+def from_similarity(
+    cls: TemporalCondition,
+    times: Sequence,  # Time of each frame, `(T,)`, seconds
+    similarity: Sequence,  # Cosine of each frame with the label, `(T,)`
+    duration: float,  # Length of the clip, seconds
+    threshold: float = 0.5,  # Cosine at which the sound is on, in [-1, 1]
+) -> TemporalCondition:
     "Cut the similarity at a threshold (Sec. II-C)"
-    if not -1<=threshold<=1: raise FoleyError(f"`threshold` is {threshold}: give a cosine in [-1, 1]")
+    if not -1 <= threshold <= 1:
+        raise FoleyError(f"`threshold` is {threshold}: give a cosine in [-1, 1]")
     times, sim = (np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, float) for x in (times, similarity))
-    if sim.shape==times.shape and np.isnan(sim).any():
+    if sim.shape == times.shape and np.isnan(sim).any():
         raise FoleyError(f"`similarity` is NaN at {times[np.isnan(sim)][0]:.2f} s: check the embeddings of that frame")
-    return cls(times, sim, sim>=threshold, float(duration), threshold)
+    return cls(times, sim, sim >= threshold, float(duration), threshold)
 
 # %% ../nbs/07_temporal_condition.ipynb #2b67312c
 @patch(cls_method=True)
-def always(cls:TemporalCondition,
-    duration:float, # Length of the clip, seconds
-)->TemporalCondition:
+def always(
+    cls: TemporalCondition,
+    duration: float,  # Length of the clip, seconds
+) -> TemporalCondition:
     "Sound from beginning to end"
-    return cls([0.], [np.nan], [True], duration)
+    return cls([0.0], [np.nan], [True], duration)
+
 
 @patch(cls_method=True)
-def from_intervals(cls:TemporalCondition,
-    intervals:Sequence,    # `(start, end)` pairs, seconds
-    duration:float,        # Length of the clip, seconds
-    fps:float|None=None,   # Ask only at this frame rate, as the automatic condition does; None keeps the exact edges
-)->TemporalCondition:
+def from_intervals(
+    cls: TemporalCondition,
+    intervals: Sequence,  # `(start, end)` pairs, seconds
+    duration: float,  # Length of the clip, seconds
+    fps: float
+    | None = None,  # Ask only at this frame rate, as the automatic condition does; None keeps the exact edges
+) -> TemporalCondition:
     "Sound inside the given stretches of time"
     spans = [_span(s, duration) for s in intervals]
-    times = np.unique([0., *(x for s in spans for x in s if x<duration)])
-    if fps is not None: times = np.arange(max(1, round(duration*fps)))/fps
-    active = [any(s<=t<e for s, e in spans) for t in times]
+    times = np.unique([0.0, *(x for s in spans for x in s if x < duration)])
+    if fps is not None:
+        times = np.arange(max(1, round(duration * fps))) / fps
+    active = [any(s <= t < e for s, e in spans) for t in times]
     return cls(times, np.full(len(times), np.nan), active, duration)
+
 
 def _span(span, duration):
     "One checked interval"
-    try: start, end = map(float, span)
-    except (TypeError, ValueError): raise FoleyError(f"condition interval {span!r}: give (start, end) in seconds") from None
-    if not 0<=start<end: raise FoleyError(f"condition interval ({start:g}, {end:g}): give seconds with 0 <= start < end")
-    if start>=duration: raise FoleyError(f"condition interval ({start:g}, {end:g}) starts after the clip's end at {duration:.2f} s")
+    try:
+        start, end = map(float, span)
+    except (TypeError, ValueError):
+        raise FoleyError(f"condition interval {span!r}: give (start, end) in seconds") from None
+    if not 0 <= start < end:
+        raise FoleyError(f"condition interval ({start:g}, {end:g}): give seconds with 0 <= start < end")
+    if start >= duration:
+        raise FoleyError(f"condition interval ({start:g}, {end:g}) starts after the clip's end at {duration:.2f} s")
     return start, min(end, duration)
 
 # %% ../nbs/07_temporal_condition.ipynb #77794ab9
 @patch
-def intervals(self:TemporalCondition
-)->list[tuple[float, float]]: # `(start, end)` of every stretch, seconds
+def intervals(self: TemporalCondition) -> list[tuple[float, float]]:  # `(start, end)` of every stretch, seconds
     "Merge neighbouring active frames into stretches of time"
     edges = np.append(self.times, max(self.duration, self.times[-1]))
     step = np.diff(np.r_[False, self.active, False].astype(int))
-    return [(float(edges[i]), float(edges[j])) for i, j in zip(np.flatnonzero(step==1), np.flatnonzero(step==-1))]
+    return [(float(edges[i]), float(edges[j])) for i, j in zip(np.flatnonzero(step == 1), np.flatnonzero(step == -1))]
 
 # %% ../nbs/07_temporal_condition.ipynb #e7aedd74
 @patch
-def columns(self:TemporalCondition,
-    n_cols:int=1024,                # Columns of the spectrogram image
-    columns_per_second:float=100.,  # Its clock: sample rate / hop length
-    compat:bool=False,              # FoleyCrafter's 102.4 columns a second
-)->Tensor:                          # `(n_cols,)`, values in {-1, +1}
+def columns(
+    self: TemporalCondition,
+    n_cols: int = 1024,  # Columns of the spectrogram image
+    columns_per_second: float = 100.0,  # Its clock: sample rate / hop length
+    compat: bool = False,  # FoleyCrafter's 102.4 columns a second
+) -> Tensor:  # `(n_cols,)`, values in {-1, +1}
     "The row of mel columns that the temporal adapter reads"
-    if compat: return self._columns_foleycrafter(n_cols)
-    centre = (np.arange(n_cols)+.5)/columns_per_second
-    frame = np.searchsorted(self.times, centre, side="right")-1
-    on = self.active[frame.clip(0)] & (centre<self.duration)
-    return torch.from_numpy(np.where(on, 1., -1.)).float()
+    if compat:
+        return self._columns_foleycrafter(n_cols)
+    centre = (np.arange(n_cols) + 0.5) / columns_per_second
+    frame = np.searchsorted(self.times, centre, side="right") - 1
+    on = self.active[frame.clip(0)] & (centre < self.duration)
+    return torch.from_numpy(np.where(on, 1.0, -1.0)).float()
+
 
 @patch
-def _columns_foleycrafter(self:TemporalCondition, n_cols):
+def _columns_foleycrafter(self: TemporalCondition, n_cols):
     "102.4 columns a second; masks longer than the image are squeezed into it (nearest)"
-    length = int(102.4*self.duration)
-    frame = (np.arange(length)/(102.4*self.duration)*len(self.active)).astype(int)
-    on = np.where(self.active[frame], 1., -1.)
-    on = on[np.arange(n_cols)*length//n_cols] if length>n_cols else np.r_[on, -np.ones(n_cols-length)]
+    length = int(102.4 * self.duration)
+    frame = (np.arange(length) / (102.4 * self.duration) * len(self.active)).astype(int)
+    on = np.where(self.active[frame], 1.0, -1.0)
+    on = on[np.arange(n_cols) * length // n_cols] if length > n_cols else np.r_[on, -np.ones(n_cols - length)]
     return torch.from_numpy(on).float()
 
 # %% ../nbs/07_temporal_condition.ipynb #572fb1ad
 @patch
-def plot(self:TemporalCondition,
-    ax=None, # Axes to draw into; None makes new ones
-):           # The axes
+def plot(
+    self: TemporalCondition,
+    ax=None,  # Axes to draw into; None makes new ones
+):  # The axes
     "Similarity, threshold and the stretches they give, over seconds"
     return plot_condition(self, ax)
 
+
 def plot_condition(
-    cond:TemporalCondition,
-    ax=None, # Axes to draw into; None makes new ones
-):           # The axes
+    cond: TemporalCondition,
+    ax=None,  # Axes to draw into; None makes new ones
+):  # The axes
     "Similarity, threshold and the stretches they give, over seconds"
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(8, 1.8), dpi=80)[1]
-    for start, end in cond.intervals(): ax.axvspan(start, end, color="tab:green", alpha=.2, lw=0)
+
+    if ax is None:
+        ax = plt.subplots(figsize=(8, 1.8), dpi=80)[1]
+    for start, end in cond.intervals():
+        ax.axvspan(start, end, color="tab:green", alpha=0.2, lw=0)
     if np.isfinite(cond.similarity).any():
-        ax.step(np.append(cond.times, cond.duration), np.append(cond.similarity, cond.similarity[-1]), where="post", color="tab:green", lw=1.5)
-        ax.axhline(cond.threshold, color="k", lw=.8, ls="--")
+        ax.step(
+            np.append(cond.times, cond.duration),
+            np.append(cond.similarity, cond.similarity[-1]),
+            where="post",
+            color="tab:green",
+            lw=1.5,
+        )
+        ax.axhline(cond.threshold, color="k", lw=0.8, ls="--")
         ax.set_ylabel("cosine")
-    else: ax.set_yticks([])
+    else:
+        ax.set_yticks([])
     ax.set(xlim=(0, cond.duration), xlabel="time (s)")
     return ax

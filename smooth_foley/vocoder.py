@@ -19,141 +19,189 @@ from fastcore.basics import patch
 
 # %% ../nbs/03_vocoder.ipynb #b629c20c
 def make_vocoder(
-    num_mels:int=128,                             # Mel bands it reads
-    upsample_initial_channel:int=128,             # Width before the first up-sampling; halved by each
-    upsample_rates:tuple=(5,4,4,2),               # Their product is the hop: 160 samples per column
-    upsample_kernel_sizes:tuple=(11,8,8,4),       # `kernel - rate` is even, so that lengths come out exactly
-    resblock_kernel_sizes:tuple=(3,7,11),
-    resblock_dilation_sizes:tuple=((1,3,5),)*3,
-    sampling_rate:int=16000,                      # Hz
-)->SpeechT5HifiGan:                               # Random weights, reads natural-log mel as it is
+    num_mels: int = 128,  # Mel bands it reads
+    upsample_initial_channel: int = 128,  # Width before the first up-sampling; halved by each
+    upsample_rates: tuple = (5, 4, 4, 2),  # Their product is the hop: 160 samples per column
+    upsample_kernel_sizes: tuple = (11, 8, 8, 4),  # `kernel - rate` is even, so that lengths come out exactly
+    resblock_kernel_sizes: tuple = (3, 7, 11),
+    resblock_dilation_sizes: tuple = ((1, 3, 5),) * 3,
+    sampling_rate: int = 16000,  # Hz
+) -> SpeechT5HifiGan:  # Random weights, reads natural-log mel as it is
     "A HiFi-GAN generator of the given size; 512 channels and 256 bands are Auffusion's"
-    if any((k-r)%2 for k,r in zip(upsample_kernel_sizes, upsample_rates)):
-        raise FoleyError(f"upsample_kernel_sizes={upsample_kernel_sizes} minus upsample_rates={upsample_rates} has odd entries; choose even differences")
-    return SpeechT5HifiGan(SpeechT5HifiGanConfig(model_in_dim=num_mels, sampling_rate=sampling_rate,
-        upsample_initial_channel=upsample_initial_channel, upsample_rates=list(upsample_rates),
-        upsample_kernel_sizes=list(upsample_kernel_sizes), resblock_kernel_sizes=list(resblock_kernel_sizes),
-        resblock_dilation_sizes=[list(d) for d in resblock_dilation_sizes], leaky_relu_slope=.1, normalize_before=False)).eval()
+    if any((k - r) % 2 for k, r in zip(upsample_kernel_sizes, upsample_rates)):
+        raise FoleyError(
+            f"upsample_kernel_sizes={upsample_kernel_sizes} minus upsample_rates={upsample_rates} has odd entries; choose even differences"
+        )
+    return SpeechT5HifiGan(
+        SpeechT5HifiGanConfig(
+            model_in_dim=num_mels,
+            sampling_rate=sampling_rate,
+            upsample_initial_channel=upsample_initial_channel,
+            upsample_rates=list(upsample_rates),
+            upsample_kernel_sizes=list(upsample_kernel_sizes),
+            resblock_kernel_sizes=list(resblock_kernel_sizes),
+            resblock_dilation_sizes=[list(d) for d in resblock_dilation_sizes],
+            leaky_relu_slope=0.1,
+            normalize_before=False,
+        )
+    ).eval()
 
 # %% ../nbs/03_vocoder.ipynb #cb6723e6
 @torch.no_grad()
 def vocode(
-    vocoder,                 # `SpeechT5HifiGan` or `PhaseVocoder`
-    log_mel:Tensor,          # Natural-log mel, `(b, n_mels, n_cols)`
-)->Tensor:                   # Waveform, `(b, n_cols*hop)`, float32 in [-1, 1]
+    vocoder,  # `SpeechT5HifiGan` or `PhaseVocoder`
+    log_mel: Tensor,  # Natural-log mel, `(b, n_mels, n_cols)`
+) -> Tensor:  # Waveform, `(b, n_cols*hop)`, float32 in [-1, 1]
     "Play a log-mel"
     learned = isinstance(vocoder, SpeechT5HifiGan)
     n = vocoder.config.model_in_dim if learned else vocoder.config.n_mels
-    if log_mel.dim()!=3 or log_mel.shape[1]!=n: raise FoleyError(f"log_mel has shape {tuple(log_mel.shape)}; this vocoder reads (b, {n}, n_cols)")
-    if not learned: return vocoder(log_mel.float()).clamp(-1, 1)
-    return vocoder(log_mel.transpose(1,2).to(vocoder.device, vocoder.dtype)).float().clamp(-1, 1)
+    if log_mel.dim() != 3 or log_mel.shape[1] != n:
+        raise FoleyError(f"log_mel has shape {tuple(log_mel.shape)}; this vocoder reads (b, {n}, n_cols)")
+    if not learned:
+        return vocoder(log_mel.float()).clamp(-1, 1)
+    return vocoder(log_mel.transpose(1, 2).to(vocoder.device, vocoder.dtype)).float().clamp(-1, 1)
 
 # %% ../nbs/03_vocoder.ipynb #bb1a25cb
 class PhaseVocoder(ConfigOnly):
     "Log-mel to waveform by rule: mel inversion, phase integration, a little Griffin-Lim"
+
     @register_to_config
-    def __init__(self,
-        sample_rate:int=16000,   # Hz
-        n_fft:int=1024,          # Window and FFT length, samples
-        hop_length:int=160,      # Samples per column
-        n_mels:int=128,          # Rows
-        fmin:float=0., fmax:float=8000., # Edges of the mel bands, Hz
-        inversion_steps:int=30,  # Multiplicative updates of step 1
-        griffin_lim_steps:int=16,# Rounds of step 3
-        momentum:float=.99,      # Of fast Griffin-Lim
+    def __init__(
+        self,
+        sample_rate: int = 16000,  # Hz
+        n_fft: int = 1024,  # Window and FFT length, samples
+        hop_length: int = 160,  # Samples per column
+        n_mels: int = 128,  # Rows
+        fmin: float = 0.0,
+        fmax: float = 8000.0,  # Edges of the mel bands, Hz
+        inversion_steps: int = 30,  # Multiplicative updates of step 1
+        griffin_lim_steps: int = 16,  # Rounds of step 3
+        momentum: float = 0.99,  # Of fast Griffin-Lim
     ):
         super().__init__()
-        self.register_buffer('window', torch.hann_window(n_fft), persistent=False)
-        self.register_buffer('filters', mel_filters(sample_rate, n_fft, n_mels, fmin, fmax).clone(), persistent=False)
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.register_buffer("filters", mel_filters(sample_rate, n_fft, n_mels, fmin, fmax).clone(), persistent=False)
 
-    def magnitudes(self,
-        mel:Tensor, # Linear mel, `(b, n_mels, T)`
-    )->Tensor:      # Magnitudes, `(b, n_fft//2+1, T)`
+    def magnitudes(
+        self,
+        mel: Tensor,  # Linear mel, `(b, n_mels, T)`
+    ) -> Tensor:  # Magnitudes, `(b, n_fft//2+1, T)`
         "Step 1: the spectrum behind the mel bands"
         W = self.filters
-        S, back = W.T/W.sum(0).clamp(min=1e-8)[:,None]@(mel/W.sum(1)[:,None])+1e-8, W.T@mel
-        for _ in range(self.config.inversion_steps): S = S*back/(W.T@(W@S)+1e-10)
+        S, back = W.T / W.sum(0).clamp(min=1e-8)[:, None] @ (mel / W.sum(1)[:, None]) + 1e-8, W.T @ mel
+        for _ in range(self.config.inversion_steps):
+            S = S * back / (W.T @ (W @ S) + 1e-10)
         return S
 
-    def phases(self,
-        S:Tensor, # Magnitudes, `(b, k, T)`
-    )->Tensor:    # Phases, rad, same shape
+    def phases(
+        self,
+        S: Tensor,  # Magnitudes, `(b, k, T)`
+    ) -> Tensor:  # Phases, rad, same shape
         "Step 2: what each peak has turned by"
         lg, k = S.clamp(min=1e-10).log(), S.shape[1]
-        below, above = F.pad(lg, (0,0,1,0), value=-99.)[:,:k], F.pad(lg, (0,0,0,1), value=-99.)[:,1:]
-        bins = torch.arange(k, device=S.device)[None,:,None]
-        peak, offset = (lg>below)&(lg>=above), (.5*(below-above)/(below-2*lg+above).clamp(max=-1e-6)).clamp(-.5,.5)
+        below, above = F.pad(lg, (0, 0, 1, 0), value=-99.0)[:, :k], F.pad(lg, (0, 0, 0, 1), value=-99.0)[:, 1:]
+        bins = torch.arange(k, device=S.device)[None, :, None]
+        peak, offset = (
+            (lg > below) & (lg >= above),
+            (0.5 * (below - above) / (below - 2 * lg + above).clamp(max=-1e-6)).clamp(-0.5, 0.5),
+        )
         left = torch.where(peak, bins, -k).cummax(1).values
-        right = torch.where(peak, bins, 2*k).flip(1).cummin(1).values.flip(1)
-        owner = torch.where(bins-left<=right-bins, left, right).clamp(0, k-1)
-        turn = 2*math.pi*(bins+offset).gather(1, owner)*self.config.hop_length/self.config.n_fft
-        return turn.double().cumsum(-1).remainder(2*math.pi).float()+math.pi*((bins-owner).abs()%2)
+        right = torch.where(peak, bins, 2 * k).flip(1).cummin(1).values.flip(1)
+        owner = torch.where(bins - left <= right - bins, left, right).clamp(0, k - 1)
+        turn = 2 * math.pi * (bins + offset).gather(1, owner) * self.config.hop_length / self.config.n_fft
+        return turn.double().cumsum(-1).remainder(2 * math.pi).float() + math.pi * ((bins - owner).abs() % 2)
 
 # %% ../nbs/03_vocoder.ipynb #abcef990
 @patch
-def forward(self:PhaseVocoder,
-    log_mel:Tensor, # Natural-log mel, `(b, n_mels, T)`
-)->Tensor:          # Waveform, `(b, T*hop_length)`
+def forward(
+    self: PhaseVocoder,
+    log_mel: Tensor,  # Natural-log mel, `(b, n_mels, T)`
+) -> Tensor:  # Waveform, `(b, T*hop_length)`
     "Steps 1 to 3; `MelTransform`'s columns are centred half a hop late, and so is the sound"
-    c, n = self.config, log_mel.shape[-1]*self.config.hop_length
-    S = F.pad(self.magnitudes(log_mel.to(self.window.device).exp()), (1,1), mode='replicate')
-    wave = lambda spec: torch.istft(spec, c.n_fft, c.hop_length, c.n_fft, self.window, length=n+c.hop_length)
-    angle, last = torch.polar(torch.ones_like(S), self.phases(S)), 0.
+    c, n = self.config, log_mel.shape[-1] * self.config.hop_length
+    S = F.pad(self.magnitudes(log_mel.to(self.window.device).exp()), (1, 1), mode="replicate")
+    wave = lambda spec: torch.istft(spec, c.n_fft, c.hop_length, c.n_fft, self.window, length=n + c.hop_length)
+    angle, last = torch.polar(torch.ones_like(S), self.phases(S)), 0.0
     for _ in range(c.griffin_lim_steps):
-        again = torch.stft(wave(S*angle), c.n_fft, c.hop_length, c.n_fft, self.window, return_complex=True)
-        angle, last = again-c.momentum/(1+c.momentum)*last, again
-        angle = angle/(angle.abs()+1e-12)
-    return wave(S*angle)[:, c.hop_length//2:][:, :n]
+        again = torch.stft(wave(S * angle), c.n_fft, c.hop_length, c.n_fft, self.window, return_complex=True)
+        angle, last = again - c.momentum / (1 + c.momentum) * last, again
+        angle = angle / (angle.abs() + 1e-12)
+    return wave(S * angle)[:, c.hop_length // 2 :][:, :n]
 
 # %% ../nbs/03_vocoder.ipynb #dfdf172e
 def strip_weight_norm(
-    vocoder:SpeechT5HifiGan, # Generator trained under `apply_weight_norm`
-)->SpeechT5HifiGan:          # The same object with plain weights
+    vocoder: SpeechT5HifiGan,  # Generator trained under `apply_weight_norm`
+) -> SpeechT5HifiGan:  # The same object with plain weights
     "Fold weight normalisation into the weights, in place"
     for m in vocoder.modules():
-        if parametrize.is_parametrized(m, 'weight'): parametrize.remove_parametrizations(m, 'weight')
+        if parametrize.is_parametrized(m, "weight"):
+            parametrize.remove_parametrizations(m, "weight")
     return vocoder
 
 # %% ../nbs/03_vocoder.ipynb #6b3c22a3
 def load_checked(
-    model,              # Any `torch.nn.Module`
-    state_dict:dict,    # Its weights
-    what:str,           # Name used in the error
-    ignore:tuple=(),    # Missing keys that are no fault
-)->None:
+    model,  # Any `torch.nn.Module`
+    state_dict: dict,  # Its weights
+    what: str,  # Name used in the error
+    ignore: tuple = (),  # Missing keys that are no fault
+) -> None:
     "Load weights in place, or refuse with the names of missing, unexpected and misshapen keys"
-    want  = model.state_dict()
-    miss  = [k for k in want if k not in state_dict and k not in ignore]
+    want = model.state_dict()
+    miss = [k for k in want if k not in state_dict and k not in ignore]
     extra = [k for k in state_dict if k not in want]
-    shape = [f"{k} {tuple(v.shape)} instead of {tuple(want[k].shape)}" for k,v in state_dict.items() if k in want and v.shape!=want[k].shape]
-    if miss or extra or shape: raise FoleyError(f"{what} do not fit: missing {miss}, unexpected {extra}, wrong shape {shape}; use weights and config of the same model")
+    shape = [
+        f"{k} {tuple(v.shape)} instead of {tuple(want[k].shape)}"
+        for k, v in state_dict.items()
+        if k in want and v.shape != want[k].shape
+    ]
+    if miss or extra or shape:
+        raise FoleyError(
+            f"{what} do not fit: missing {miss}, unexpected {extra}, wrong shape {shape}; use weights and config of the same model"
+        )
     model.load_state_dict(state_dict, strict=False)
 
 # %% ../nbs/03_vocoder.ipynb #708bfb8d
 def convert_hifigan_state_dict(
-    generator_sd:dict, # Weight-normed HiFi-GAN generator: `conv_pre`, `ups.i`, `resblocks.i`, `conv_post`
-)->dict:               # Keys and plain weights of `SpeechT5HifiGan`
+    generator_sd: dict,  # Weight-normed HiFi-GAN generator: `conv_pre`, `ups.i`, `resblocks.i`, `conv_post`
+) -> dict:  # Keys and plain weights of `SpeechT5HifiGan`
     "Rename a HiFi-GAN generator's keys and fold its weight norm; refuse orphans by name"
-    sd = {k.removeprefix('module.'):v.float() for k,v in generator_sd.items()}
-    known = ('conv_pre.', 'ups.', 'resblocks.', 'conv_post.')
-    odd  = [k for k in sd if not k.startswith(known) or k.split('.')[-1] not in ('weight','weight_g','weight_v','bias')]
-    lone = [k for k in sd if k.endswith(('_g','_v')) and k[:-1]+('v' if k[-1]=='g' else 'g') not in sd]
-    if odd or lone: raise FoleyError(f"HiFi-GAN state dict does not fit: unexpected {odd}, without partner {lone}; give the 'generator' entry of the checkpoint")
-    out = {k.replace('ups.', 'upsampler.'):v for k,v in sd.items() if not k.endswith(('_g','_v'))}
-    for k in [k[:-2] for k in sd if k.endswith('_v')]:
-        out[k.replace('ups.', 'upsampler.')] = torch._weight_norm(sd[k+'_v'], sd[k+'_g'], 0)
+    sd = {k.removeprefix("module."): v.float() for k, v in generator_sd.items()}
+    known = ("conv_pre.", "ups.", "resblocks.", "conv_post.")
+    odd = [
+        k for k in sd if not k.startswith(known) or k.split(".")[-1] not in ("weight", "weight_g", "weight_v", "bias")
+    ]
+    lone = [k for k in sd if k.endswith(("_g", "_v")) and k[:-1] + ("v" if k[-1] == "g" else "g") not in sd]
+    if odd or lone:
+        raise FoleyError(
+            f"HiFi-GAN state dict does not fit: unexpected {odd}, without partner {lone}; give the 'generator' entry of the checkpoint"
+        )
+    out = {k.replace("ups.", "upsampler."): v for k, v in sd.items() if not k.endswith(("_g", "_v"))}
+    for k in [k[:-2] for k in sd if k.endswith("_v")]:
+        out[k.replace("ups.", "upsampler.")] = torch._weight_norm(sd[k + "_v"], sd[k + "_g"], 0)
     return out
 
 # %% ../nbs/03_vocoder.ipynb #163b1a2e
 def from_hifigan(
-    config:dict,       # HiFi-GAN's own `config.json`
-    generator_sd:dict, # Its generator's weights
-)->SpeechT5HifiGan:    # Ready to play
+    config: dict,  # HiFi-GAN's own `config.json`
+    generator_sd: dict,  # Its generator's weights
+) -> SpeechT5HifiGan:  # Ready to play
     "A stock vocoder with the weights of a HiFi-GAN checkpoint; refuses what does not fit by name"
-    keys = ('num_mels','upsample_initial_channel','upsample_rates','upsample_kernel_sizes','resblock_kernel_sizes','resblock_dilation_sizes','sampling_rate')
-    if str(config.get('resblock', '1'))!='1': raise FoleyError(f"resblock={config['resblock']!r}: only HiFi-GAN's residual block '1' has a stock counterpart; use a V1-like vocoder")
+    keys = (
+        "num_mels",
+        "upsample_initial_channel",
+        "upsample_rates",
+        "upsample_kernel_sizes",
+        "resblock_kernel_sizes",
+        "resblock_dilation_sizes",
+        "sampling_rate",
+    )
+    if str(config.get("resblock", "1")) != "1":
+        raise FoleyError(
+            f"resblock={config['resblock']!r}: only HiFi-GAN's residual block '1' has a stock counterpart; use a V1-like vocoder"
+        )
     missing = [k for k in keys if k not in config]
-    if missing: raise FoleyError(f"HiFi-GAN config lacks {missing}; give the config.json beside the checkpoint")
-    voc, sd = make_vocoder(**{k:config[k] for k in keys}), convert_hifigan_state_dict(generator_sd)
-    load_checked(voc, sd, 'HiFi-GAN weights', ignore=('mean','scale'))
+    if missing:
+        raise FoleyError(f"HiFi-GAN config lacks {missing}; give the config.json beside the checkpoint")
+    voc, sd = make_vocoder(**{k: config[k] for k in keys}), convert_hifigan_state_dict(generator_sd)
+    load_checked(voc, sd, "HiFi-GAN weights", ignore=("mean", "scale"))
     return voc.eval()

@@ -1,16 +1,33 @@
 """A small evaluation in its own process: `python evaluate_run.py OUT [--slow]`"""
+
 import sys, time
 import torch
 from smooth_foley.data import passby
 from smooth_foley.metrics import evaluate as E
 from smooth_foley.pipeline import SmoothFoleyPipeline
 
+
 def main(out, slow=False):
     torch.set_num_threads(1)
     if slow:
         save = E.save_sound
-        def save_slowly(*args): save(*args); time.sleep(.5)
-        E.save_sound = save_slowly
-    E.evaluate('ours,half=ours-clipwise:frame_scale=0.5', 'passby', out, n=3, steps=2, batch=2, pipe=SmoothFoleyPipeline.from_random(labels=passby.LABELS), device='cpu')
 
-if __name__=='__main__': main(sys.argv[1], '--slow' in sys.argv)
+        def save_slowly(*args):
+            save(*args)
+            time.sleep(0.5)
+
+        E.save_sound = save_slowly
+    E.evaluate(
+        "ours,half=ours-clipwise:frame_scale=0.5",
+        "passby",
+        out,
+        n=3,
+        steps=2,
+        batch=2,
+        pipe=SmoothFoleyPipeline.from_random(labels=passby.LABELS),
+        device="cpu",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], "--slow" in sys.argv)

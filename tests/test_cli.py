@@ -1,4 +1,5 @@
 "The command line as a person meets it: in a process of its own"
+
 import hashlib, os, resource, shutil, signal, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +9,9 @@ from smooth_foley.core import mini_path
 from smooth_foley.data.passby import LABELS
 from smooth_foley.media import SR, probe, read_audio, write_video, write_wav
 
-COMMAND = str(Path(sys.executable).parent/'smooth-foley')
-HAS_MINI = (mini_path()/'model_index.json').is_file()
-needs_mini = pytest.mark.skipif(not HAS_MINI, reason='the shipped model is not in the package yet')
+COMMAND = str(Path(sys.executable).parent / "smooth-foley")
+HAS_MINI = (mini_path() / "model_index.json").is_file()
+needs_mini = pytest.mark.skipif(not HAS_MINI, reason="the shipped model is not in the package yet")
 
 
 def smooth_foley(*words, cwd=None):
@@ -20,221 +21,297 @@ def smooth_foley(*words, cwd=None):
 @pytest.fixture
 def inside(capsys, monkeypatch):
     "The same in this process, for what needs the large libraries: they are imported once"
+
     def run(*words, cwd=None):
-        if cwd: monkeypatch.chdir(cwd)
+        if cwd:
+            monkeypatch.chdir(cwd)
         handler = signal.getsignal(signal.SIGTERM)
-        try: code = cli.main([str(w) for w in words])
-        finally: signal.signal(signal.SIGTERM, handler)
+        try:
+            code = cli.main([str(w) for w in words])
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         said = capsys.readouterr()
         return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
     return run
 
 
-def tree(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     "A folder of good and bad videos"
-    folder, noise = tmp_path_factory.mktemp('inputs'), np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), dtype=np.uint8)
-    write_video(folder/'good.mp4', noise)
-    write_video(folder/'long.mp4', noise[:22], fps=2)
-    write_video(folder/'one.mp4', noise[:1])
-    write_wav(folder/'sound.wav', np.zeros(SR))
-    (folder/'sound.mp4').write_bytes((folder/'sound.wav').read_bytes())
-    (folder/'text.mp4').write_text('words\n'*100)
-    (folder/'cut.mp4').write_bytes((folder/'good.mp4').read_bytes()[:3000])
-    (folder/'empty.mp4').touch()
-    (folder/'exists.mp4').write_text('precious')
-    shutil.copy(Path(__file__).parent/'fixtures'/'media'/'vp8_vorbis.webm', folder/'vp8.webm')
-    os.mkfifo(folder/'pipe.mp4')
-    (folder/'nothing').mkdir(); (folder/'model').mkdir()
+    folder, noise = (
+        tmp_path_factory.mktemp("inputs"),
+        np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), dtype=np.uint8),
+    )
+    write_video(folder / "good.mp4", noise)
+    write_video(folder / "long.mp4", noise[:22], fps=2)
+    write_video(folder / "one.mp4", noise[:1])
+    write_wav(folder / "sound.wav", np.zeros(SR))
+    (folder / "sound.mp4").write_bytes((folder / "sound.wav").read_bytes())
+    (folder / "text.mp4").write_text("words\n" * 100)
+    (folder / "cut.mp4").write_bytes((folder / "good.mp4").read_bytes()[:3000])
+    (folder / "empty.mp4").touch()
+    (folder / "exists.mp4").write_text("precious")
+    shutil.copy(Path(__file__).parent / "fixtures" / "media" / "vp8_vorbis.webm", folder / "vp8.webm")
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "nothing").mkdir()
+    (folder / "model").mkdir()
     return folder
 
 
-WRONG = {   # name: (words, what the line must say)
-    'no command': ([], 'COMMAND'),
-    'unknown command': (['fly'], 'invalid choice'),
-    'no video': (['generate'], 'VIDEO'),
-    'missing file': (['generate', 'none.mp4'], 'none.mp4: no such file'),
-    'text file': (['generate', 'text.mp4'], 'text.mp4: cannot be read'),
-    'truncated': (['generate', 'cut.mp4'], 'cut.mp4: cannot be read'),
-    'empty file': (['generate', 'empty.mp4'], 'empty.mp4: cannot be read'),
-    'only sound': (['generate', 'sound.mp4'], 'only sound'),
-    'one frame': (['generate', 'one.mp4'], 'single picture'),
-    'too long': (['generate', 'long.mp4'], '11.00 s, and at most 10.24'),
-    'one bad among good': (['generate', 'good.mp4', 'text.mp4', '-o', 'nothing'], 'text.mp4'),
-    'folder without video': (['generate', 'nothing'], 'no video in this folder'),
-    'unknown label': (['generate', 'good.mp4', '--label', 'dog barkin'], "'dog barking'"),
-    'empty label': (['generate', 'good.mp4', '--label', '  '], 'empty'),
-    'no folder for the output': (['generate', 'good.mp4', '-o', 'none/x.mp4'], 'none: no such folder'),
-    'output exists': (['generate', 'good.mp4', '-o', 'exists.mp4'], 'exists.mp4: exists already'),
-    'output is the input': (['generate', 'good.mp4', '-o', 'good.mp4', '--overwrite'], 'input itself'),
-    'unwritable': (['generate', 'good.mp4', '-o', '/proc/x.mp4'], '/proc/x.mp4: cannot be written'),
-    'unknown format': (['generate', 'good.mp4', '-o', 'x.ogg'], 'cannot write .ogg'),
-    'container that cannot hold the picture': (['generate', 'vp8.webm', '-o', 'x.mp4'], '.mp4 cannot hold its picture'),
-    'pipe': (['generate', 'pipe.mp4'], 'pipe.mp4: is a pipe; save it to a file first'),
-    'output is a pipe': (['generate', 'good.mp4', '-o', 'pipe.mp4', '--overwrite'], 'pipe.mp4: is no ordinary file'),
-    'output name too long': (['generate', 'good.mp4', '-o', 'x'*260+'.mp4'], 'file name too long'),
-    'a URL is a name': (['generate', 'http://127.0.0.1:9/x.mp4'], 'no such file'),
-    'plot of unknown format': (['generate', 'good.mp4', '--plot', 'x.txt'], 'cannot write .txt'),
-    'nan scale': (['generate', 'good.mp4', '--frame-scale', 'nan'], '--frame-scale: must be'),
-    'negative scale': (['generate', 'good.mp4', '--temporal-scale', '-1'], '--temporal-scale: must be'),
-    'word for a number': (['generate', 'good.mp4', '--guidance-scale', 'much'], "got 'much'"),
-    'no steps': (['generate', 'good.mp4', '--steps', '0'], '--steps: must be'),
-    'half a step': (['generate', 'good.mp4', '--steps', '2.5'], 'whole number'),
-    'no fps': (['generate', 'good.mp4', '--fps', '0'], '--fps: must be'),
-    'backward span': (['generate', 'good.mp4', '--condition', '3-2'], 'ends before it starts'),
-    'span behind the end': (['generate', 'good.mp4', '--condition', '5-6'], 'begins after'),
-    'misspelt option': (['generate', 'good.mp4', '--lable', 'dog barking'], '--lable'),
-    'unknown device': (['generate', 'good.mp4', '--device', 'abacus'], 'no such device'),
-    'absent device': (['generate', 'good.mp4', '--device', 'cuda:99'], 'not on this machine'),
-    'empty model folder': (['generate', 'good.mp4', '--model', 'model'], 'no model_index.json'),
-    'no network for a hub id': (['generate', 'good.mp4', '--model', 'nobody/nothing'], 'nobody/nothing'),
-    'unknown recipe': (['train', 'maxi', '--out', 'runs'], 'maxi'),
-    'unknown stage': (['train', 'mini', '--out', 'nothing', '--stages', 'unet,dance'], 'dance'),
-    'labels of no video': (['labels', 'none.mp4'], 'no such file'),
-    'demo exists': (['demo', '-o', 'exists.mp4'], 'exists already'),
+WRONG = {  # name: (words, what the line must say)
+    "no command": ([], "COMMAND"),
+    "unknown command": (["fly"], "invalid choice"),
+    "no video": (["generate"], "VIDEO"),
+    "missing file": (["generate", "none.mp4"], "none.mp4: no such file"),
+    "text file": (["generate", "text.mp4"], "text.mp4: cannot be read"),
+    "truncated": (["generate", "cut.mp4"], "cut.mp4: cannot be read"),
+    "empty file": (["generate", "empty.mp4"], "empty.mp4: cannot be read"),
+    "only sound": (["generate", "sound.mp4"], "only sound"),
+    "one frame": (["generate", "one.mp4"], "single picture"),
+    "too long": (["generate", "long.mp4"], "11.00 s, and at most 10.24"),
+    "one bad among good": (["generate", "good.mp4", "text.mp4", "-o", "nothing"], "text.mp4"),
+    "folder without video": (["generate", "nothing"], "no video in this folder"),
+    "unknown label": (["generate", "good.mp4", "--label", "dog barkin"], "'dog barking'"),
+    "empty label": (["generate", "good.mp4", "--label", "  "], "empty"),
+    "no folder for the output": (["generate", "good.mp4", "-o", "none/x.mp4"], "none: no such folder"),
+    "output exists": (["generate", "good.mp4", "-o", "exists.mp4"], "exists.mp4: exists already"),
+    "output is the input": (["generate", "good.mp4", "-o", "good.mp4", "--overwrite"], "input itself"),
+    "unwritable": (["generate", "good.mp4", "-o", "/proc/x.mp4"], "/proc/x.mp4: cannot be written"),
+    "unknown format": (["generate", "good.mp4", "-o", "x.ogg"], "cannot write .ogg"),
+    "container that cannot hold the picture": (["generate", "vp8.webm", "-o", "x.mp4"], ".mp4 cannot hold its picture"),
+    "pipe": (["generate", "pipe.mp4"], "pipe.mp4: is a pipe; save it to a file first"),
+    "output is a pipe": (["generate", "good.mp4", "-o", "pipe.mp4", "--overwrite"], "pipe.mp4: is no ordinary file"),
+    "output name too long": (["generate", "good.mp4", "-o", "x" * 260 + ".mp4"], "file name too long"),
+    "a URL is a name": (["generate", "http://127.0.0.1:9/x.mp4"], "no such file"),
+    "plot of unknown format": (["generate", "good.mp4", "--plot", "x.txt"], "cannot write .txt"),
+    "nan scale": (["generate", "good.mp4", "--frame-scale", "nan"], "--frame-scale: must be"),
+    "negative scale": (["generate", "good.mp4", "--temporal-scale", "-1"], "--temporal-scale: must be"),
+    "word for a number": (["generate", "good.mp4", "--guidance-scale", "much"], "got 'much'"),
+    "no steps": (["generate", "good.mp4", "--steps", "0"], "--steps: must be"),
+    "half a step": (["generate", "good.mp4", "--steps", "2.5"], "whole number"),
+    "no fps": (["generate", "good.mp4", "--fps", "0"], "--fps: must be"),
+    "backward span": (["generate", "good.mp4", "--condition", "3-2"], "ends before it starts"),
+    "span behind the end": (["generate", "good.mp4", "--condition", "5-6"], "begins after"),
+    "misspelt option": (["generate", "good.mp4", "--lable", "dog barking"], "--lable"),
+    "unknown device": (["generate", "good.mp4", "--device", "abacus"], "no such device"),
+    "absent device": (["generate", "good.mp4", "--device", "cuda:99"], "not on this machine"),
+    "empty model folder": (["generate", "good.mp4", "--model", "model"], "no model_index.json"),
+    "no network for a hub id": (["generate", "good.mp4", "--model", "nobody/nothing"], "nobody/nothing"),
+    "unknown recipe": (["train", "maxi", "--out", "runs"], "maxi"),
+    "unknown stage": (["train", "mini", "--out", "nothing", "--stages", "unet,dance"], "dance"),
+    "labels of no video": (["labels", "none.mp4"], "no such file"),
+    "demo exists": (["demo", "-o", "exists.mp4"], "exists already"),
 }
 
-OUTSIDE = {'no command', 'missing file', 'too long', 'one bad among good', 'unknown label', 'output exists', 'nan scale'}   # in a process of their own; the rest share this one
+OUTSIDE = {
+    "no command",
+    "missing file",
+    "too long",
+    "one bad among good",
+    "unknown label",
+    "output exists",
+    "nan scale",
+}  # in a process of their own; the rest share this one
 
-@pytest.mark.parametrize('name', WRONG)
+
+@pytest.mark.parametrize("name", WRONG)
 def test_wrong_input(name, inputs, inside):
     words, says = WRONG[name]
     before = tree(inputs)
     r = (smooth_foley if name in OUTSIDE else inside)(*words, cwd=inputs)
-    assert (r.returncode, r.stdout) == (2, ''), r.stderr
-    assert r.stderr.startswith('smooth-foley: error: ') and r.stderr.count('\n') == 1 and says in r.stderr, r.stderr
+    assert (r.returncode, r.stdout) == (2, ""), r.stderr
+    assert r.stderr.startswith("smooth-foley: error: ") and r.stderr.count("\n") == 1 and says in r.stderr, r.stderr
     assert tree(inputs) == before
 
 
 def test_videos_of_a_folder_in_any_spelling(tmp_path):
-    names = ['a.MP4', 'b.mts', 'c.TS', 'd.mpg', 'e.m2ts', 'f.Mkv', 'g.webm', '12:30 h.mov']
-    for name in [*names, 'text.txt', '.hidden.mp4', 'a_foley.mp4']: (tmp_path/name).touch()
+    names = ["a.MP4", "b.mts", "c.TS", "d.mpg", "e.m2ts", "f.Mkv", "g.webm", "12:30 h.mov"]
+    for name in [*names, "text.txt", ".hidden.mp4", "a_foley.mp4"]:
+        (tmp_path / name).touch()
     assert sorted(p.name for p in cli.find_videos([tmp_path])) == sorted(names)
 
 
 def test_the_default_output_holds_the_picture(inputs, tmp_path):
-    def outputs(*words): return [out.name for _, out, _ in cli.check_generate(cli.build_parser().parse_args(['generate', *map(str, words)]))]
-    vp8, good = inputs/'vp8.webm', inputs/'good.mp4'
-    assert outputs(vp8, good, '-o', tmp_path) == ['vp8_foley.mkv', 'good_foley.mp4']
-    assert outputs(vp8, '-o', tmp_path/'x.MKV') == ['x.MKV'] and outputs(vp8, '-o', tmp_path/'x.wav') == ['x.wav']
+    def outputs(*words):
+        return [
+            out.name for _, out, _ in cli.check_generate(cli.build_parser().parse_args(["generate", *map(str, words)]))
+        ]
+
+    vp8, good = inputs / "vp8.webm", inputs / "good.mp4"
+    assert outputs(vp8, good, "-o", tmp_path) == ["vp8_foley.mkv", "good_foley.mp4"]
+    assert outputs(vp8, "-o", tmp_path / "x.MKV") == ["x.MKV"] and outputs(vp8, "-o", tmp_path / "x.wav") == ["x.wav"]
 
 
 def test_help_is_quick_and_light():
     def once():
         "Seconds of processor: what it takes where nothing else runs"
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        r = smooth_foley('--help')
-        assert r.returncode == 0 and 'generate' in r.stdout
+        r = smooth_foley("--help")
+        assert r.returncode == 0 and "generate" in r.stdout
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime+after.ru_stime-before.ru_utime-before.ru_stime
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
     assert min(once() for _ in range(3)) < 1
     code = "import sys, smooth_foley, smooth_foley.cli; print(sorted({'torch','diffusers','transformers','open_clip','matplotlib','scipy'} & set(sys.modules)))"
-    assert subprocess.check_output([sys.executable, '-c', code], text=True).strip() == '[]'
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-@pytest.mark.parametrize('command', ['generate', 'demo', 'labels', 'train', 'info'])
+@pytest.mark.parametrize("command", ["generate", "demo", "labels", "train", "info"])
 def test_every_command_explains_itself(command):
-    r = smooth_foley(command, '--help')
-    assert r.returncode == 0 and r.stdout.startswith(f'usage: smooth-foley {command}')
+    r = smooth_foley(command, "--help")
+    assert r.returncode == 0 and r.stdout.startswith(f"usage: smooth-foley {command}")
 
 
 def test_labels():
-    r = smooth_foley('labels')
+    r = smooth_foley("labels")
     assert r.returncode == 0 and r.stdout.splitlines() == list(LABELS)
 
 
 def test_a_reader_that_stops_early_is_no_error():
-    r = subprocess.run(f'"{COMMAND}" labels | true; "{COMMAND}" data continuous select | head -1', shell=True, capture_output=True, text=True, timeout=300)
-    assert (r.stdout.count('\n'), r.stderr) == (1, '')
+    r = subprocess.run(
+        f'"{COMMAND}" labels | true; "{COMMAND}" data continuous select | head -1',
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (r.stdout.count("\n"), r.stderr) == (1, "")
 
 
 def test_version():
     import smooth_foley as package
-    assert smooth_foley('--version').stdout.strip() == f'smooth-foley {package.__version__}'
+
+    assert smooth_foley("--version").stdout.strip() == f"smooth-foley {package.__version__}"
 
 
 # with the shipped model
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def video(tmp_path_factory):
     "Two seconds of an airplane on a test seed, with a sound of its own"
     from smooth_foley.data.passby import scene
+
     frames = scene(2_000_001, audio=False).frames[:30]
-    return write_video(tmp_path_factory.mktemp('video')/'plane.mp4', frames, fps=15, audio=np.zeros(2*SR, np.float32))
+    return write_video(
+        tmp_path_factory.mktemp("video") / "plane.mp4", frames, fps=15, audio=np.zeros(2 * SR, np.float32)
+    )
 
 
 def picture(path):
-    with av.open(str(path)) as f: return [hashlib.sha256(bytes(p)).hexdigest() for p in f.demux(f.streams.video[0]) if p.size]
+    with av.open(str(path)) as f:
+        return [hashlib.sha256(bytes(p)).hexdigest() for p in f.demux(f.streams.video[0]) if p.size]
 
 
 @needs_mini
 def test_generate(video, tmp_path):
-    r = smooth_foley('generate', video, '-o', tmp_path/'out.mp4', '--plot', tmp_path/'plot.png', '--keep-original', '--steps', '4')
-    assert r.returncode == 0 and r.stderr == '', r.stderr
-    assert 'CLIP sees' in r.stdout and 'taken: ' in r.stdout and any(l in r.stdout for l in LABELS)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['out.mp4', 'plot.png']
-    assert picture(tmp_path/'out.mp4') == picture(video)
-    sound = read_audio(tmp_path/'out.mp4')
-    assert len(sound) == round(probe(video)['duration']*SR) and np.abs(sound).max() > .005
-    with av.open(str(tmp_path/'out.mp4')) as f: assert len(f.streams.audio) == 2
-    assert (tmp_path/'plot.png').read_bytes()[:4] == b'\x89PNG'
+    r = smooth_foley(
+        "generate",
+        video,
+        "-o",
+        tmp_path / "out.mp4",
+        "--plot",
+        tmp_path / "plot.png",
+        "--keep-original",
+        "--steps",
+        "4",
+    )
+    assert r.returncode == 0 and r.stderr == "", r.stderr
+    assert "CLIP sees" in r.stdout and "taken: " in r.stdout and any(l in r.stdout for l in LABELS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4", "plot.png"]
+    assert picture(tmp_path / "out.mp4") == picture(video)
+    sound = read_audio(tmp_path / "out.mp4")
+    assert len(sound) == round(probe(video)["duration"] * SR) and np.abs(sound).max() > 0.005
+    with av.open(str(tmp_path / "out.mp4")) as f:
+        assert len(f.streams.audio) == 2
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @needs_mini
 def test_a_folder_and_the_seed(video, tmp_path, inside):
-    (tmp_path/'in').mkdir(); (tmp_path/'out').mkdir()
-    for name in 'ab': shutil.copy(video, tmp_path/'in'/f'{name}.mp4')
-    ask = ['--label', 'airplane flyby', '--steps', '2']
-    assert inside('generate', tmp_path/'in', '-o', tmp_path/'out', *ask).returncode == 0
-    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['a_foley.mp4', 'b_foley.mp4']
-    assert inside('generate', tmp_path/'in'/'a.mp4', '-o', tmp_path/'again.mp4', *ask).returncode == 0
-    assert inside('generate', tmp_path/'in'/'a.mp4', '-o', tmp_path/'other.mp4', '--seed', '1', *ask).returncode == 0
-    first, again, other = (read_audio(p) for p in (tmp_path/'out'/'a_foley.mp4', tmp_path/'again.mp4', tmp_path/'other.mp4'))
-    assert (first == again).all()          # alone or in company: the same sound
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in "ab":
+        shutil.copy(video, tmp_path / "in" / f"{name}.mp4")
+    ask = ["--label", "airplane flyby", "--steps", "2"]
+    assert inside("generate", tmp_path / "in", "-o", tmp_path / "out", *ask).returncode == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_foley.mp4", "b_foley.mp4"]
+    assert inside("generate", tmp_path / "in" / "a.mp4", "-o", tmp_path / "again.mp4", *ask).returncode == 0
+    assert (
+        inside("generate", tmp_path / "in" / "a.mp4", "-o", tmp_path / "other.mp4", "--seed", "1", *ask).returncode == 0
+    )
+    first, again, other = (
+        read_audio(p) for p in (tmp_path / "out" / "a_foley.mp4", tmp_path / "again.mp4", tmp_path / "other.mp4")
+    )
+    assert (first == again).all()  # alone or in company: the same sound
     assert not np.allclose(first, other)
 
 
 @needs_mini
 def test_names_and_containers_of_any_kind(video, inputs, tmp_path):
-    take, bytes_, long = '12:30 take.mp4', os.fsdecode(b'caf\xe9.mp4'), 'é'*120+'.mp4'
-    (tmp_path/'in').mkdir(); (tmp_path/'out').mkdir()
-    for name in (take, bytes_, long): shutil.copy(video, tmp_path/'in'/name)
-    shutil.copy(inputs/'vp8.webm', tmp_path/'in')
-    words = ['in', '-o', 'out', '--label', 'airplane flyby', '--steps', '1', '--keep-original']
-    r = smooth_foley('generate', *words, cwd=tmp_path)
+    take, bytes_, long = "12:30 take.mp4", os.fsdecode(b"caf\xe9.mp4"), "é" * 120 + ".mp4"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in (take, bytes_, long):
+        shutil.copy(video, tmp_path / "in" / name)
+    shutil.copy(inputs / "vp8.webm", tmp_path / "in")
+    words = ["in", "-o", "out", "--label", "airplane flyby", "--steps", "1", "--keep-original"]
+    r = smooth_foley("generate", *words, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
-    made = sorted(os.listdir(tmp_path/'out'))
-    assert made == sorted([Path(n).stem+'_foley.mp4' for n in (take, bytes_, long)] + ['vp8_foley.mkv'])
-    assert all(probe(tmp_path/'out'/n)['audio'] == 'aac' for n in made)
-    r = smooth_foley('generate', f'in/{bytes_}', '-o', f'out/{bytes_}', '--plot', 'out/plot.png', '--label', 'airplane flyby', '--steps', '1', cwd=tmp_path)
-    assert r.returncode == 0 and r'wrote out/caf\udce9.mp4' in r.stdout and (tmp_path/'out'/'plot.png').exists(), r.stderr
+    made = sorted(os.listdir(tmp_path / "out"))
+    assert made == sorted([Path(n).stem + "_foley.mp4" for n in (take, bytes_, long)] + ["vp8_foley.mkv"])
+    assert all(probe(tmp_path / "out" / n)["audio"] == "aac" for n in made)
+    r = smooth_foley(
+        "generate",
+        f"in/{bytes_}",
+        "-o",
+        f"out/{bytes_}",
+        "--plot",
+        "out/plot.png",
+        "--label",
+        "airplane flyby",
+        "--steps",
+        "1",
+        cwd=tmp_path,
+    )
+    assert r.returncode == 0 and r"wrote out/caf\udce9.mp4" in r.stdout and (tmp_path / "out" / "plot.png").exists(), (
+        r.stderr
+    )
 
 
 @needs_mini
 def test_weights_that_do_not_fit_are_named(video, tmp_path, inside):
     from safetensors.numpy import load_file, save_file
-    shutil.copytree(mini_path(), tmp_path/'model')
-    file = next((tmp_path/'model'/'unet').glob('*.safetensors'))
+
+    shutil.copytree(mini_path(), tmp_path / "model")
+    file = next((tmp_path / "model" / "unet").glob("*.safetensors"))
     weights = load_file(file)
-    weights['conv_wrong.weight'] = weights.pop('conv_in.weight')
-    save_file(weights, file, metadata={'format': 'pt'})
-    r = inside('generate', video, '-o', tmp_path/'out.mp4', '--model', tmp_path/'model')
-    assert r.returncode == 2 and 'conv_in.weight' in r.stderr and r.stderr.count('\n') == 1, r.stderr
+    weights["conv_wrong.weight"] = weights.pop("conv_in.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    r = inside("generate", video, "-o", tmp_path / "out.mp4", "--model", tmp_path / "model")
+    assert r.returncode == 2 and "conv_in.weight" in r.stderr and r.stderr.count("\n") == 1, r.stderr
     file.write_bytes(file.read_bytes()[:1000])
-    r = inside('generate', video, '-o', tmp_path/'out.mp4', '--model', tmp_path/'model')
-    assert r.returncode == 2 and r.stderr.count('\n') == 1, r.stderr
-    assert not (tmp_path/'out.mp4').exists()
+    r = inside("generate", video, "-o", tmp_path / "out.mp4", "--model", tmp_path / "model")
+    assert r.returncode == 2 and r.stderr.count("\n") == 1, r.stderr
+    assert not (tmp_path / "out.mp4").exists()
 
 
 @needs_mini
 def test_a_kill_leaves_nothing(video, tmp_path):
-    env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'CI')}
-    p = subprocess.Popen([COMMAND, 'generate', str(video), '-o', str(tmp_path/'out.mp4'), '--steps', '1000'], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    said = b''
-    while b'1/1000' not in said:      # the bar tells that it has begun
+    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "CI")}
+    p = subprocess.Popen(
+        [COMMAND, "generate", str(video), "-o", str(tmp_path / "out.mp4"), "--steps", "1000"],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    said = b""
+    while b"1/1000" not in said:  # the bar tells that it has begun
         said += (more := p.stderr.read1(200))
         assert more, said
     p.send_signal(signal.SIGTERM)
@@ -245,15 +322,15 @@ def test_a_kill_leaves_nothing(video, tmp_path):
 
 @needs_mini
 def test_demo(tmp_path, inside):
-    r = inside('demo', '--steps', '2', cwd=tmp_path)
+    r = inside("demo", "--steps", "2", cwd=tmp_path)
     assert r.returncode == 0, r.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['demo.mp4', 'demo.png']
-    assert len(read_audio(tmp_path/'demo.mp4')) == round(probe(tmp_path/'demo.mp4')['duration']*SR)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.mp4", "demo.png"]
+    assert len(read_audio(tmp_path / "demo.mp4")) == round(probe(tmp_path / "demo.mp4")["duration"] * SR)
 
 
 @needs_mini
 def test_info(inside):
-    r = inside('info')
-    assert r.returncode == 0 and 'Apache-2.0' in r.stdout and 'unet' in r.stdout and 'defaults' in r.stdout
-    megabytes = float(r.stdout.split('together')[1].split('M parameters')[1].split()[0])
+    r = inside("info")
+    assert r.returncode == 0 and "Apache-2.0" in r.stdout and "unet" in r.stdout and "defaults" in r.stdout
+    megabytes = float(r.stdout.split("together")[1].split("M parameters")[1].split()[0])
     assert 0 < megabytes <= 25

@@ -1,4 +1,5 @@
 "Media as a player shows them: what a file stores, hides, mirrors and names, before and after a sound is laid beside it"
+
 import hashlib, os, shutil, socket, struct
 from fractions import Fraction
 from pathlib import Path
@@ -22,14 +23,17 @@ def picture(k, h=48, w=64):
     return frame
 
 
-def film(path, codec="libx264", n=15, first=0, times=None, options=None, streams=1, sounds=(), prepare=None, muxer=None):
+def film(
+    path, codec="libx264", n=15, first=0, times=None, options=None, streams=1, sounds=(), prepare=None, muxer=None
+):
     "A film of 10 frames per second whose first frame has the number `first`: below zero, an edit list hides it"
     with av.open(str(path), "w", options=muxer or {}) as out:
         videos = [out.add_stream(codec, rate=10) for _ in range(streams)]
         for v in videos:
             v.width, v.height, v.pix_fmt, v.options = 64, 48, "yuv420p", options or {}
             v.codec_context.time_base = Fraction(1, 10)
-            if prepare: prepare(v)
+            if prepare:
+                prepare(v)
         tracks = [(sound(out, name, rate), language) for name, rate, language in sounds]
         for track, language in tracks:
             track.metadata["language"] = language
@@ -148,7 +152,12 @@ CASES = {  # name: (suffix, maker, frames a player shows, seconds it shows them)
     "second is default": (".mp4", second_is_default, 15, 1.5),
     "colours and shape": (".mp4", lambda p: film(p, prepare=coloured), 15, 1.5),
     "vp9": (".webm", lambda p: film(p, "libvpx-vp9", options={"deadline": "realtime"}, prepare=wide), 15, 1.5),
-    "two sounds": (".mp4", lambda p: film(p, sounds=[("aac", 48000, l) for l in ("deu", "eng", "fra", "swe")]), 15, 1.5),
+    "two sounds": (
+        ".mp4",
+        lambda p: film(p, sounds=[("aac", 48000, l) for l in ("deu", "eng", "fra", "swe")]),
+        15,
+        1.5,
+    ),
     "other sounds": (".mkv", lambda p: film(p, sounds=[("flac", 44100, "fra"), ("libopus", 48000, "eng")]), 15, 1.5),
     "adpcm": (".avi", lambda p: film(p, "mpeg4", sounds=[("adpcm_ms", 22050, "und")]), 15, 1.5),
     "hvc1": (".mp4", lambda p: film(p, "libx265", prepare=tagged, options={"x265-params": "log-level=none"}), 15, 1.5),
@@ -160,7 +169,9 @@ def facts(path):
     "What matters of a file: packets that are needed, when pictures are shown, how they look, what is known about them"
     with av.open(str(path)) as f:
         v = media._picture(f, path)
-        about = dict(codec=v.codec_context.codec.canonical_name, tag=v.codec_context.codec_tag, shape=v.sample_aspect_ratio or 1)
+        about = dict(
+            codec=v.codec_context.codec.canonical_name, tag=v.codec_context.codec_tag, shape=v.sample_aspect_ratio or 1
+        )
         c = v.codec_context
         about["colour"] = (c.color_range, c.color_primaries, c.color_trc, c.colorspace)
         about["sounds"] = [
@@ -283,7 +294,10 @@ def test_hevc_without_a_tag_gets_the_one_that_plays(tmp_path):
 
 @pytest.mark.parametrize("fps", [15, 24, 30, Fraction(30000, 1001)])
 def test_an_mkv_of_whole_milliseconds_gives_every_frame_once(tmp_path, fps):
-    films = [write_video(tmp_path / f"v{kind}", np.stack([picture(k) for k in range(20)]), fps=fps) for kind in (".mp4", ".mkv")]
+    films = [
+        write_video(tmp_path / f"v{kind}", np.stack([picture(k) for k in range(20)]), fps=fps)
+        for kind in (".mp4", ".mkv")
+    ]
     first, second = (read_clip(f, float(fps)).frames for f in films)
     assert (first == second).all() and len(np.unique(first[:, -1, -1, 0])) == 20
 
@@ -325,7 +339,16 @@ def test_a_cut_at_the_limit_is_not_too_long(tmp_path, fps, n):
 
 # Paths are paths
 
-NAMES = ["12:30 take.mp4", "http:/127.0.0.1/x.mp4", "concat:a|b.mp4", "file:x.mp4", "a%03d.mp4", "-i.mp4", "a?b#c.mp4", b"caf\xe9.mp4"]
+NAMES = [
+    "12:30 take.mp4",
+    "http:/127.0.0.1/x.mp4",
+    "concat:a|b.mp4",
+    "file:x.mp4",
+    "a%03d.mp4",
+    "-i.mp4",
+    "a?b#c.mp4",
+    b"caf\xe9.mp4",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -395,7 +418,10 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
 
 @pytest.mark.parametrize("letter", ["x", "é", "語"])
 def test_names_as_long_as_the_system_allows(tmp_path, letter):
-    video, longest = write_video(tmp_path / "v.mp4", np.stack([picture(k) for k in range(5)])), os.pathconf(tmp_path, "PC_NAME_MAX")
+    video, longest = (
+        write_video(tmp_path / "v.mp4", np.stack([picture(k) for k in range(5)])),
+        os.pathconf(tmp_path, "PC_NAME_MAX"),
+    )
     name = letter * ((longest - 4) // len(letter.encode())) + ".mp4"
     assert mux(video, NOISE, SR, tmp_path / name).exists()
     with pytest.raises(FoleyError, match="cannot be written .file name too long") as e:

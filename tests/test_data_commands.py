@@ -1,4 +1,5 @@
 "`smooth-foley data`: every example of every help text runs as it stands, and wrong input ends as one line"
+
 import re, shlex
 
 import pytest
@@ -9,60 +10,103 @@ from smooth_foley.data_commands import DATA
 
 def examples(text):
     "Command lines of a help text, without what is said beside them"
-    lines = re.findall(r'^ +(?:smooth-foley) (data .*)$', text, re.M)
-    return [re.split(r'\s{2,}', line)[0] for line in lines]
+    lines = re.findall(r"^ +(?:smooth-foley) (data .*)$", text, re.M)
+    return [re.split(r"\s{2,}", line)[0] for line in lines]
 
 
-HERE = [(name, line) for name, (*_, text) in DATA.items() for line in examples(text) if 'passby' in line or 'select' in line or '--verify' in line]
+HERE = [
+    (name, line)
+    for name, (*_, text) in DATA.items()
+    for line in examples(text)
+    if "passby" in line or "select" in line or "--verify" in line
+]
 
 
 def test_most_examples_can_be_tried():
     "What is left out needs clips of VGGSound, or weights that are fetched"
     every = [line for *_, text in DATA.values() for line in examples(text)]
-    assert {name for name, _ in HERE} == set(DATA) and len(HERE) > .7*len(every) and len({l for _, l in HERE}) == len(HERE)
+    assert (
+        {name for name, _ in HERE} == set(DATA)
+        and len(HERE) > 0.7 * len(every)
+        and len({l for _, l in HERE}) == len(HERE)
+    )
 
 
 def test_every_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, line in HERE:
-        line = line.replace('--passby 24', '--passby 8').replace('passby:0-99', 'passby:0-1')
+        line = line.replace("--passby 24", "--passby 8").replace("passby:0-99", "passby:0-1")
         code = main(shlex.split(line))
         out, err = capsys.readouterr()
         assert code == 0, (line, err)
         assert out.strip(), line
-    for made in ('state/present.csv', 'audit/faults.csv', 'grounded.csv', 'passby/continuous/vggsound_continuous_train.csv', 'sweep.png', 'shards/index.json', 'timed/index.json', 'heard/index.json'):
-        assert (tmp_path/made).stat().st_size > 0, made
+    for made in (
+        "state/present.csv",
+        "audit/faults.csv",
+        "grounded.csv",
+        "passby/continuous/vggsound_continuous_train.csv",
+        "sweep.png",
+        "shards/index.json",
+        "timed/index.json",
+        "heard/index.json",
+    ):
+        assert (tmp_path / made).stat().st_size > 0, made
 
 
-@pytest.mark.parametrize('name', DATA)
+@pytest.mark.parametrize("name", DATA)
 def test_help_shows_the_examples(name, capsys):
-    with pytest.raises(SystemExit): main(['data', name, '--help'])
+    with pytest.raises(SystemExit):
+        main(["data", name, "--help"])
     said = capsys.readouterr().out
-    assert all(line in said for line in examples(DATA[name][-1])) and DATA[name][2] in ' '.join(said.split())
+    assert all(line in said for line in examples(DATA[name][-1])) and DATA[name][2] in " ".join(said.split())
 
 
-@pytest.mark.parametrize('line, words', [
-    ('data', 'WHAT'), ('data nothing', 'invalid choice'), ('data audit --clips nowhere --out x', 'nowhere'), ('data vggsound --csv none.csv', 'none.csv'),
-    ('data continuous select --label "car passing"', 'car passing by'), ('data audioset none.tsv --names none.tsv', 'none.tsv'), ('data grounding none.wav --label "skidding" --threshold 2', '--threshold'),
-    ('data shards passby:9-0 --out x', 'passby:9-0'), ('data vggsound --passby 3 --out passby --wrong nan', '--wrong')])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("data", "WHAT"),
+        ("data nothing", "invalid choice"),
+        ("data audit --clips nowhere --out x", "nowhere"),
+        ("data vggsound --csv none.csv", "none.csv"),
+        ('data continuous select --label "car passing"', "car passing by"),
+        ("data audioset none.tsv --names none.tsv", "none.tsv"),
+        ('data grounding none.wav --label "skidding" --threshold 2', "--threshold"),
+        ("data shards passby:9-0 --out x", "passby:9-0"),
+        ("data vggsound --passby 3 --out passby --wrong nan", "--wrong"),
+    ],
+)
 def test_wrong_input(line, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(line)) == 2
     err = capsys.readouterr().err
-    assert err.startswith('smooth-foley: error: ') and err.count('\n') == 1 and words in err
+    assert err.startswith("smooth-foley: error: ") and err.count("\n") == 1 and words in err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('line', ['vggsound --passby 1 --out file/x', 'audit --clips passby/video --out file/x', 'audioset passby/audioset_strong.tsv --names passby/mid_to_display_name.tsv --seconds 1 --out file/x.csv',
-                                  'grounding --list passby/vggsound.csv --clips passby/video --csv file/x.csv', 'continuous filter passby --out file/x', 'shards passby:0-1 --out file/x',
-                                  'shards passby/vggsound.csv --clips passby/video --out passby/vggsound.csv'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "vggsound --passby 1 --out file/x",
+        "audit --clips passby/video --out file/x",
+        "audioset passby/audioset_strong.tsv --names passby/mid_to_display_name.tsv --seconds 1 --out file/x.csv",
+        "grounding --list passby/vggsound.csv --clips passby/video --csv file/x.csv",
+        "continuous filter passby --out file/x",
+        "shards passby:0-1 --out file/x",
+        "shards passby/vggsound.csv --clips passby/video --out passby/vggsound.csv",
+    ],
+)
 def test_nowhere_to_write(line, tmp_path, monkeypatch, capsys):
     from smooth_foley.data.vggsound import passby_folder
+
     monkeypatch.chdir(tmp_path)
-    passby_folder('passby', 1, seconds=1.)
-    (tmp_path/'file').write_text('no folder')
-    before = {p: p.stat().st_size for p in tmp_path.rglob('*')}
-    assert main(['data', *shlex.split(line)]) == 2
+    passby_folder("passby", 1, seconds=1.0)
+    (tmp_path / "file").write_text("no folder")
+    before = {p: p.stat().st_size for p in tmp_path.rglob("*")}
+    assert main(["data", *shlex.split(line)]) == 2
     err = capsys.readouterr().err
-    assert err.splitlines()[-1].startswith('smooth-foley: error: ') and ('file' in err or 'vggsound.csv' in err) and 'Traceback' not in err
-    assert {p: p.stat().st_size for p in tmp_path.rglob('*')} == before
+    assert (
+        err.splitlines()[-1].startswith("smooth-foley: error: ")
+        and ("file" in err or "vggsound.csv" in err)
+        and "Traceback" not in err
+    )
+    assert {p: p.stat().st_size for p in tmp_path.rglob("*")} == before

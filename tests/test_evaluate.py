@@ -1,178 +1,304 @@
 """What a notebook can't tell about evaluating: stopped and resumed, several processes, folders of bad sounds, the command line"""
+
 import csv, os, signal, subprocess, sys, time, wave
 from pathlib import Path
 import numpy as np, pytest
 from smooth_foley.core import FoleyError
 from smooth_foley.data import passby
 from smooth_foley.media import write_video, write_wav
-from smooth_foley.metrics.evaluate import (MIN_SET, compare_folders, fingerprint, folder_clips, paired_pooled, parse_system, read_rows, save_folders, show_folders, summarise, test_clips as clips_of, with_parts)
+from smooth_foley.metrics.evaluate import (
+    MIN_SET,
+    compare_folders,
+    fingerprint,
+    folder_clips,
+    paired_pooled,
+    parse_system,
+    read_rows,
+    save_folders,
+    show_folders,
+    summarise,
+    test_clips as clips_of,
+    with_parts,
+)
 
 HERE = Path(__file__).parent
-RUN = [sys.executable, str(HERE/'evaluate_run.py')]
-ENV = {**os.environ, 'OMP_NUM_THREADS':'1', 'CUDA_VISIBLE_DEVICES':''}
+RUN = [sys.executable, str(HERE / "evaluate_run.py")]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
 
 def run(cmd):
     r = subprocess.run(cmd, env=ENV, capture_output=True, text=True, timeout=600)
-    assert r.returncode==0, r.stderr[-3000:]
+    assert r.returncode == 0, r.stderr[-3000:]
+
 
 def made(out):
     "Every result that must not depend on how the run went"
-    files = [p for p in Path(out).rglob('*') if p.suffix in ('.wav','.csv','.md') or p.name=='system.json']
-    return {str(p.relative_to(out)):p.read_bytes() for p in files}
+    files = [p for p in Path(out).rglob("*") if p.suffix in (".wav", ".csv", ".md") or p.name == "system.json"]
+    return {str(p.relative_to(out)): p.read_bytes() for p in files}
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    out = tmp_path_factory.mktemp('whole'); run([*RUN, str(out)])
+    out = tmp_path_factory.mktemp("whole")
+    run([*RUN, str(out)])
     return out
 
+
 def test_a_run_writes_what_it_promises(whole):
-    rows = read_rows(whole/'clips.csv')
-    assert [(r['clip'], r['system']) for r in rows]==[(f'passby-200000{i}', s) for i in range(3) for s in ('truth','half','ours')]
-    assert all(r['heard'] and float(r['kl'])>=0 for r in rows) and all(float(r['kl'])==0 for r in rows if r['system']=='truth')
-    assert all(r['cond_tp']!='' for r in rows if r['system']!='truth')
-    a, b = ((whole/s/'passby-2000000.wav').read_bytes() for s in ('ours','half'))
-    assert a!=b, 'two systems made the same sound'
-    assert {d['against'] for d in read_rows(whole/'differences.csv')}=={'ours'} and '**ours**' in (whole/'tables.md').read_text()
-    with np.load(whole/'embeddings'/'ours.npz') as e: assert len(e['clips'])==len(e['classifier'])==3
+    rows = read_rows(whole / "clips.csv")
+    assert [(r["clip"], r["system"]) for r in rows] == [
+        (f"passby-200000{i}", s) for i in range(3) for s in ("truth", "half", "ours")
+    ]
+    assert all(r["heard"] and float(r["kl"]) >= 0 for r in rows) and all(
+        float(r["kl"]) == 0 for r in rows if r["system"] == "truth"
+    )
+    assert all(r["cond_tp"] != "" for r in rows if r["system"] != "truth")
+    a, b = ((whole / s / "passby-2000000.wav").read_bytes() for s in ("ours", "half"))
+    assert a != b, "two systems made the same sound"
+    assert {d["against"] for d in read_rows(whole / "differences.csv")} == {"ours"} and "**ours**" in (
+        whole / "tables.md"
+    ).read_text()
+    with np.load(whole / "embeddings" / "ours.npz") as e:
+        assert len(e["clips"]) == len(e["classifier"]) == 3
+
 
 def test_physics_is_measured_for_every_system(whole):
-    rows = {(r["clip"], r["system"]): r for r in read_rows(whole/"clips.csv")}
+    rows = {(r["clip"], r["system"]): r for r in read_rows(whole / "clips.csv")}
     going_on = [(c, s) for (c, s), r in rows.items() if r["label"] in passby.CONTINUOUS]
     assert going_on and all((rows[k]["dropouts"] != "") == (k in going_on) for k in rows)
     true = [r for (c, s), r in rows.items() if s == "truth" and r["level_adherence"]]
-    assert true and all(float(r["level_adherence"]) > .9 and float(r["dropouts"]) == 0 for r in true)
+    assert true and all(float(r["level_adherence"]) > 0.9 and float(r["dropouts"]) == 0 for r in true)
     assert all(rows[r["clip"], s]["level_adherence"] for r in true for s in ("ours", "half"))
+
 
 def test_an_order_free_system_does_not_turn_with_the_film(tmp_path):
     import torch
     from smooth_foley.metrics.counterfactual import counterfactual, mover_seeds
     from smooth_foley.pipeline import SmoothFoleyPipeline
+
     torch.set_num_threads(1)
     pipe = SmoothFoleyPipeline.from_random(labels=passby.LABELS)
     rows = counterfactual("ours,truth-vae", out=tmp_path, n=1, steps=2, pipe=pipe, device="cpu")
     value = {(r["system"], r["film"], r["measure"]): float(r["value"]) for r in rows}
-    assert value["ours", "reversed", "level"] == .5 and abs(value["ours", "reversed", "level_slope"]) < 1e-3
+    assert value["ours", "reversed", "level"] == 0.5 and abs(value["ours", "reversed", "level_slope"]) < 1e-3
     assert value["truth", "reversed", "level"] == value["truth", "moved", "loudest"] == 1
     name = f"passby_continuous-{mover_seeds('passby_continuous', 1)[0]}.wav"
-    film, moved = ((tmp_path/"counterfactual"/"ours"/k/name).read_bytes() for k in ("film", "moved"))
+    film, moved = ((tmp_path / "counterfactual" / "ours" / k / name).read_bytes() for k in ("film", "moved"))
     assert film != moved, "another film changes nothing: the test would pass for a system that sees nothing"
 
+
 def test_stopped_between_clips_and_resumed_ends_with_the_same_files(whole, tmp_path):
-    p = subprocess.Popen([*RUN, str(tmp_path), '--slow'], env=ENV, stderr=subprocess.DEVNULL)
-    until = time.time()+300
-    while not list(tmp_path.glob('ours/passby*.wav')) and time.time()<until: time.sleep(.02)
-    p.send_signal(signal.SIGKILL); p.wait()
-    left = len(list(tmp_path.glob('*/passby*.wav')))
-    assert 0<left<9 and not (tmp_path/'clips.csv').exists(), 'it finished before it was killed'
+    p = subprocess.Popen([*RUN, str(tmp_path), "--slow"], env=ENV, stderr=subprocess.DEVNULL)
+    until = time.time() + 300
+    while not list(tmp_path.glob("ours/passby*.wav")) and time.time() < until:
+        time.sleep(0.02)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    left = len(list(tmp_path.glob("*/passby*.wav")))
+    assert 0 < left < 9 and not (tmp_path / "clips.csv").exists(), "it finished before it was killed"
     run([*RUN, str(tmp_path)])
-    assert made(tmp_path)==made(whole)
+    assert made(tmp_path) == made(whole)
+
 
 def test_two_processes_do_the_work_of_one(whole, tmp_path):
-    run([sys.executable,'-m','accelerate.commands.launch','--cpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no','--main_process_port','29573',*RUN[1:],str(tmp_path)])
-    assert made(tmp_path)==made(whole)
+    run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "29573",
+            *RUN[1:],
+            str(tmp_path),
+        ]
+    )
+    assert made(tmp_path) == made(whole)
+
 
 def test_other_steps_or_weights_are_not_mixed_into_a_folder(whole, tmp_path):
     import json, shutil
     from smooth_foley.metrics.evaluate import claim
-    about = json.loads((whole/'ours'/'system.json').read_text())
-    claim(whole/'ours', about)
-    for k,v in (('steps',3), ('weights','0'*12), ('seed',1)):
-        with pytest.raises(FoleyError, match=f'other {k}'): claim(whole/'ours', {**about, k:v})
+
+    about = json.loads((whole / "ours" / "system.json").read_text())
+    claim(whole / "ours", about)
+    for k, v in (("steps", 3), ("weights", "0" * 12), ("seed", 1)):
+        with pytest.raises(FoleyError, match=f"other {k}"):
+            claim(whole / "ours", {**about, k: v})
+
 
 # Folders of videos
 
-def test_a_folder_of_videos_is_a_split(tmp_path):
-    film = np.random.default_rng(0).integers(0, 255, (15,64,64,3), dtype=np.uint8)
-    write_video(tmp_path/'a.mp4', film, 15, np.sin(np.arange(16000)*.3).astype(np.float32)*.3); write_video(tmp_path/'b.mp4', film, 15)
-    (tmp_path/'labels.csv').write_text('name,label\na.mp4,helicopter\nb.mp4,dog barking\n')
-    a, b = (c.load() for c in folder_clips(tmp_path))
-    assert len(a.audio)==16000 and a.sounding.mean()>.9 and b.audio is None
-    assert [c.split for c in clips_of(f'passby,{tmp_path}', 1)]==['passby', tmp_path.name]
 
-@pytest.mark.parametrize('text,why', [('', 'a row per video'), ('name,label\n', 'no row'), ('name,label\na.mp4,\n', 'lack a name or a label'), ('name,label\nz.mp4,dog\n', 'not there: z.mp4'), ('name,label\na.mp4,dog\na.mkv,dog\n', 'apart from their suffix')])
+def test_a_folder_of_videos_is_a_split(tmp_path):
+    film = np.random.default_rng(0).integers(0, 255, (15, 64, 64, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", film, 15, np.sin(np.arange(16000) * 0.3).astype(np.float32) * 0.3)
+    write_video(tmp_path / "b.mp4", film, 15)
+    (tmp_path / "labels.csv").write_text("name,label\na.mp4,helicopter\nb.mp4,dog barking\n")
+    a, b = (c.load() for c in folder_clips(tmp_path))
+    assert len(a.audio) == 16000 and a.sounding.mean() > 0.9 and b.audio is None
+    assert [c.split for c in clips_of(f"passby,{tmp_path}", 1)] == ["passby", tmp_path.name]
+
+
+@pytest.mark.parametrize(
+    "text,why",
+    [
+        ("", "a row per video"),
+        ("name,label\n", "no row"),
+        ("name,label\na.mp4,\n", "lack a name or a label"),
+        ("name,label\nz.mp4,dog\n", "not there: z.mp4"),
+        ("name,label\na.mp4,dog\na.mkv,dog\n", "apart from their suffix"),
+    ],
+)
 def test_bad_lists_of_labels(tmp_path, text, why):
-    for n in ('a.mp4','a.mkv'): (tmp_path/n).touch()
-    (tmp_path/'labels.csv').write_text(text)
-    with pytest.raises(FoleyError, match=why): folder_clips(tmp_path)
+    for n in ("a.mp4", "a.mkv"):
+        (tmp_path / n).touch()
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(FoleyError, match=why):
+        folder_clips(tmp_path)
+
 
 def test_a_folder_without_labels(tmp_path):
-    with pytest.raises(FoleyError, match='no labels.csv'): clips_of(str(tmp_path))
+    with pytest.raises(FoleyError, match="no labels.csv"):
+        clips_of(str(tmp_path))
+
 
 # Folders of sounds
 
-def tone(n=16000, f=.05, seed=0): return (.3*np.sin(np.arange(n)*f)+.01*np.random.default_rng(seed).standard_normal(n)).astype(np.float32)
+
+def tone(n=16000, f=0.05, seed=0):
+    return (0.3 * np.sin(np.arange(n) * f) + 0.01 * np.random.default_rng(seed).standard_normal(n)).astype(np.float32)
+
 
 @pytest.fixture
 def folders(tmp_path):
-    gen, ref = tmp_path/'gen', tmp_path/'ref'; gen.mkdir(); ref.mkdir()
-    for i in range(4): write_wav(ref/f'{i}.wav', tone(f=.05+.03*i, seed=i)); write_wav(gen/f'{i}.wav', tone(f=.06+.03*i, seed=9+i))
+    gen, ref = tmp_path / "gen", tmp_path / "ref"
+    gen.mkdir()
+    ref.mkdir()
+    for i in range(4):
+        write_wav(ref / f"{i}.wav", tone(f=0.05 + 0.03 * i, seed=i))
+        write_wav(gen / f"{i}.wav", tone(f=0.06 + 0.03 * i, seed=9 + i))
     return gen, ref
 
-def numbers(r): return {(o['metric'],o['embedder']):o['value'] for o in r['rows']}
+
+def numbers(r):
+    return {(o["metric"], o["embedder"]): o["value"] for o in r["rows"]}
+
 
 def test_a_folder_against_itself_and_another(folders, tmp_path):
     gen, ref = folders
     same, other = numbers(compare_folders(ref, ref)), numbers(compare_folders(gen, ref))
-    assert same['kl','classifier']==0 and same['activity','']==1 and abs(same['fad','classifier'])<1e-6
-    assert other['kl','classifier']>0 and other['fad','classifier']>1e-3
-    r = compare_folders(gen, ref); save_folders(r, tmp_path/'out')
-    assert len(read_rows(tmp_path/'out'/'folder_clips.csv'))==4 and 'mostly bias' in show_folders(r)
-    assert any('fad_inf needs at least 10' in n for n in r['notes'])
-    with pytest.raises(FoleyError, match='fad_inf needs at least 10'): compare_folders(gen, ref, metrics='fad_inf')
+    assert same["kl", "classifier"] == 0 and same["activity", ""] == 1 and abs(same["fad", "classifier"]) < 1e-6
+    assert other["kl", "classifier"] > 0 and other["fad", "classifier"] > 1e-3
+    r = compare_folders(gen, ref)
+    save_folders(r, tmp_path / "out")
+    assert len(read_rows(tmp_path / "out" / "folder_clips.csv")) == 4 and "mostly bias" in show_folders(r)
+    assert any("fad_inf needs at least 10" in n for n in r["notes"])
+    with pytest.raises(FoleyError, match="fad_inf needs at least 10"):
+        compare_folders(gen, ref, metrics="fad_inf")
+
 
 def test_names_that_do_not_match(folders):
     gen, ref = folders
-    (gen/'3.wav').rename(gen/'x.wav')
+    (gen / "3.wav").rename(gen / "x.wav")
     r = compare_folders(gen, ref)
-    assert ('fad','classifier') in numbers(r) and ('kl','classifier') not in numbers(r)
-    assert any('only in --generated: x' in n and 'only in --reference: 3' in n for n in r['notes'])
-    with pytest.raises(FoleyError, match='only in --generated: x; only in --reference: 3'): compare_folders(gen, ref, metrics='kl')
+    assert ("fad", "classifier") in numbers(r) and ("kl", "classifier") not in numbers(r)
+    assert any("only in --generated: x" in n and "only in --reference: 3" in n for n in r["notes"])
+    with pytest.raises(FoleyError, match="only in --generated: x; only in --reference: 3"):
+        compare_folders(gen, ref, metrics="kl")
+
 
 def write_pcm(path, x, sr, channels=1):
-    with wave.open(str(path), 'wb') as w: w.setnchannels(channels); w.setsampwidth(2); w.setframerate(sr); w.writeframes((np.clip(x,-1,1)*32767).astype('<i2').tobytes())
+    with wave.open(str(path), "wb") as w:
+        w.setnchannels(channels)
+        w.setsampwidth(2)
+        w.setframerate(sr)
+        w.writeframes((np.clip(x, -1, 1) * 32767).astype("<i2").tobytes())
 
-@pytest.mark.parametrize('x,kw,why', [(np.zeros(16000), {}, '1 generated file is silent: 0.wav'), (np.sign(np.sin(np.arange(16000)*.1)), {}, 'is clipped: 0.wav'), (tone(8000), dict(sr=8000), 'recorded at 8 kHz, empty above 4 kHz: 0.wav')])
+
+@pytest.mark.parametrize(
+    "x,kw,why",
+    [
+        (np.zeros(16000), {}, "1 generated file is silent: 0.wav"),
+        (np.sign(np.sin(np.arange(16000) * 0.1)), {}, "is clipped: 0.wav"),
+        (tone(8000), dict(sr=8000), "recorded at 8 kHz, empty above 4 kHz: 0.wav"),
+    ],
+)
 def test_doubtful_sounds_are_named(folders, x, kw, why):
     gen, ref = folders
-    write_pcm(gen/'0.wav', x, **{'sr':16000, **kw})
-    r = compare_folders(gen, ref, metrics='kl,fad,activity')
-    assert any(why in n for n in r['notes']) and all(np.isfinite(v) for v in numbers(r).values())
+    write_pcm(gen / "0.wav", x, **{"sr": 16000, **kw})
+    r = compare_folders(gen, ref, metrics="kl,fad,activity")
+    assert any(why in n for n in r["notes"]) and all(np.isfinite(v) for v in numbers(r).values())
 
-@pytest.mark.parametrize('sr,channels', [(8000,1), (16000,2), (22050,1), (44100,2), (96000,1)])
+
+@pytest.mark.parametrize("sr,channels", [(8000, 1), (16000, 2), (22050, 1), (44100, 2), (96000, 1)])
 def test_every_rate_and_stereo_sound_alike(folders, sr, channels):
     gen, ref = folders
-    t = np.arange(sr)/sr; x = .3*np.sin(2*np.pi*500*t)
-    write_pcm(gen/'0.wav', np.repeat(x, channels), sr, channels)
-    write_pcm(ref/'0.wav', .3*np.sin(2*np.pi*500*np.arange(16000)/16000), 16000)
-    write_wav(ref/'1.wav', passby.scene(3_900_000, frames=False, label='dog barking').audio)          # against a tone
-    r = compare_folders(gen, ref, metrics='kl'); kl = [c['kl'] for c in r['clips']]
-    assert kl[0]<.01 and kl[1]>.5, kl
+    t = np.arange(sr) / sr
+    x = 0.3 * np.sin(2 * np.pi * 500 * t)
+    write_pcm(gen / "0.wav", np.repeat(x, channels), sr, channels)
+    write_pcm(ref / "0.wav", 0.3 * np.sin(2 * np.pi * 500 * np.arange(16000) / 16000), 16000)
+    write_wav(ref / "1.wav", passby.scene(3_900_000, frames=False, label="dog barking").audio)  # against a tone
+    r = compare_folders(gen, ref, metrics="kl")
+    kl = [c["kl"] for c in r["clips"]]
+    assert kl[0] < 0.01 and kl[1] > 0.5, kl
+
 
 def test_sounds_that_cannot_be_judged(folders):
     import soundfile
+
     gen, ref = folders
+
     def refused(why):
-        with pytest.raises(FoleyError, match=why): compare_folders(gen, ref)
-    soundfile.write(gen/'0.wav', np.full(16000, np.nan, np.float32), 16000, subtype='FLOAT'); refused('0.wav.*no finite numbers')
-    write_pcm(gen/'0.wav', np.zeros(1), 16000); refused('lasts 1 sample ')
-    (gen/'0.wav').write_bytes(b'RIFF nothing'); refused('0.wav')
-    (gen/'0.wav').unlink(); write_pcm(gen/'1.flac', tone(), 16000); refused('several files are called 1')
+        with pytest.raises(FoleyError, match=why):
+            compare_folders(gen, ref)
+
+    soundfile.write(gen / "0.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
+    refused("0.wav.*no finite numbers")
+    write_pcm(gen / "0.wav", np.zeros(1), 16000)
+    refused("lasts 1 sample ")
+    (gen / "0.wav").write_bytes(b"RIFF nothing")
+    refused("0.wav")
+    (gen / "0.wav").unlink()
+    write_pcm(gen / "1.flac", tone(), 16000)
+    refused("several files are called 1")
+
 
 def test_folders_that_are_not_there(folders, tmp_path):
-    gen, ref = folders; (tmp_path/'empty').mkdir()
-    for pair, why in (((gen, tmp_path/'no'), '--reference .*no such folder'), ((tmp_path/'empty', ref), '--generated .*no sound in it')):
-        with pytest.raises(FoleyError, match=why): compare_folders(*pair)
+    gen, ref = folders
+    (tmp_path / "empty").mkdir()
+    for pair, why in (
+        ((gen, tmp_path / "no"), "--reference .*no such folder"),
+        ((tmp_path / "empty", ref), "--generated .*no sound in it"),
+    ):
+        with pytest.raises(FoleyError, match=why):
+            compare_folders(*pair)
+
 
 def test_a_missing_weight_file_says_which_and_where_from(folders, tmp_path):
     gen, ref = folders
-    with pytest.raises(FoleyError, match='Cnn14_16k.*zenodo'): compare_folders(gen, ref, 'cnn14_16k', weights=tmp_path)
-    with pytest.raises(FoleyError, match='vggish.*github'): compare_folders(gen, ref, 'vggish', weights=tmp_path)
-    with pytest.raises(FoleyError, match='no embedder'): compare_folders(gen, ref, 'cnn15')
+    with pytest.raises(FoleyError, match="Cnn14_16k.*zenodo"):
+        compare_folders(gen, ref, "cnn14_16k", weights=tmp_path)
+    with pytest.raises(FoleyError, match="vggish.*github"):
+        compare_folders(gen, ref, "vggish", weights=tmp_path)
+    with pytest.raises(FoleyError, match="no embedder"):
+        compare_folders(gen, ref, "cnn15")
+
 
 # Statistics
 
+
 def test_the_test_of_pooled_scores_can_tell_and_can_be_silent():
-    rng = np.random.default_rng(1); n = 80
-    counts = lambda q: np.stack([k:=rng.binomial(150, q, n), rng.binomial(150, .1, n), 150-k], 1)
-    real, none = paired_pooled(counts(.9), counts(.8), 'f1'), paired_pooled(counts(.8), counts(.8), 'f1')
-    assert real['p']<.01 and real['low']>0 and none['p']>.05 and none['low']<0<none['high']
+    rng = np.random.default_rng(1)
+    n = 80
+    counts = lambda q: np.stack([k := rng.binomial(150, q, n), rng.binomial(150, 0.1, n), 150 - k], 1)
+    real, none = paired_pooled(counts(0.9), counts(0.8), "f1"), paired_pooled(counts(0.8), counts(0.8), "f1")
+    assert real["p"] < 0.01 and real["low"] > 0 and none["p"] > 0.05 and none["low"] < 0 < none["high"]

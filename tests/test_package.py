@@ -1,4 +1,5 @@
 "What is packed: a wheel holds the modules, the model and the sample, and nothing of the workshop"
+
 import ast, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -7,53 +8,73 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    pytest.importorskip('setuptools')
-    tmp = tmp_path_factory.mktemp('wheel')
-    for name in ('setup.py', 'settings.ini', 'README.md', 'LICENSE', 'NOTICE'):
-        if (ROOT/name).is_file(): shutil.copy(ROOT/name, tmp/name)
-    shutil.copytree(ROOT/'smooth_foley', tmp/'smooth_foley', ignore=shutil.ignore_patterns('__pycache__'))
-    r = subprocess.run([sys.executable, 'setup.py', '-q', 'bdist_wheel', '-d', 'out'], cwd=tmp, capture_output=True, text=True)
+    pytest.importorskip("setuptools")
+    tmp = tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "settings.ini", "README.md", "LICENSE", "NOTICE"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, tmp / name)
+    shutil.copytree(ROOT / "smooth_foley", tmp / "smooth_foley", ignore=shutil.ignore_patterns("__pycache__"))
+    r = subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", "out"], cwd=tmp, capture_output=True, text=True
+    )
     assert r.returncode == 0, r.stderr
-    return zipfile.ZipFile(next((tmp/'out').glob('*.whl')))
+    return zipfile.ZipFile(next((tmp / "out").glob("*.whl")))
 
 
 def test_every_file_of_the_package_is_in_the_wheel(wheel):
-    mine = {p.relative_to(ROOT).as_posix() for p in (ROOT/'smooth_foley').rglob('*') if p.is_file() and '__pycache__' not in p.parts and p.name != '.DS_Store'}
+    mine = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "smooth_foley").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts and p.name != ".DS_Store"
+    }
     packed = set(wheel.namelist())
     assert mine - packed == set()
-    assert {n for n in packed if not n.startswith(('smooth_foley/', 'smooth_foley-'))} == set()
-    assert any(n.endswith('NOTICE') for n in packed) and any(n.endswith('LICENSE') for n in packed)
+    assert {n for n in packed if not n.startswith(("smooth_foley/", "smooth_foley-"))} == set()
+    assert any(n.endswith("NOTICE") for n in packed) and any(n.endswith("LICENSE") for n in packed)
 
 
 def test_the_wheel_says_what_settings_say(wheel):
-    ini = ConfigParser(delimiters=['=']); ini.read(ROOT/'settings.ini')
-    meta = wheel.read(next(n for n in wheel.namelist() if n.endswith('METADATA'))).decode()
-    points = wheel.read(next(n for n in wheel.namelist() if n.endswith('entry_points.txt'))).decode()
-    assert f"Version: {ini['DEFAULT']['version']}" in meta and 'smooth-foley' in points
-    assert 'Provides-Extra: dev' in meta and 'Provides-Extra: train' in meta
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini")
+    meta = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
+    points = wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode()
+    assert f"Version: {ini['DEFAULT']['version']}" in meta and "smooth-foley" in points
+    assert "Provides-Extra: dev" in meta and "Provides-Extra: train" in meta
 
 
 def test_every_requirement_is_locked():
-    ini = ConfigParser(delimiters=['=']); ini.read(ROOT/'settings.ini')
-    plain = lambda n: re.split(r'[<>=!~\[; ]', n)[0].lower().replace('_', '-')
-    lines = [l for l in (ROOT/'constraints.txt').read_text().splitlines() if l and not l.startswith('#')]
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini")
+    plain = lambda n: re.split(r"[<>=!~\[; ]", n)[0].lower().replace("_", "-")
+    lines = [l for l in (ROOT / "constraints.txt").read_text().splitlines() if l and not l.startswith("#")]
     assert all(re.match(r'^[\w.-]+==[\w.]+( ; sys_platform == "linux")?$', l) for l in lines)
-    asked = {plain(w) for key in ('requirements', 'dev_requirements', 'train_requirements') for w in ini['DEFAULT'][key].split()}
+    asked = {
+        plain(w)
+        for key in ("requirements", "dev_requirements", "train_requirements")
+        for w in ini["DEFAULT"][key].split()
+    }
     assert asked - {plain(l) for l in lines} == set()
 
 
 def imported(path):
     "First names of all modules that a file imports"
-    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-        if isinstance(node, ast.Import): yield from (a.name.split('.')[0] for a in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level: yield node.module.split('.')[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[0] for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
 
 
 def test_every_import_is_a_requirement():
-    ini = ConfigParser(delimiters=['=']); ini.read(ROOT/'settings.ini')
-    asked = {re.split('[<>=]', w)[0] for key in ('requirements', 'train_requirements', 'data_requirements') for w in ini['DEFAULT'][key].split()}
-    names = {'PIL': 'pillow', 'open_clip': 'open_clip_torch', 'sklearn': 'scikit-learn', 'yt_dlp': 'yt-dlp'}
-    used = {names.get(n, n) for f in (ROOT/'smooth_foley').rglob('*.py') for n in imported(f)}
-    assert used - asked - set(sys.stdlib_module_names) - {'smooth_foley'} == set()
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini")
+    asked = {
+        re.split("[<>=]", w)[0]
+        for key in ("requirements", "train_requirements", "data_requirements")
+        for w in ini["DEFAULT"][key].split()
+    }
+    names = {"PIL": "pillow", "open_clip": "open_clip_torch", "sklearn": "scikit-learn", "yt_dlp": "yt-dlp"}
+    used = {names.get(n, n) for f in (ROOT / "smooth_foley").rglob("*.py") for n in imported(f)}
+    assert used - asked - set(sys.stdlib_module_names) - {"smooth_foley"} == set()

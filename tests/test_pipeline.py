@@ -1,4 +1,5 @@
 """What is no story about the pipeline: damaged weights, other samplers, other types and devices, real files"""
+
 import json, shutil
 from pathlib import Path
 
@@ -13,15 +14,27 @@ from smooth_foley.frame_adapter import is_installed
 from smooth_foley.media import Clip, write_video
 from smooth_foley.pipeline import SmoothFoleyPipeline
 
-WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors",
-           "vocoder": "model.safetensors", "frame_encoder": "open_clip_model.safetensors", "frame_adapter": "diffusion_pytorch_model.safetensors",
-           "label_projection": "diffusion_pytorch_model.safetensors", "temporal_adapter": "diffusion_pytorch_model.safetensors"}
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "vocoder": "model.safetensors",
+    "frame_encoder": "open_clip_model.safetensors",
+    "frame_adapter": "diffusion_pytorch_model.safetensors",
+    "label_projection": "diffusion_pytorch_model.safetensors",
+    "temporal_adapter": "diffusion_pytorch_model.safetensors",
+}
 
 
 def noise_clip(seconds, seed=0):
     rng = np.random.default_rng(seed)
-    n = max(1, round(seconds*15))
-    return Clip(rng.integers(0, 255, (4, 4, 4, 3), np.uint8).repeat(16, 1).repeat(16, 2)[np.arange(n)*4//n], np.arange(n)/15, seconds, Path(f"clip{seed}.mp4"))
+    n = max(1, round(seconds * 15))
+    return Clip(
+        rng.integers(0, 255, (4, 4, 4, 3), np.uint8).repeat(16, 1).repeat(16, 2)[np.arange(n) * 4 // n],
+        np.arange(n) / 15,
+        seconds,
+        Path(f"clip{seed}.mp4"),
+    )
 
 
 def quiet(pipe):
@@ -30,7 +43,9 @@ def quiet(pipe):
 
 
 @pytest.fixture(scope="module")
-def pipe(): return quiet(SmoothFoleyPipeline.from_random())
+def pipe():
+    return quiet(SmoothFoleyPipeline.from_random())
+
 
 @pytest.fixture(scope="module")
 def folder(pipe, tmp_path_factory):
@@ -38,124 +53,160 @@ def folder(pipe, tmp_path_factory):
     pipe.save_pretrained(path)
     return path
 
+
 @pytest.fixture
 def copy(folder, tmp_path):
-    shutil.copytree(folder, tmp_path/"copy")
-    return tmp_path/"copy"
+    shutil.copytree(folder, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 def test_saved_and_loaded_sounds_the_same(pipe, folder):
     back = quiet(SmoothFoleyPipeline.from_pretrained(folder))
     for kw in (dict(label="siren"), dict(), dict(label="train", condition="always", frame_wise=False)):
-        assert np.array_equal(back(noise_clip(3.), **kw).audios[0], pipe(noise_clip(3.), **kw).audios[0])
-    for k in ("labels", "fps", "threshold", "guidance_scale", "frame_scale", "temporal_scale", "num_inference_steps"): assert back.config[k] == pipe.config[k]
+        assert np.array_equal(back(noise_clip(3.0), **kw).audios[0], pipe(noise_clip(3.0), **kw).audios[0])
+    for k in ("labels", "fps", "threshold", "guidance_scale", "frame_scale", "temporal_scale", "num_inference_steps"):
+        assert back.config[k] == pipe.config[k]
 
 
 def test_saving_leaves_no_adapter_in_the_unet(pipe, folder):
-    assert not any("_ip." in k for k in load_file(folder/"unet"/WEIGHTS["unet"]))
-    index = json.loads((folder/"model_index.json").read_text())
-    assert index["unet"] == ["diffusers", "UNet2DConditionModel"] and index["temporal_adapter"] == ["diffusers", "ControlNetModel"]
+    assert not any("_ip." in k for k in load_file(folder / "unet" / WEIGHTS["unet"]))
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"] and index["temporal_adapter"] == [
+        "diffusers",
+        "ControlNetModel",
+    ]
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
 def test_misfitting_weights_are_refused_by_name(copy, part, damage):
-    file = copy/part/WEIGHTS[part]
+    file = copy / part / WEIGHTS[part]
     sd = load_file(file)
     key = sorted(sd)[0]
-    if damage == "missing": sd.pop(key)
-    if damage == "unexpected": sd[key := "stranger.weight"] = torch.ones(2)
-    if damage == "shape": sd[key] = torch.ones(5, 7)
+    if damage == "missing":
+        sd.pop(key)
+    if damage == "unexpected":
+        sd[key := "stranger.weight"] = torch.ones(2)
+    if damage == "shape":
+        sd[key] = torch.ones(5, 7)
     save_file(sd, file)
-    with pytest.raises(FoleyError) as e: SmoothFoleyPipeline.from_pretrained(copy)
+    with pytest.raises(FoleyError) as e:
+        SmoothFoleyPipeline.from_pretrained(copy)
     assert key in str(e.value) and part in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
 @pytest.mark.parametrize("damage", ["truncated", "gone", "text"])
 def test_damaged_files_are_refused(copy, part, damage, capsys):
-    file = copy/part/WEIGHTS[part]
-    if damage == "truncated": file.write_bytes(file.read_bytes()[:-100])
-    if damage == "gone": file.unlink()
-    if damage == "text": file.write_text("these are no weights")
-    with pytest.raises(FoleyError, match=part): SmoothFoleyPipeline.from_pretrained(copy)
+    file = copy / part / WEIGHTS[part]
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    if damage == "gone":
+        file.unlink()
+    if damage == "text":
+        file.write_text("these are no weights")
+    with pytest.raises(FoleyError, match=part):
+        SmoothFoleyPipeline.from_pretrained(copy)
     assert "error occurred" not in capsys.readouterr().err
 
 
 def test_damaged_folders_are_refused(copy):
-    shutil.rmtree(copy/"vae")
-    with pytest.raises(FoleyError, match="vae"): SmoothFoleyPipeline.from_pretrained(copy)
-    index = json.loads((copy/"model_index.json").read_text())
-    (copy/"model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "mel"}))
-    with pytest.raises(FoleyError, match="mel"): SmoothFoleyPipeline.from_pretrained(copy)
-    (copy/"model_index.json").write_text(json.dumps({**index, "mel": ["os", "system"]}))
-    with pytest.raises(FoleyError, match="none of ours"): SmoothFoleyPipeline.from_pretrained(copy)
-    (copy/"model_index.json").write_text("{")
-    with pytest.raises(FoleyError, match="model_index"): SmoothFoleyPipeline.from_pretrained(copy)
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(FoleyError, match="vae"):
+        SmoothFoleyPipeline.from_pretrained(copy)
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "mel"}))
+    with pytest.raises(FoleyError, match="mel"):
+        SmoothFoleyPipeline.from_pretrained(copy)
+    (copy / "model_index.json").write_text(json.dumps({**index, "mel": ["os", "system"]}))
+    with pytest.raises(FoleyError, match="none of ours"):
+        SmoothFoleyPipeline.from_pretrained(copy)
+    (copy / "model_index.json").write_text("{")
+    with pytest.raises(FoleyError, match="model_index"):
+        SmoothFoleyPipeline.from_pretrained(copy)
 
 
 def test_adapter_of_another_unet_is_refused(pipe, folder):
     other = SmoothFoleyPipeline.from_random()
     from smooth_foley.frame_adapter import FrameAdapter
-    mixed = quiet(SmoothFoleyPipeline.from_pretrained(folder, frame_adapter=FrameAdapter(24, 24, [16]*3)))
-    with pytest.raises(FoleyError, match="widths"): mixed(noise_clip(1.), label="siren")
+
+    mixed = quiet(SmoothFoleyPipeline.from_pretrained(folder, frame_adapter=FrameAdapter(24, 24, [16] * 3)))
+    with pytest.raises(FoleyError, match="widths"):
+        mixed(noise_clip(1.0), label="siren")
     assert other is not mixed and not is_installed(mixed.unet)
 
 
 def test_unknown_arguments_and_places(folder, tmp_path):
-    with pytest.raises(FoleyError, match="knows no controlnet"): SmoothFoleyPipeline.from_pretrained(folder, controlnet=None)
-    with pytest.raises(FoleyError, match="no such folder"): SmoothFoleyPipeline.from_pretrained(str(tmp_path/"nowhere"))
-    with pytest.raises(FoleyError, match="no such folder"): SmoothFoleyPipeline.from_pretrained("nowhere")
-    with pytest.raises(FoleyError, match="from the hub"): SmoothFoleyPipeline.from_pretrained("owner/name", local_files_only=True, cache_dir=tmp_path)
+    with pytest.raises(FoleyError, match="knows no controlnet"):
+        SmoothFoleyPipeline.from_pretrained(folder, controlnet=None)
+    with pytest.raises(FoleyError, match="no such folder"):
+        SmoothFoleyPipeline.from_pretrained(str(tmp_path / "nowhere"))
+    with pytest.raises(FoleyError, match="no such folder"):
+        SmoothFoleyPipeline.from_pretrained("nowhere")
+    with pytest.raises(FoleyError, match="from the hub"):
+        SmoothFoleyPipeline.from_pretrained("owner/name", local_files_only=True, cache_dir=tmp_path)
 
 
 def test_a_batch_of_four_is_four_batches_of_one(pipe):
-    clips = [noise_clip(s, i) for i, s in enumerate((4.2, 1., 4.2, 10.24))]
-    for kw in (dict(), dict(label="siren", frame_wise=False), dict(prompt="train", frame_scale=0.), dict(label="siren", guidance_scale=1., guidance_rescale=.5)):
+    clips = [noise_clip(s, i) for i, s in enumerate((4.2, 1.0, 4.2, 10.24))]
+    for kw in (
+        dict(),
+        dict(label="siren", frame_wise=False),
+        dict(prompt="train", frame_scale=0.0),
+        dict(label="siren", guidance_scale=1.0, guidance_rescale=0.5),
+    ):
         together = pipe(clips, **kw)
         for c, audio, label in zip(clips, together.audios, together.labels):
             one = pipe(c, **kw)
-            assert one.labels[0] == label and len(audio) == round(c.duration*16000)
-            assert np.abs(audio-one.audios[0]).max() < 1e-5
-            assert np.abs(audio).max() > .01
+            assert one.labels[0] == label and len(audio) == round(c.duration * 16000)
+            assert np.abs(audio - one.audios[0]).max() < 1e-5
+            assert np.abs(audio).max() > 0.01
 
 
 def test_the_noise_belongs_to_the_name(pipe):
-    a, b = noise_clip(1.), noise_clip(1.)
-    b.path = Path("other/folder")/a.path.name
+    a, b = noise_clip(1.0), noise_clip(1.0)
+    b.path = Path("other/folder") / a.path.name
     assert np.array_equal(pipe(a, label="siren").audios[0], pipe(b, label="siren").audios[0])
     b.path = Path("another.mp4")
     assert not np.array_equal(pipe(a, label="siren").audios[0], pipe(b, label="siren").audios[0])
 
 
 def test_a_video_file(pipe, tmp_path):
-    clip = noise_clip(2.)
-    write_video(tmp_path/"a.mp4", clip.frames, 15)
-    out = pipe(str(tmp_path/"a.mp4"), label="siren")
-    assert len(out.audios[0]) == 32000 and out.durations == [2.]
-    assert pipe([tmp_path/"a.mp4", clip], label=["siren", "train"]).labels == ["siren", "train"]
-    with pytest.raises(FoleyError, match="b.mp4"): pipe([tmp_path/"a.mp4", tmp_path/"b.mp4"], label="siren")
+    clip = noise_clip(2.0)
+    write_video(tmp_path / "a.mp4", clip.frames, 15)
+    out = pipe(str(tmp_path / "a.mp4"), label="siren")
+    assert len(out.audios[0]) == 32000 and out.durations == [2.0]
+    assert pipe([tmp_path / "a.mp4", clip], label=["siren", "train"]).labels == ["siren", "train"]
+    with pytest.raises(FoleyError, match="b.mp4"):
+        pipe([tmp_path / "a.mp4", tmp_path / "b.mp4"], label="siren")
 
 
 def test_the_unet_is_given_back_whatever_happens(pipe):
-    def stop(*a): raise KeyboardInterrupt
+    def stop(*a):
+        raise KeyboardInterrupt
+
     before = list(pipe.unet.state_dict())
-    with pytest.raises(KeyboardInterrupt): pipe(noise_clip(1.), label="siren", callback_on_step_end=stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipe(noise_clip(1.0), label="siren", callback_on_step_end=stop)
     assert not is_installed(pipe.unet) and list(pipe.unet.state_dict()) == before
 
 
 @pytest.mark.parametrize("scheduler", [PNDMScheduler, DDIMScheduler, EulerAncestralDiscreteScheduler])
 def test_other_samplers(pipe, folder, scheduler):
     skip = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
-    other = quiet(SmoothFoleyPipeline.from_pretrained(folder, scheduler=scheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", **skip)))
-    out = other([noise_clip(1.), noise_clip(1., 1)], label="siren")
+    other = quiet(
+        SmoothFoleyPipeline.from_pretrained(
+            folder, scheduler=scheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", **skip)
+        )
+    )
+    out = other([noise_clip(1.0), noise_clip(1.0, 1)], label="siren")
     assert np.isfinite(out.audios[0]).all()
-    assert np.abs(other(noise_clip(1., 1), label="siren").audios[0]-out.audios[1]).max() < 1e-5
+    assert np.abs(other(noise_clip(1.0, 1), label="siren").audios[0] - out.audios[1]).max() < 1e-5
 
 
 def test_time_code_reaches_the_unet():
     timed = quiet(SmoothFoleyPipeline.from_random(frame_position="sinusoidal"))
-    clip, back = noise_clip(2.), noise_clip(2.)
+    clip, back = noise_clip(2.0), noise_clip(2.0)
     back.frames = back.frames[::-1].copy()
     kw = dict(label="siren", condition="always")
     assert not np.allclose(timed(clip, **kw).latents, timed(back, **kw).latents, atol=1e-4)
@@ -165,30 +216,36 @@ def test_time_code_reaches_the_unet():
 
 def test_no_labels_to_propose(folder):
     bare = quiet(SmoothFoleyPipeline.from_pretrained(folder, labels=[]))
-    with pytest.raises(FoleyError, match="give a label"): bare(noise_clip(1.))
+    with pytest.raises(FoleyError, match="give a label"):
+        bare(noise_clip(1.0))
 
 
 def test_skipped_adapters_are_never_run(pipe, monkeypatch):
-    def boom(*a, **k): raise AssertionError("was run")
+    def boom(*a, **k):
+        raise AssertionError("was run")
+
     monkeypatch.setattr(pipe.temporal_adapter, "forward", boom)
     monkeypatch.setattr(pipe.frame_adapter.image_proj, "forward", boom)
-    pipe(noise_clip(1.), label="siren", frame_scale=0, temporal_scale=0)
+    pipe(noise_clip(1.0), label="siren", frame_scale=0, temporal_scale=0)
 
 
 def test_bfloat16(folder, pipe):
     half = quiet(SmoothFoleyPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16))
     assert half.unet.dtype == half.frame_adapter.dtype == torch.bfloat16
-    out, full = half(noise_clip(1.), label="siren"), pipe(noise_clip(1.), label="siren")
+    out, full = half(noise_clip(1.0), label="siren"), pipe(noise_clip(1.0), label="siren")
     assert out.audios[0].dtype == np.float32 and out.latents.dtype == torch.float32
-    assert (out.latents-full.latents).abs().mean() < .1*full.latents.abs().mean()
+    assert (out.latents - full.latents).abs().mean() < 0.1 * full.latents.abs().mean()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_agrees_with_the_cpu(folder, pipe):
     there = quiet(SmoothFoleyPipeline.from_pretrained(folder)).to("cuda")
-    clips = [noise_clip(2.), noise_clip(1., 1)]
+    clips = [noise_clip(2.0), noise_clip(1.0, 1)]
     out, here = there(clips, label="siren"), pipe(clips, label="siren")
     assert out.latents.device.type == "cuda"
-    assert (out.latents.cpu()-here.latents).abs().max() < 2e-2
-    frozen, text = there(clips[0], label="siren", frame_scale=0, temporal_scale=0), there.text_to_audio("siren", 2., name=clips[0].name)
+    assert (out.latents.cpu() - here.latents).abs().max() < 2e-2
+    frozen, text = (
+        there(clips[0], label="siren", frame_scale=0, temporal_scale=0),
+        there.text_to_audio("siren", 2.0, name=clips[0].name),
+    )
     assert torch.equal(frozen.latents, text.latents)

@@ -1,50 +1,68 @@
 "README.md is nbs/index.ipynb, and what it points to is there"
+
 import importlib.util, json, re, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location('nbs_tool', ROOT/'tools'/'nbs.py')
+spec = importlib.util.spec_from_file_location("nbs_tool", ROOT / "tools" / "nbs.py")
 nbs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(nbs)
 
 
 def notebook(tmp_path, *cells):
-    path = tmp_path/'index.ipynb'
-    path.write_text(json.dumps({'cells': list(cells)}))
+    path = tmp_path / "index.ipynb"
+    path.write_text(json.dumps({"cells": list(cells)}))
     return path
 
-def code(source, *outputs): return {'cell_type': 'code', 'source': source, 'outputs': list(outputs)}
-def text(source): return {'cell_type': 'markdown', 'source': source}
-def shown(**data): return {'output_type': 'display_data', 'data': data}
+
+def code(source, *outputs):
+    return {"cell_type": "code", "source": source, "outputs": list(outputs)}
+
+
+def text(source):
+    return {"cell_type": "markdown", "source": source}
+
+
+def shown(**data):
+    return {"output_type": "display_data", "data": data}
 
 
 def test_readme_is_the_export_of_the_index():
-    assert nbs.readme_differs() == [], 'run `make readme`'
+    assert nbs.readme_differs() == [], "run `make readme`"
 
 
 def test_a_changed_readme_is_noticed(tmp_path, monkeypatch):
-    for name in ('nbs/index.ipynb', 'README.md'):
-        (tmp_path/name).parent.mkdir(exist_ok=True)
-        (tmp_path/name).write_bytes((ROOT/name).read_bytes())
-    for p in (ROOT/nbs.FIGURES).glob('*'):
-        (tmp_path/nbs.FIGURES).mkdir(exist_ok=True)
-        (tmp_path/nbs.FIGURES/p.name).write_bytes(p.read_bytes())
+    for name in ("nbs/index.ipynb", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    for p in (ROOT / nbs.FIGURES).glob("*"):
+        (tmp_path / nbs.FIGURES).mkdir(exist_ok=True)
+        (tmp_path / nbs.FIGURES / p.name).write_bytes(p.read_bytes())
     original = nbs.readme_export
-    monkeypatch.setattr(nbs, 'ROOT', tmp_path)
-    monkeypatch.setattr(nbs, 'readme_export', lambda: original(tmp_path/'nbs'/'index.ipynb'))
+    monkeypatch.setattr(nbs, "ROOT", tmp_path)
+    monkeypatch.setattr(nbs, "readme_export", lambda: original(tmp_path / "nbs" / "index.ipynb"))
     assert nbs.readme_differs() == []
-    (tmp_path/'README.md').write_text('something else')
-    assert nbs.readme_differs() == ['README.md']
+    (tmp_path / "README.md").write_text("something else")
+    assert nbs.readme_differs() == ["README.md"]
 
 
 def test_export(tmp_path):
-    path = notebook(tmp_path, text('# Title\n\nWords.'), code('#| hide\nimport secret'), code('#| echo: false\nprint(1)', {'output_type': 'stream', 'name': 'stdout', 'text': 'said\n'}),
-                    code('x = 1\nx', shown(**{'text/plain': '1'})), code('plot()', shown(**{'image/png': 'aGk=', 'text/plain': '<Figure>'})),
-                    code('table()', shown(**{'text/markdown': '|a|\n|-|', 'text/plain': 'a'})), code('noise()', {'output_type': 'stream', 'name': 'stderr', 'text': 'warning'}))
+    path = notebook(
+        tmp_path,
+        text("# Title\n\nWords."),
+        code("#| hide\nimport secret"),
+        code("#| echo: false\nprint(1)", {"output_type": "stream", "name": "stdout", "text": "said\n"}),
+        code("x = 1\nx", shown(**{"text/plain": "1"})),
+        code("plot()", shown(**{"image/png": "aGk=", "text/plain": "<Figure>"})),
+        code("table()", shown(**{"text/markdown": "|a|\n|-|", "text/plain": "a"})),
+        code("noise()", {"output_type": "stream", "name": "stderr", "text": "warning"}),
+    )
     md, files = nbs.readme_export(path)
-    assert files == {'index_files/figure-1.png': b'hi'}
-    assert md.split('\n\n', 1)[1] == '''# Title
+    assert files == {"index_files/figure-1.png": b"hi"}
+    assert (
+        md.split("\n\n", 1)[1]
+        == """# Title
 
 Words.
 
@@ -73,16 +91,18 @@ table()
 ```python
 noise()
 ```
-'''
+"""
+    )
 
 
 def test_links_of_the_readme_are_there():
-    md = (ROOT/'README.md').read_text(encoding='utf-8')
-    links = [l.split('#')[0] for l in re.findall(r'\]\(([^)\s]+)\)', md)]
-    gone = [l for l in links if l and '://' not in l and not l.startswith('mailto:') and not (ROOT/l).exists()]
+    md = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [l.split("#")[0] for l in re.findall(r"\]\(([^)\s]+)\)", md)]
+    gone = [l for l in links if l and "://" not in l and not l.startswith("mailto:") and not (ROOT / l).exists()]
     assert gone == []
 
 
 def test_python_of_the_readme_compiles():
-    md = (ROOT/'README.md').read_text(encoding='utf-8')
-    for block in re.findall(r'```python\n(.*?)```', md, re.S): compile(block, 'README.md', 'exec')
+    md = (ROOT / "README.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", md, re.S):
+        compile(block, "README.md", "exec")

@@ -1,4 +1,5 @@
 """Shards where a page can't go: kill -9, several processes, a full disk, damage anywhere, every stage of training"""
+
 import csv, os, resource, signal, subprocess, sys, tarfile, time
 from collections import Counter
 from dataclasses import replace
@@ -11,7 +12,7 @@ from smooth_foley.data.shards import BadMember, ShardConfig, Shards, ShardStream
 from smooth_foley.data.vggsound import Item, join_clips, passby_folder
 
 CFG = ShardConfig(per_shard=2)
-RUN = '''
+RUN = """
 import sys
 from smooth_foley.data.audioset import read_strong
 from smooth_foley.data.shards import ShardConfig, write_shards
@@ -20,154 +21,224 @@ folder, out, processes = sys.argv[1:]
 if __name__=='__main__':
     items = join_clips(read_strong(f'{folder}/audioset_strong.tsv', f'{folder}/mid_to_display_name.tsv', duration=1.5), f'{folder}/video')
     write_shards(items, out, ShardConfig(per_shard=2), processes=int(processes))
-'''
+"""
 
-def content(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory): return passby_folder(tmp_path_factory.mktemp('clips')/'passby', 16, seed=40, seconds=1.5)
+def content(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
-@pytest.fixture(scope='module')
-def items(folder): return join_clips(read_strong(folder/'audioset_strong.tsv', folder/'mid_to_display_name.tsv', duration=1.5), folder/'video')
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return passby_folder(tmp_path_factory.mktemp("clips") / "passby", 16, seed=40, seconds=1.5)
+
+
+@pytest.fixture(scope="module")
+def items(folder):
+    return join_clips(
+        read_strong(folder / "audioset_strong.tsv", folder / "mid_to_display_name.tsv", duration=1.5), folder / "video"
+    )
+
+
+@pytest.fixture(scope="module")
 def whole(items, tmp_path_factory):
     "Written by one process in one go"
-    out = tmp_path_factory.mktemp('whole')/'shards'
-    assert write_shards(items, out, CFG)['clips']==len(items)>=10
+    out = tmp_path_factory.mktemp("whole") / "shards"
+    assert write_shards(items, out, CFG)["clips"] == len(items) >= 10
     return out
+
 
 def children(pid):
     "Processes started by `pid`, by their numbers"
     found = []
-    for p in Path('/proc').glob('[0-9]*/stat'):
+    for p in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if int(p.read_text().rsplit(')', 1)[1].split()[1])==pid: found.append(int(p.parent.name))
-        except OSError: pass
+            if int(p.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(p.parent.name))
+        except OSError:
+            pass
     return found
 
-def alive(pid):
-    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0]!='Z'
-    except OSError: return False
 
-@pytest.mark.skipif(not Path('/proc').exists(), reason='looks at /proc')
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at /proc")
 def test_killed_by_9_and_run_again_is_the_same_and_nobody_writes_on(whole, items, folder, tmp_path):
-    script, out = tmp_path/'run.py', tmp_path/'shards'; script.write_text(RUN)
-    p = subprocess.Popen([sys.executable, str(script), str(folder), str(out), '2'], env={**os.environ, 'OMP_NUM_THREADS': '1'}, stderr=subprocess.PIPE)
-    until = time.time()+120
-    while not list(out.glob('shard-*.json')) and p.poll() is None and time.time() < until: time.sleep(.002)
+    script, out = tmp_path / "run.py", tmp_path / "shards"
+    script.write_text(RUN)
+    p = subprocess.Popen(
+        [sys.executable, str(script), str(folder), str(out), "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+    )
+    until = time.time() + 120
+    while not list(out.glob("shard-*.json")) and p.poll() is None and time.time() < until:
+        time.sleep(0.002)
     workers = children(p.pid)
-    p.send_signal(signal.SIGKILL); p.wait()
-    assert not (out/'index.json').exists(), 'it finished before it was killed'
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert not (out / "index.json").exists(), "it finished before it was killed"
     assert workers
-    until = time.time()+20
-    while any(map(alive, workers)) and time.time() < until: time.sleep(.05)
-    assert not any(map(alive, workers)), 'a worker lives on without its parent'
-    done = [t for t in out.glob('shard-*.tar') if t.with_suffix('.json').exists()]
-    assert 0 < len(done) < len(list(whole.glob('*.tar')))
-    for t in out.glob('shard-*.tar'): assert t.read_bytes()==(whole/t.name).read_bytes()
-    (out/'.shard-000007.99.abc.part.tar').write_bytes(b'left behind')
-    (out/'shard-000007.json').unlink(missing_ok=True)
-    kept = {t.name: t.stat().st_mtime_ns for t in done if t.name!='shard-000007.tar'}
+    until = time.time() + 20
+    while any(map(alive, workers)) and time.time() < until:
+        time.sleep(0.05)
+    assert not any(map(alive, workers)), "a worker lives on without its parent"
+    done = [t for t in out.glob("shard-*.tar") if t.with_suffix(".json").exists()]
+    assert 0 < len(done) < len(list(whole.glob("*.tar")))
+    for t in out.glob("shard-*.tar"):
+        assert t.read_bytes() == (whole / t.name).read_bytes()
+    (out / ".shard-000007.99.abc.part.tar").write_bytes(b"left behind")
+    (out / "shard-000007.json").unlink(missing_ok=True)
+    kept = {t.name: t.stat().st_mtime_ns for t in done if t.name != "shard-000007.tar"}
     write_shards(items, out, CFG)
-    assert content(out)==content(whole)
-    assert all((out/name).stat().st_mtime_ns==at for name, at in kept.items()), 'a finished shard was made again'
+    assert content(out) == content(whole)
+    assert all((out / name).stat().st_mtime_ns == at for name, at in kept.items()), "a finished shard was made again"
+
 
 def test_two_processes_write_what_one_writes(whole, items, tmp_path):
-    write_shards(items, tmp_path/'shards', CFG, processes=2)
-    assert content(tmp_path/'shards')==content(whole)
-    assert not verify(tmp_path/'shards')
+    write_shards(items, tmp_path / "shards", CFG, processes=2)
+    assert content(tmp_path / "shards") == content(whole)
+    assert not verify(tmp_path / "shards")
+
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_shard(whole, items, tmp_path):
-    out, (soft, hard) = tmp_path/'shards', resource.getrlimit(resource.RLIMIT_FSIZE)
+    out, (soft, hard) = tmp_path / "shards", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     try:
-        with pytest.raises(FoleyError) as e: write_shards(items, out, CFG)
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert 'make room' in str(e.value) and '\n' not in str(e.value)
-    assert [p.name for p in out.iterdir()]==['plan.json']
+        with pytest.raises(FoleyError) as e:
+            write_shards(items, out, CFG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "make room" in str(e.value) and "\n" not in str(e.value)
+    assert [p.name for p in out.iterdir()] == ["plan.json"]
     write_shards(items, out, CFG)
-    assert content(out)==content(whole)
+    assert content(out) == content(whole)
+
 
 def test_one_damaged_byte_anywhere_costs_at_most_one_clip(whole, tmp_path):
     data = Shards(whole)
-    true = {data[i]['key']: data[i] for i in range(len(data))}
-    name, rng = 'shard-000003.tar', np.random.default_rng(0)
-    mine = {data[i]['key'] for i in range(6, 8)}
-    for f, b in content(whole).items(): (tmp_path/f).write_bytes(b)
-    raw, seen = (whole/name).read_bytes(), Counter()
-    places = [*rng.integers(0, len(raw), 25), *(p for i in range(0, 3) for p in rng.integers(512*i, 512*i+512, 3))]
+    true = {data[i]["key"]: data[i] for i in range(len(data))}
+    name, rng = "shard-000003.tar", np.random.default_rng(0)
+    mine = {data[i]["key"] for i in range(6, 8)}
+    for f, b in content(whole).items():
+        (tmp_path / f).write_bytes(b)
+    raw, seen = (whole / name).read_bytes(), Counter()
+    places = [
+        *rng.integers(0, len(raw), 25),
+        *(p for i in range(0, 3) for p in rng.integers(512 * i, 512 * i + 512, 3)),
+    ]
     for place in map(int, places):
-        bad = bytearray(raw); bad[place] ^= 1 << int(rng.integers(8)); (tmp_path/name).write_bytes(bad)
+        bad = bytearray(raw)
+        bad[place] ^= 1 << int(rng.integers(8))
+        (tmp_path / name).write_bytes(bad)
         stream = ShardStream(Shards(tmp_path), shuffle=False)
         got = list(stream)
         for s in got:
-            for k, v in true[s['key']].items(): assert np.array_equal(s[k], v) if isinstance(v, np.ndarray) else s[k]==v
-        lost = set(true)-{s['key'] for s in got}
-        assert len(lost) <= 1 and lost <= mine and [f['id'] for f in stream.shards.faults]==sorted(lost)
+            for k, v in true[s["key"]].items():
+                assert np.array_equal(s[k], v) if isinstance(v, np.ndarray) else s[k] == v
+        lost = set(true) - {s["key"] for s in got}
+        assert len(lost) <= 1 and lost <= mine and [f["id"] for f in stream.shards.faults] == sorted(lost)
         assert verify(tmp_path), place
         seen[len(lost)] += 1
     assert seen[1] > 15
 
+
 def test_without_an_index_the_rest_of_a_tar_is_still_read(whole, tmp_path):
-    raw = bytearray((whole/'shard-000000.tar').read_bytes())
-    with tarfile.open(whole/'shard-000000.tar') as t: members = t.getmembers()
-    raw[members[1].offset+10] ^= 255                       # header of the first clip's second member
-    (tmp_path/'x.tar').write_bytes(raw)
+    raw = bytearray((whole / "shard-000000.tar").read_bytes())
+    with tarfile.open(whole / "shard-000000.tar") as t:
+        members = t.getmembers()
+    raw[members[1].offset + 10] ^= 255  # header of the first clip's second member
+    (tmp_path / "x.tar").write_bytes(raw)
     stream = ShardStream(Shards(tmp_path), shuffle=False)
-    got = [s['key'] for s in stream]
-    assert got==[Shards(whole)[1]['key']]
-    assert sorted(f['reason'] for f in stream.shards.faults)==['header', 'missing']
+    got = [s["key"] for s in stream]
+    assert got == [Shards(whole)[1]["key"]]
+    assert sorted(f["reason"] for f in stream.shards.faults) == ["header", "missing"]
+
 
 def test_lists_that_lead_out_of_the_folder_are_refused(whole, tmp_path):
-    for f, b in content(whole).items(): (tmp_path/f).write_bytes(b)
-    for name in ('../shard-000000.tar', '/tmp/shard-000000.tar', '..', 'a\\\\b.tar'):
-        (tmp_path/'index.json').write_text((whole/'index.json').read_text().replace('shard-000001.tar', name))
-        with pytest.raises(FoleyError, match='refused'): Shards(tmp_path)
-    (tmp_path/'index.json').write_text('{"half')
-    with pytest.raises(FoleyError, match='index.json'): Shards(tmp_path)
-    with pytest.raises(FoleyError, match='no shard'): Shards(passby_folder(tmp_path/'p', 1, seconds=.5))
+    for f, b in content(whole).items():
+        (tmp_path / f).write_bytes(b)
+    for name in ("../shard-000000.tar", "/tmp/shard-000000.tar", "..", "a\\\\b.tar"):
+        (tmp_path / "index.json").write_text((whole / "index.json").read_text().replace("shard-000001.tar", name))
+        with pytest.raises(FoleyError, match="refused"):
+            Shards(tmp_path)
+    (tmp_path / "index.json").write_text('{"half')
+    with pytest.raises(FoleyError, match="index.json"):
+        Shards(tmp_path)
+    with pytest.raises(FoleyError, match="no shard"):
+        Shards(passby_folder(tmp_path / "p", 1, seconds=0.5))
 
-@pytest.mark.parametrize('world,workers', [(1, 1), (3, 2), (7, 1), (2, 5), (40, 1)])
+
+@pytest.mark.parametrize("world,workers", [(1, 1), (3, 2), (7, 1), (2, 5), (40, 1)])
 def test_every_clip_is_read_once_by_nodes_and_workers(whole, world, workers, monkeypatch):
-    data, sizes, read = Shards(whole, ('latent',)), [], []
+    data, sizes, read = Shards(whole, ("latent",)), [], []
     for rank in range(world):
         for w in range(workers):
-            monkeypatch.setattr(shards, 'get_worker_info', lambda: type('I', (), dict(id=w, num_workers=workers)))
+            monkeypatch.setattr(shards, "get_worker_info", lambda: type("I", (), dict(id=w, num_workers=workers)))
             mine = ShardStream(data, rank=rank, world=world, seed=5).mine()
-            read += list(mine); sizes.append(len(mine))
-    assert sorted(read)==list(range(len(data))) and max(sizes)-min(sizes) <= 1
+            read += list(mine)
+            sizes.append(len(mine))
+    assert sorted(read) == list(range(len(data))) and max(sizes) - min(sizes) <= 1
+
 
 def test_workers_add_what_is_bad_to_one_report(whole, tmp_path):
-    for f, b in content(whole).items(): (tmp_path/f).write_bytes(b)
+    for f, b in content(whole).items():
+        (tmp_path / f).write_bytes(b)
     for k in (1, 4):
-        s = shards.Shard(tmp_path/f'shard-00000{k}.tar'); raw = bytearray(s.path.read_bytes())
-        raw[int(s.offset[1, s.fields.index('latent.npy')])+200] ^= 1; s.path.write_bytes(raw)
-    stream = ShardStream(Shards(tmp_path, ('latent',), report=tmp_path/'bad.csv'))
+        s = shards.Shard(tmp_path / f"shard-00000{k}.tar")
+        raw = bytearray(s.path.read_bytes())
+        raw[int(s.offset[1, s.fields.index("latent.npy")]) + 200] ^= 1
+        s.path.write_bytes(raw)
+    stream = ShardStream(Shards(tmp_path, ("latent",), report=tmp_path / "bad.csv"))
     got = list(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2))
-    rows = list(csv.DictReader(open(tmp_path/'bad.csv')))
-    assert len(got)==len(stream.shards)-2 and sorted(Path(r['path']).name for r in rows)==['shard-000001.tar', 'shard-000004.tar']
-    assert all(r['reason']=='checksum' and r['id'] for r in rows)
+    rows = list(csv.DictReader(open(tmp_path / "bad.csv")))
+    assert len(got) == len(stream.shards) - 2 and sorted(Path(r["path"]).name for r in rows) == [
+        "shard-000001.tar",
+        "shard-000004.tar",
+    ]
+    assert all(r["reason"] == "checksum" and r["id"] for r in rows)
+
 
 def test_clips_that_cannot_be_used_are_all_told(items, tmp_path):
-    empty, text = tmp_path/'empty.mp4', tmp_path/'text.mp4'; empty.touch(); text.write_text('no film')
-    bad = [replace(items[0], id='a', path=empty), replace(items[0], id='b', path=text), replace(items[0], id='$(c); rm', path=tmp_path/'gone.mp4'), replace(items[0], id='d', path=None)]
-    index = write_shards([*bad, items[1], items[1]], tmp_path/'shards', CFG)
-    rows = list(csv.DictReader(open(tmp_path/'shards'/'faults.csv')))
-    assert index['clips']==1 and index['faults']==len(rows)==5
-    assert [r['reason'] for r in rows]==['unreadable', 'unreadable', 'unreadable', 'missing', 'twice']
-    assert write_shards(bad, tmp_path/'none', CFG)['clips']==0
-    with pytest.raises(FoleyError, match='no clip'): Shards(tmp_path/'none')
-    with pytest.raises(FoleyError, match='none given'): write_shards([], tmp_path/'nothing')
+    empty, text = tmp_path / "empty.mp4", tmp_path / "text.mp4"
+    empty.touch()
+    text.write_text("no film")
+    bad = [
+        replace(items[0], id="a", path=empty),
+        replace(items[0], id="b", path=text),
+        replace(items[0], id="$(c); rm", path=tmp_path / "gone.mp4"),
+        replace(items[0], id="d", path=None),
+    ]
+    index = write_shards([*bad, items[1], items[1]], tmp_path / "shards", CFG)
+    rows = list(csv.DictReader(open(tmp_path / "shards" / "faults.csv")))
+    assert index["clips"] == 1 and index["faults"] == len(rows) == 5
+    assert [r["reason"] for r in rows] == ["unreadable", "unreadable", "unreadable", "missing", "twice"]
+    assert write_shards(bad, tmp_path / "none", CFG)["clips"] == 0
+    with pytest.raises(FoleyError, match="no clip"):
+        Shards(tmp_path / "none")
+    with pytest.raises(FoleyError, match="none given"):
+        write_shards([], tmp_path / "nothing")
+
 
 def test_a_damaged_clip_in_training_is_replaced_and_told(whole, tmp_path):
-    for f, b in content(whole).items(): (tmp_path/f).write_bytes(b)
-    s = shards.Shard(tmp_path/'shard-000000.tar'); raw = bytearray(s.path.read_bytes())
-    raw[int(s.offset[1, s.fields.index('latent.npy')])+200] ^= 1; s.path.write_bytes(raw)
+    for f, b in content(whole).items():
+        (tmp_path / f).write_bytes(b)
+    s = shards.Shard(tmp_path / "shard-000000.tar")
+    raw = bytearray(s.path.read_bytes())
+    raw[int(s.offset[1, s.fields.index("latent.npy")]) + 200] ^= 1
+    s.path.write_bytes(raw)
     rows, true = TrainRows(Shards(tmp_path)), TrainRows(Shards(whole))
-    for _ in range(2): assert torch.equal(rows([0, 1])['z'], true([0, 2])['z'])
-    assert [f['id'] for f in rows.shards.faults]==[s.keys[1]]
-    with pytest.raises(BadMember, match=s.keys[1]): rows.shards[1]
+    for _ in range(2):
+        assert torch.equal(rows([0, 1])["z"], true([0, 2])["z"])
+    assert [f["id"] for f in rows.shards.faults] == [s.keys[1]]
+    with pytest.raises(BadMember, match=s.keys[1]):
+        rows.shards[1]
+
 
 def test_rows_for_every_stage_give_a_loss_with_gradients(whole, items):
     from smooth_foley.data.passby import LABELS
@@ -176,22 +247,37 @@ def test_rows_for_every_stage_give_a_loss_with_gradients(whole, items):
     from smooth_foley.temporal_condition import LabelProjection
     from smooth_foley.train.loop import Draw
     from smooth_foley.train.recipes import FrameStage, ProjectionStage, VaeStage
+
     base, net = load_backbone(mini_path()), shards.networks(CFG)
     rows = TrainRows(Shards(whole), base.tokenizer, base.text_encoder, timeline=True)
     i = next(k for k, (_, label) in enumerate(rows.rows) if 0 < sounding(items[k], label).sum() < 150)
     batch = rows([i, 0])
-    assert np.array_equal(batch['sounding'][0].numpy(), sounding(items[i], items[i].label))
-    assert batch['emb'].shape==(2, 153, 96) and not batch['emb'][:, 23:].any() and batch['emb'][:, :22].any()
-    adapter = FrameAdapter.from_unet(base.unet, 96, frame_position='window')
-    stage = FrameStage(dict(adapter=adapter), dict(unet=base.unet, text_encoder=base.text_encoder), base.tokenizer, base.scheduler, frame_wise=True, span=10.24)
+    assert np.array_equal(batch["sounding"][0].numpy(), sounding(items[i], items[i].label))
+    assert batch["emb"].shape == (2, 153, 96) and not batch["emb"][:, 23:].any() and batch["emb"][:, :22].any()
+    adapter = FrameAdapter.from_unet(base.unet, 96, frame_position="window")
+    stage = FrameStage(
+        dict(adapter=adapter),
+        dict(unet=base.unet, text_encoder=base.text_encoder),
+        base.tokenizer,
+        base.scheduler,
+        frame_wise=True,
+        span=10.24,
+    )
     adapter.install(base.unet).requires_grad_(True).train()
-    projection = ProjectionStage(LabelProjection(96), net['frame_encoder'].encode_text(list(LABELS)).clone())
-    for stage, batch in ((stage, batch), (projection, rows.projection([i, 0], list(LABELS))), (VaeStage(net['vae'].requires_grad_(True)), rows.images([i, 0], net['mel']))):
-        loss = stage(batch, Draw(0, 0, 2)); loss.backward()
+    projection = ProjectionStage(LabelProjection(96), net["frame_encoder"].encode_text(list(LABELS)).clone())
+    for stage, batch in (
+        (stage, batch),
+        (projection, rows.projection([i, 0], list(LABELS))),
+        (VaeStage(net["vae"].requires_grad_(True)), rows.images([i, 0], net["mel"])),
+    ):
+        loss = stage(batch, Draw(0, 0, 2))
+        loss.backward()
         assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in stage.parameters())
-    net['vae'].requires_grad_(False)
+    net["vae"].requires_grad_(False)
+
 
 def test_rows_with_a_mask_need_a_timeline(items, tmp_path):
-    write_shards([items[0], replace(items[1], events=None)], tmp_path/'shards', replace(CFG, content=('latent',)))
-    assert 'sounding' not in TrainRows(Shards(tmp_path/'shards'))([0, 1])
-    with pytest.raises(FoleyError, match=f'{items[1].name}: has no timeline'): TrainRows(Shards(tmp_path/'shards'), timeline=True)
+    write_shards([items[0], replace(items[1], events=None)], tmp_path / "shards", replace(CFG, content=("latent",)))
+    assert "sounding" not in TrainRows(Shards(tmp_path / "shards"))([0, 1])
+    with pytest.raises(FoleyError, match=f"{items[1].name}: has no timeline"):
+        TrainRows(Shards(tmp_path / "shards"), timeline=True)

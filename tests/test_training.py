@@ -1,4 +1,5 @@
 """What a notebook can't tell about training: kill -9, several processes, what changed and what did not"""
+
 import csv, json, os, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -22,44 +23,74 @@ from smooth_foley.train.recipes import Recipe
 from smooth_foley.vocoder import make_vocoder
 
 HERE = Path(__file__).parent
-RUN = [sys.executable, str(HERE/'training_run.py')]
-ENV = {**os.environ, 'OMP_NUM_THREADS':'1', 'CUDA_VISIBLE_DEVICES':''}
+RUN = [sys.executable, str(HERE / "training_run.py")]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-def run(cmd): 
+
+def run(cmd):
     r = subprocess.run(cmd, env=ENV, capture_output=True, text=True, timeout=300)
-    assert r.returncode==0, r.stderr[-3000:]
+    assert r.returncode == 0, r.stderr[-3000:]
 
-def same(a, b, tol=0.):
+
+def same(a, b, tol=0.0):
     a, b = load_file(a), load_file(b)
-    assert a.keys()==b.keys()
-    worst = max((a[k].float()-b[k].float()).abs().max().item() for k in a)
-    assert worst<=tol, f'weights differ by {worst}'
+    assert a.keys() == b.keys()
+    worst = max((a[k].float() - b[k].float()).abs().max().item() for k in a)
+    assert worst <= tol, f"weights differ by {worst}"
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    out = tmp_path_factory.mktemp('whole'); run([*RUN, str(out)])
+    out = tmp_path_factory.mktemp("whole")
+    run([*RUN, str(out)])
     return out
 
+
 def test_killed_and_resumed_ends_with_the_same_weights(whole, tmp_path):
-    p = subprocess.Popen([*RUN, str(tmp_path), '--slow'], env=ENV, stderr=subprocess.DEVNULL)
-    until = time.time()+120
-    while not (tmp_path/'checkpoint-15').exists() and time.time()<until: time.sleep(.02)
-    p.send_signal(signal.SIGKILL); p.wait()
-    assert not (tmp_path/'final.safetensors').exists(), 'it finished before it was killed'
+    p = subprocess.Popen([*RUN, str(tmp_path), "--slow"], env=ENV, stderr=subprocess.DEVNULL)
+    until = time.time() + 120
+    while not (tmp_path / "checkpoint-15").exists() and time.time() < until:
+        time.sleep(0.02)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert not (tmp_path / "final.safetensors").exists(), "it finished before it was killed"
     run([*RUN, str(tmp_path)])
-    same(whole/'final.safetensors', tmp_path/'final.safetensors')
-    steps = [int(r['step']) for r in csv.DictReader(open(tmp_path/'log.csv'))]
-    assert steps==list(range(5,41,5))
+    same(whole / "final.safetensors", tmp_path / "final.safetensors")
+    steps = [int(r["step"]) for r in csv.DictReader(open(tmp_path / "log.csv"))]
+    assert steps == list(range(5, 41, 5))
+
 
 def test_two_processes_do_the_work_of_one(whole, tmp_path):
-    run([sys.executable,'-m','accelerate.commands.launch','--cpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no','--main_process_port','29571',*RUN[1:],str(tmp_path)])
-    same(whole/'final.safetensors', tmp_path/'final.safetensors', tol=2e-4)
+    run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "29571",
+            *RUN[1:],
+            str(tmp_path),
+        ]
+    )
+    same(whole / "final.safetensors", tmp_path / "final.safetensors", tol=2e-4)
+
 
 def test_a_half_written_checkpoint_is_not_taken_for_a_whole_one(whole, tmp_path):
-    (tmp_path/'.tmp-20').mkdir(); (tmp_path/'.tmp-20'/'model.safetensors').write_bytes(b'half')
+    (tmp_path / ".tmp-20").mkdir()
+    (tmp_path / ".tmp-20" / "model.safetensors").write_bytes(b"half")
     run([*RUN, str(tmp_path)])
-    same(whole/'final.safetensors', tmp_path/'final.safetensors')
-    assert not list(tmp_path.glob('.tmp-*'))
+    same(whole / "final.safetensors", tmp_path / "final.safetensors")
+    assert not list(tmp_path.glob(".tmp-*"))
+
 
 # --- numbers that must not move: recorded before frozen parts had a home, with the weights that are shipped
 RECORDED = {
@@ -68,12 +99,14 @@ RECORDED = {
     "frame_adapter": [1.007867, 0.998405, 1.009893, 1.005451, 1.026708],
 }
 
+
 def tiny_recipe(**change):
     "Five steps on eight scenes"
     r = replace(Recipe(), n_scenes=8, n_picture_scenes=8, n_feature_scenes=8)
     change = dict(max_train_steps=5, lr_warmup_steps=2, log_steps=1, train_batch_size=2, mixed_precision="no") | change
     r.stages = {k: replace(c, **change) for k, c in r.stages.items()}
     return r
+
 
 def fill(folder, r, n=8, seed=0):
     "Noise in place of rendered scenes and encoded frames"
@@ -83,8 +116,10 @@ def fill(folder, r, n=8, seed=0):
     a["sounding"][:] = rng.random(a["sounding"].shape) < 0.5
     a["label"][:] = np.arange(n) % 14
     f["emb"][:] = rng.standard_normal(f["emb"].shape)
-    for x in (*a.values(), *f.values()): x.flush()
+    for x in (*a.values(), *f.values()):
+        x.flush()
     return a, f, rng
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -92,49 +127,75 @@ def tiny(tmp_path_factory):
     runs, r = tmp_path_factory.mktemp("tiny"), tiny_recipe()
     _, _, rng = fill(runs / "cache", r)
     np.save(runs / "latents.npy", rng.standard_normal((8, 16, 8, 64)).astype(np.float16))
-    for stage in RECORDED: recipes.run_stage(stage, runs, r)
+    for stage in RECORDED:
+        recipes.run_stage(stage, runs, r)
     return runs
 
+
 def column(path, name):
-    with open(path, newline="") as f: return [float(row[name]) for row in csv.DictReader(f)]
+    with open(path, newline="") as f:
+        return [float(row[name]) for row in csv.DictReader(f)]
+
 
 @pytest.mark.parametrize("stage", RECORDED)
 def test_the_losses_are_those_of_the_shipped_weights_code(tiny, stage):
     np.testing.assert_allclose(column(tiny / stage / "log.csv", "loss"), RECORDED[stage], rtol=2e-4)
+
 
 # --- every stage on a GPU that is not there
 def tiny_parts():
     torch.manual_seed(0)
     mel, tok = MelTransform.mini(n_mels=32, n_cols=64), build_tokenizer(["airplane flyby"], 520)
     text = make_text_encoder(tok, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    unet = make_unet(channels=2, block_out_channels=(8, 16), attention_head_dim=2, norm_num_groups=4, cross_attention_dim=16, sample_size=(2, 4))
-    batch = dict(z=torch.randn(3, 2, 2, 4), ids=tokenize_prompt(tok, text, ["airplane flyby"] * 3), sounding=torch.rand(3, 64) > 0.5)
+    unet = make_unet(
+        channels=2,
+        block_out_channels=(8, 16),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        sample_size=(2, 4),
+    )
+    batch = dict(
+        z=torch.randn(3, 2, 2, 4),
+        ids=tokenize_prompt(tok, text, ["airplane flyby"] * 3),
+        sounding=torch.rand(3, 64) > 0.5,
+    )
     batch.update(ids_long=batch["ids"], emb=torch.randn(3, 5, 12), times=torch.arange(5.0).expand(3, -1))
     return mel, tok, text, unet, batch
+
 
 def stage_clip():
     pictures = torch.zeros(3, 2, 64, 64, 3, dtype=torch.uint8)
     yes = torch.ones(3, 2, len(recipes.PICTURE_CAPTIONS), dtype=torch.bool)
     return recipes.ClipStage(recipes.make_mini_clip()), dict(pictures=pictures, true=yes, known=yes)
 
-def stage_vae(): return recipes.VaeStage(PatchAutoencoder(hidden_channels=8, num_blocks=1)), dict(image=torch.randn(3, 16, 8, 8))
+
+def stage_vae():
+    return recipes.VaeStage(PatchAutoencoder(hidden_channels=8, num_blocks=1)), dict(image=torch.randn(3, 16, 8, 8))
+
 
 def stage_vocoder():
     voc = make_vocoder(8, 16, (5, 4, 4, 2), (11, 8, 8, 4), (3,), ((1,),))
     return recipes.VocoderStage(voc), dict(mel=torch.randn(3, 8, 1024), audio=torch.randn(3, 163840))
 
+
 def stage_base():
     _, tok, text, unet, batch = tiny_parts()
     return recipes.DiffusionStage(dict(unet=unet, text_encoder=text), {}, tok, make_scheduler()), batch
+
 
 def stage_projection():
     stage = recipes.ProjectionStage(LabelProjection(12), torch.randn(4, 12))
     return stage, dict(emb=torch.randn(3, 5, 12), sounding=torch.rand(3, 5) > 0.5, label=torch.tensor([0, 1, 3]))
 
+
 def stage_temporal_adapter():
     mel, tok, text, unet, batch = tiny_parts()
     net = make_temporal_adapter(unet, mel.config.fold**2, (8, 8, 8))
-    return recipes.TemporalStage(dict(controlnet=net), dict(unet=unet, text_encoder=text, mel=mel), tok, make_scheduler()), batch
+    return recipes.TemporalStage(
+        dict(controlnet=net), dict(unet=unet, text_encoder=text, mel=mel), tok, make_scheduler()
+    ), batch
+
 
 def stage_frame_adapter(position="window"):
     _, tok, text, unet, batch = tiny_parts()
@@ -143,29 +204,50 @@ def stage_frame_adapter(position="window"):
     adapter.install(unet).requires_grad_(True)
     return stage, batch
 
-GPU_STAGES = dict(clip=stage_clip, vae=stage_vae, vocoder=stage_vocoder, base=stage_base, projection=stage_projection,
-                  temporal_adapter=stage_temporal_adapter, frame_adapter=stage_frame_adapter)
+
+GPU_STAGES = dict(
+    clip=stage_clip,
+    vae=stage_vae,
+    vocoder=stage_vocoder,
+    base=stage_base,
+    projection=stage_projection,
+    temporal_adapter=stage_temporal_adapter,
+    frame_adapter=stage_frame_adapter,
+)
+
 
 def overwrite(self, fn, recurse=True):
     "`Module._apply` that replaces tensors: fake ones cannot be changed in place"
-    for m in self.children(): m._apply(fn)
+    for m in self.children():
+        m._apply(fn)
     for k, p in self._parameters.items():
-        if p is not None: self._parameters[k] = nn.Parameter(fn(p.detach()), p.requires_grad)
+        if p is not None:
+            self._parameters[k] = nn.Parameter(fn(p.detach()), p.requires_grad)
     for k, b in self._buffers.items():
-        if b is not None: self._buffers[k] = fn(b)
+        if b is not None:
+            self._buffers[k] = fn(b)
     return self
+
 
 def tensors(stage):
     "All parameters and buffers of a stage, frozen ones included"
-    for m in (stage, *stage.frozen.parts.values()): yield from (*m.parameters(), *m.buffers())
+    for m in (stage, *stage.frozen.parts.values()):
+        yield from (*m.parameters(), *m.buffers())
+
 
 class Elsewhere(TorchDispatchMode):
     "Notes what is computed on the CPU"
-    def __init__(self): super().__init__(); self.seen = set()
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.device.type == "cpu" and out.dim(): self.seen.add(func.overloadpacket.__name__)
+        if isinstance(out, torch.Tensor) and out.device.type == "cpu" and out.dim():
+            self.seen.add(func.overloadpacket.__name__)
         return out
+
 
 @pytest.mark.parametrize("name", GPU_STAGES)
 def test_every_stage_runs_on_cuda_with_all_it_reads(name, monkeypatch):
@@ -183,6 +265,7 @@ def test_every_stage_runs_on_cuda_with_all_it_reads(name, monkeypatch):
     assert elsewhere.seen <= drawn, f"computed on the CPU: {elsewhere.seen - drawn}"
     assert set(stage.state_dict()) == keys and not any(k.startswith("frozen") for k in keys)
 
+
 @pytest.mark.parametrize("name", GPU_STAGES)
 def test_every_stage_has_gradients_on_another_device(name):
     "The autograd engine asks a real driver for cuda, so that without a GPU the way back is taken on meta"
@@ -194,16 +277,19 @@ def test_every_stage_has_gradients_on_another_device(name):
     assert {g.device.type for g in grads if g is not None} == {device}
     assert all(p.grad is None for m in stage.frozen.parts.values() for p in m.parameters() if not p.requires_grad)
 
+
 # --- looking on
 def test_a_run_that_is_looked_at_ends_with_the_same_weights(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "sample_latents", partial(recipes.sample_latents, steps=2))
     runs, r = tmp_path / "runs", tiny_recipe(validation_steps=3, sample_steps=5)
-    shutil.copytree(tiny, runs); shutil.rmtree(runs / "frame_adapter")
+    shutil.copytree(tiny, runs)
+    shutil.rmtree(runs / "frame_adapter")
     val = recipes.ValidationSet(runs, r)
     a, f, rng = fill(val.folder, val.recipe, recipes.N_VAL, 1)
     a["mel"][:] = rng.normal(-4, 1, (recipes.N_VAL, 128, 1))
     a["done"][:], f["frames_done"][:] = True, True
-    for x in (*a.values(), *f.values()): x.flush()
+    for x in (*a.values(), *f.values()):
+        x.flush()
     images = recipes.mel_rows(a, MelTransform.mini(), range(recipes.N_VAL))
     PatchAutoencoder().fit(images + 0.01 * torch.randn(images.shape)).save_pretrained(runs / "components" / "weights")
     recipes.run_stage("frame_adapter", runs, r, lambda audio, sr, scene: dict(peak=float(abs(audio).max())))
@@ -213,8 +299,14 @@ def test_a_run_that_is_looked_at_ends_with_the_same_weights(tiny, tmp_path, monk
     same(out / weights, tiny / "frame_adapter" / weights)
     assert column(out / "validation.csv", "step") == [3] * 8 + [5] * 8
     assert column(out / "validation.csv", "timestep")[:8] == [62, 187, 312, 437, 562, 687, 812, 937]
-    assert column(out / "samples.csv", "scene") == [1e6, 1e6 + 1, 1e6 + 2, 1e6 + 3] and min(column(out / "samples.csv", "peak")) > 0
-    assert {p.suffix for p in (out / "samples").iterdir()} == {".png", ".wav"} and len(list((out / "samples").iterdir())) == 5
+    assert (
+        column(out / "samples.csv", "scene") == [1e6, 1e6 + 1, 1e6 + 2, 1e6 + 3]
+        and min(column(out / "samples.csv", "peak")) > 0
+    )
+    assert {p.suffix for p in (out / "samples").iterdir()} == {".png", ".wav"} and len(
+        list((out / "samples").iterdir())
+    ) == 5
+
 
 # --- recipes and run folders
 WRONG = {
@@ -233,51 +325,78 @@ WRONG = {
     "did you mean learning_rate": dict(learning_rat=1e-3),
 }
 
+
 @pytest.mark.parametrize("said", WRONG)
 def test_a_recipe_that_contradicts_itself_is_refused_before_anything_is_made(said, tmp_path):
-    with pytest.raises(FoleyError, match=said): recipes.train_mini(tmp_path / "runs", ("base",), **WRONG[said])
+    with pytest.raises(FoleyError, match=said):
+        recipes.train_mini(tmp_path / "runs", ("base",), **WRONG[said])
     assert not (tmp_path / "runs").exists()
+
 
 def claim(runs, stages=("base",), resume=True, **options):
     return recipes.claim_folder(runs, recipes.recipe_with(options, stages), stages, resume)
 
+
 def begin(runs, *stages):
-    for s in stages: (runs / s / "weights").mkdir(parents=True)
+    for s in stages:
+        (runs / s / "weights").mkdir(parents=True)
+
 
 def test_a_folder_of_another_recipe_is_refused_with_both_values(tmp_path):
     claim(tmp_path, n_scenes=50)
-    claim(tmp_path, n_scenes=60)                       # nothing has begun
-    (tmp_path / "cache").mkdir(); np.save(tmp_path / "cache" / "done.npy", np.ones(2, bool))
-    with pytest.raises(FoleyError, match="n_scenes 60 there and 70 now"): claim(tmp_path, n_scenes=70)
+    claim(tmp_path, n_scenes=60)  # nothing has begun
+    (tmp_path / "cache").mkdir()
+    np.save(tmp_path / "cache" / "done.npy", np.ones(2, bool))
+    with pytest.raises(FoleyError, match="n_scenes 60 there and 70 now"):
+        claim(tmp_path, n_scenes=70)
     begin(tmp_path, "base")
-    with pytest.raises(FoleyError, match=r"base.learning_rate 0.001 there and 0.0001 now"): claim(tmp_path, n_scenes=60, learning_rate=1e-4)
-    with pytest.raises(FoleyError, match="base.max_train_steps 7000 there and 8000 now"): claim(tmp_path, n_scenes=60, max_train_steps=8000)
+    with pytest.raises(FoleyError, match=r"base.learning_rate 0.001 there and 0.0001 now"):
+        claim(tmp_path, n_scenes=60, learning_rate=1e-4)
+    with pytest.raises(FoleyError, match="base.max_train_steps 7000 there and 8000 now"):
+        claim(tmp_path, n_scenes=60, max_train_steps=8000)
     claim(tmp_path, n_scenes=60, log_steps=1, validation_steps=5, guidance_scale=3.0)
-    assert claim(tmp_path, ("frame_adapter",), n_scenes=60, learning_rate=1e-4, frame_position="none").stages["base"].learning_rate == 1e-3
+    assert (
+        claim(tmp_path, ("frame_adapter",), n_scenes=60, learning_rate=1e-4, frame_position="none")
+        .stages["base"]
+        .learning_rate
+        == 1e-3
+    )
     claim(tmp_path, resume=False, n_scenes=60, learning_rate=1e-4)
     assert not (tmp_path / "base").exists()
     assert json.loads((tmp_path / "recipe.json").read_text())["stages"]["base"]["learning_rate"] == 1e-4
 
+
 def test_a_folder_of_another_passby_is_refused(tmp_path, monkeypatch):
     claim(tmp_path)
-    (tmp_path / "cache").mkdir(); np.save(tmp_path / "cache" / "done.npy", np.ones(2, bool))
+    (tmp_path / "cache").mkdir()
+    np.save(tmp_path / "cache" / "done.npy", np.ones(2, bool))
     claim(tmp_path)
     monkeypatch.setattr(recipes, "passby_mark", lambda: "another")
-    with pytest.raises(FoleyError, match="passby '[0-9a-f]{16}' there and 'another' now"): claim(tmp_path)
+    with pytest.raises(FoleyError, match="passby '[0-9a-f]{16}' there and 'another' now"):
+        claim(tmp_path)
+
 
 def test_a_folder_without_a_recipe_is_adopted_as_its_stages_say(tmp_path):
     begin(tmp_path, "base", "vae")
-    done = {k: v for k, v in asdict(Recipe().stages["base"]).items() if k not in ("validation_steps", "sample_steps", "keep_checkpoints_at")}
+    done = {
+        k: v
+        for k, v in asdict(Recipe().stages["base"]).items()
+        if k not in ("validation_steps", "sample_steps", "keep_checkpoints_at")
+    }
     (tmp_path / "base" / "done.json").write_text(json.dumps(dict(config=done | dict(learning_rate=5e-4))))
     assert claim(tmp_path, ("frame_adapter",)).stages["base"].learning_rate == 5e-4
-    with pytest.raises(FoleyError, match="base.learning_rate 0.0005 there and 0.001 now"): claim(tmp_path, ("base",))
+    with pytest.raises(FoleyError, match="base.learning_rate 0.0005 there and 0.001 now"):
+        claim(tmp_path, ("base",))
     (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(FoleyError, match="recipe.json: cannot be read"): claim(tmp_path)
+    with pytest.raises(FoleyError, match="recipe.json: cannot be read"):
+        claim(tmp_path)
+
 
 def test_every_field_is_an_option_of_the_command_line():
     of_stage, of_recipe = ({f.name for f in fields(c)} for c in (TrainConfig, Recipe))
-    assert {n for n, *_ in cli.STAGE_OPTIONS} == of_stage - {"seed"}          # --seed sets both
+    assert {n for n, *_ in cli.STAGE_OPTIONS} == of_stage - {"seed"}  # --seed sets both
     assert {n for n, *_ in cli.RECIPE_OPTIONS} == of_recipe - {"stages"}
+
 
 def test_the_command_line_changes_the_chosen_stages(monkeypatch, tmp_path):
     asked = {}
@@ -285,6 +404,18 @@ def test_the_command_line_changes_the_chosen_stages(monkeypatch, tmp_path):
     words = "--learning-rate 3e-4 --ema-decay 0.999 0.99 --keep-checkpoints-at 100 --sample-steps 50 --seed 3 --latent-channels 8 --no-frame-wise"
     assert cli.main(["train", "mini", "--out", str(tmp_path), "--stages", "base,frame_adapter", *words.split()]) == 0
     r = asked["base"]
-    assert r.stages["base"] == replace(Recipe().stages["base"], learning_rate=3e-4, ema_decay=(0.999, 0.99), keep_checkpoints_at=(100,), sample_steps=50, seed=3)
-    assert r.stages["vae"] == Recipe().stages["vae"] and (r.latent_channels, r.seed, r.frame_wise, r.frame_position) == (8, 3, False, "none")
+    assert r.stages["base"] == replace(
+        Recipe().stages["base"],
+        learning_rate=3e-4,
+        ema_decay=(0.999, 0.99),
+        keep_checkpoints_at=(100,),
+        sample_steps=50,
+        seed=3,
+    )
+    assert r.stages["vae"] == Recipe().stages["vae"] and (
+        r.latent_channels,
+        r.seed,
+        r.frame_wise,
+        r.frame_position,
+    ) == (8, 3, False, "none")
     assert asked["measure"] is cli.sample_measures

@@ -138,7 +138,9 @@ def main(argv):
         print(f"runs up: {a} imports {b}")
     if argv:
         for m in sorted(s["order"], key=s["order"].get):
-            print(f"{m}: {s['lines'][m]} lines, {len(s['names'][m])} names, longest cell {max(map(size, s['cells'][m]), default=0)}")
+            print(
+                f"{m}: {s['lines'][m]} lines, {len(s['names'][m])} names, longest cell {max(map(size, s['cells'][m]), default=0)}"
+            )
 
 
 if __name__ == "__main__":

@@ -32,85 +32,115 @@ from ..train.loop import TrainConfig, hardware, train
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #cbf549c9
 class FrameConv(Conv2Plus1D):
     "A (2+1)D convolution that never skips a frame"
+
     def __init__(self, in_planes, out_planes, midplanes, stride=1, padding=1):
         super().__init__(in_planes, out_planes, midplanes, stride, padding)
-        self[3].stride = (1, 1, 1)           # the convolution over time
+        self[3].stride = (1, 1, 1)  # the convolution over time
 
     @staticmethod
-    def get_downsample_stride(stride): return 1, stride, stride
+    def get_downsample_stride(stride):
+        return 1, stride, stride
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #1c7ad363
-def _norm_relu(n): return nn.BatchNorm3d(n), nn.ReLU(inplace=True)
+def _norm_relu(n):
+    return nn.BatchNorm3d(n), nn.ReLU(inplace=True)
+
 
 def _stem(mid, width):
     "7 x 7 over space, 3 over time"
-    return nn.Sequential(nn.Conv3d(3, mid, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False), *_norm_relu(mid),
-                         nn.Conv3d(mid, width, (3, 1, 1), 1, (1, 0, 0), bias=False), *_norm_relu(width))
+    return nn.Sequential(
+        nn.Conv3d(3, mid, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False),
+        *_norm_relu(mid),
+        nn.Conv3d(mid, width, (3, 1, 1), 1, (1, 0, 0), bias=False),
+        *_norm_relu(width),
+    )
+
 
 def _stage(n_in, n_out, blocks, stride):
     "Residual blocks, the first of which may halve the picture"
     skip = None
-    if stride>1 or n_in!=n_out:
-        skip = nn.Sequential(nn.Conv3d(n_in, n_out, 1, FrameConv.get_downsample_stride(stride), bias=False), nn.BatchNorm3d(n_out))
-    return nn.Sequential(BasicBlock(n_in, n_out, FrameConv, stride, skip), *(BasicBlock(n_out, n_out, FrameConv) for _ in range(blocks-1)))
+    if stride > 1 or n_in != n_out:
+        skip = nn.Sequential(
+            nn.Conv3d(n_in, n_out, 1, FrameConv.get_downsample_stride(stride), bias=False), nn.BatchNorm3d(n_out)
+        )
+    return nn.Sequential(
+        BasicBlock(n_in, n_out, FrameConv, stride, skip),
+        *(BasicBlock(n_out, n_out, FrameConv) for _ in range(blocks - 1)),
+    )
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #0c049389
 class TimeDetector(ModelMixin, ConfigMixin):
     "Does this frame sound? Asked of the video alone"
+
     @register_to_config
-    def __init__(self,
-        widths:list[int]=(64, 128, 256, 512),  # Channels of each stage
-        blocks:list[int]=(2, 2, 2, 2),         # Residual blocks of each stage
-        stem_width:int=45,                     # Channels between the two convolutions of the stem
-        head_width:int=128,                    # Hidden units of the head
-        resize:int=128,                        # Pictures are squeezed to this square, px
-        image_size:int=112,                    # ... of which the middle is kept, px
-        batch_statistics:bool=True,            # Normalise with the clip's own statistics, as in training mode
-        divide_by_255:bool=False,              # Bring pixels to 0..1 first
-        n_frames:int|None=150,                 # Frames picked from a clip; None takes all
-        threshold:float=.5,                    # Probability at which it sounds
+    def __init__(
+        self,
+        widths: list[int] = (64, 128, 256, 512),  # Channels of each stage
+        blocks: list[int] = (2, 2, 2, 2),  # Residual blocks of each stage
+        stem_width: int = 45,  # Channels between the two convolutions of the stem
+        head_width: int = 128,  # Hidden units of the head
+        resize: int = 128,  # Pictures are squeezed to this square, px
+        image_size: int = 112,  # ... of which the middle is kept, px
+        batch_statistics: bool = True,  # Normalise with the clip's own statistics, as in training mode
+        divide_by_255: bool = False,  # Bring pixels to 0..1 first
+        n_frames: int | None = 150,  # Frames picked from a clip; None takes all
+        threshold: float = 0.5,  # Probability at which it sounds
     ):
         super().__init__()
-        if len(widths)!=len(blocks): raise FoleyError(f"TimeDetector has {len(widths)} `widths` and {len(blocks)} `blocks`: give one of each per stage")
-        ins, strides = [widths[0], *widths], [1]+[2]*len(widths)
-        stages = {f"layer{i+1}": _stage(ins[i], w, b, strides[i]) for i, (w, b) in enumerate(zip(widths, blocks))}
+        if len(widths) != len(blocks):
+            raise FoleyError(
+                f"TimeDetector has {len(widths)} `widths` and {len(blocks)} `blocks`: give one of each per stage"
+            )
+        ins, strides = [widths[0], *widths], [1] + [2] * len(widths)
+        stages = {f"layer{i + 1}": _stage(ins[i], w, b, strides[i]) for i, (w, b) in enumerate(zip(widths, blocks))}
         body = OrderedDict(stem=_stem(stem_width, widths[0]), **stages, avgpool=nn.AdaptiveAvgPool3d((None, 1, 1)))
         self.net = nn.ModuleDict({"model": nn.Sequential(body)})
         self.fc = nn.Sequential(nn.Linear(widths[-1], head_width), nn.ReLU(), nn.Linear(head_width, 1))
         for m in self.modules():
-            if isinstance(m, nn.Conv3d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(m, nn.Conv3d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self,
-        x:Tensor,  # Prepared frames, `(b, 3, T, h, w)`
-    )->Tensor:     # Logits, `(b, T)`
+    def forward(
+        self,
+        x: Tensor,  # Prepared frames, `(b, 3, T, h, w)`
+    ) -> Tensor:  # Logits, `(b, T)`
         "One logit per frame"
-        features = self.net["model"](x).flatten(2).transpose(1, 2)    # (b, T, C)
+        features = self.net["model"](x).flatten(2).transpose(1, 2)  # (b, T, C)
         return self.fc(features).squeeze(-1)
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #f84f498e
-IMAGENET = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
 
 @patch
-def preprocess(self:TimeDetector,
-    frames,                  # `(T, H, W, 3)` uint8, RGB
-    divide_by_255:bool=None, # Bring pixels to 0..1 first; None for the config's
-    chunk:int=16,            # Pictures resized at a time
-)->Tensor:                   # `(1, 3, T, h, w)`
+def preprocess(
+    self: TimeDetector,
+    frames,  # `(T, H, W, 3)` uint8, RGB
+    divide_by_255: bool = None,  # Bring pixels to 0..1 first; None for the config's
+    chunk: int = 16,  # Pictures resized at a time
+) -> Tensor:  # `(1, 3, T, h, w)`
     "What the network reads"
     c, frames = self.config, _check_frames(frames)
-    scale = 255. if (c.divide_by_255 if divide_by_255 is None else divide_by_255) else 1.
+    scale = 255.0 if (c.divide_by_255 if divide_by_255 is None else divide_by_255) else 1.0
+
     def one(part):
-        x = part.permute(0, 3, 1, 2).float()/scale
-        x = pictures.center_crop(pictures.resize(x, [c.resize]*2, antialias=True), [c.image_size]*2)
+        x = part.permute(0, 3, 1, 2).float() / scale
+        x = pictures.center_crop(pictures.resize(x, [c.resize] * 2, antialias=True), [c.image_size] * 2)
         return pictures.normalize(x, **IMAGENET)
+
     return torch.cat([one(p) for p in frames.split(chunk)]).transpose(0, 1)[None].to(self.device, self.dtype)
+
 
 def _check_frames(frames):
     "Pictures as the detector needs them"
-    if not isinstance(frames, Tensor): frames = torch.as_tensor(np.ascontiguousarray(frames))
-    if frames.ndim!=4 or frames.shape[-1]!=3 or frames.dtype!=torch.uint8:
-        raise FoleyError(f"`frames` are {str(frames.dtype).removeprefix('torch.')} of shape {tuple(frames.shape)}: give uint8 pictures (frames, height, width, 3)")
-    if not len(frames): raise FoleyError("`frames` is empty: give at least one frame")
+    if not isinstance(frames, Tensor):
+        frames = torch.as_tensor(np.ascontiguousarray(frames))
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
+        raise FoleyError(
+            f"`frames` are {str(frames.dtype).removeprefix('torch.')} of shape {tuple(frames.shape)}: give uint8 pictures (frames, height, width, 3)"
+        )
+    if not len(frames):
+        raise FoleyError("`frames` is empty: give at least one frame")
     return frames
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #b5f1c2b9
@@ -119,110 +149,161 @@ def _own_statistics(net):
     "Batch normalisation as in training mode, but leaving what is stored as it is"
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm3d)]
     before = [(m.training, m.track_running_stats) for m in norms]
-    for m in norms: m.training, m.track_running_stats = True, False
-    try: yield
+    for m in norms:
+        m.training, m.track_running_stats = True, False
+    try:
+        yield
     finally:
-        for m, (training, track) in zip(norms, before): m.training, m.track_running_stats = training, track
+        for m, (training, track) in zip(norms, before):
+            m.training, m.track_running_stats = training, track
+
 
 @patch
 @torch.no_grad()
-def logits(self:TimeDetector,
-    frames,                     # `(T, H, W, 3)` uint8, RGB
-    batch_statistics:bool=None, # Normalise with this clip's statistics; None for the config's
-    divide_by_255:bool=None,    # Bring pixels to 0..1 first; None for the config's
-)->Tensor:                      # `(T,)` float32
+def logits(
+    self: TimeDetector,
+    frames,  # `(T, H, W, 3)` uint8, RGB
+    batch_statistics: bool = None,  # Normalise with this clip's statistics; None for the config's
+    divide_by_255: bool = None,  # Bring pixels to 0..1 first; None for the config's
+) -> Tensor:  # `(T,)` float32
     "One logit per frame of one clip"
     x, training = self.preprocess(frames, divide_by_255), self.training
     own = self.config.batch_statistics if batch_statistics is None else batch_statistics
     self.eval()
     try:
-        if not own: return self(x)[0].float()
-        with _own_statistics(self): return self(x)[0].float()
-    finally: self.train(training)
+        if not own:
+            return self(x)[0].float()
+        with _own_statistics(self):
+            return self(x)[0].float()
+    finally:
+        self.train(training)
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #b2d8829e
 @patch(cls_method=True)
-def from_published_state_dict(cls:TimeDetector,
-    state_dict:dict,  # `{"state_dict": {"module.net.model...": tensor}, ...}`, or what is inside
-    **config          # Config, where it is not the published one
-)->TimeDetector:      # In evaluation mode
+def from_published_state_dict(
+    cls: TimeDetector,
+    state_dict: dict,  # `{"state_dict": {"module.net.model...": tensor}, ...}`, or what is inside
+    **config,  # Config, where it is not the published one
+) -> TimeDetector:  # In evaluation mode
     "Read published weights; refuse them by name when they do not fit"
     sd = state_dict.get("state_dict", state_dict)
     sd = {k.removeprefix("module."): v for k, v in sd.items()}
-    with torch.device("meta"): self = cls(**config)
+    with torch.device("meta"):
+        self = cls(**config)
     want = self.state_dict()
     missing, extra = ([k for k in a if k not in b] for a, b in ((want, sd), (sd, want)))
-    if missing or extra: raise FoleyError(f"time detector weights do not fit: missing {missing[:4]}, unexpected {extra[:4]}; give timestamp_detector.pth.tar")
-    other = [f"{k} {tuple(sd[k].shape)}, not {tuple(v.shape)}" for k, v in want.items() if sd[k].shape!=v.shape]
-    if other: raise FoleyError(f"time detector weights have other shapes: {'; '.join(other[:3])}; give timestamp_detector.pth.tar, or its config")
+    if missing or extra:
+        raise FoleyError(
+            f"time detector weights do not fit: missing {missing[:4]}, unexpected {extra[:4]}; give timestamp_detector.pth.tar"
+        )
+    other = [f"{k} {tuple(sd[k].shape)}, not {tuple(v.shape)}" for k, v in want.items() if sd[k].shape != v.shape]
+    if other:
+        raise FoleyError(
+            f"time detector weights have other shapes: {'; '.join(other[:3])}; give timestamp_detector.pth.tar, or its config"
+        )
     self.load_state_dict({k: v.to(want[k].dtype, copy=True) for k, v in sd.items()}, assign=True)
     return self.requires_grad_(False).eval()
 
+
 @patch
-def to_published_state_dict(self:TimeDetector
-)->dict: # `{"state_dict": {"module.net.model...": tensor}}`
+def to_published_state_dict(self: TimeDetector) -> dict:  # `{"state_dict": {"module.net.model...": tensor}}`
     "The weights under the names of the published file"
     return {"state_dict": {f"module.{k}": v for k, v in self.state_dict().items()}}
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #c6a26f03
 @patch
-def pick(self:TimeDetector,
-    clip:Clip,
-)->Clip:       # With `n_frames` frames, or as it is
+def pick(
+    self: TimeDetector,
+    clip: Clip,
+) -> Clip:  # With `n_frames` frames, or as it is
     "The frames that are looked at"
     n = self.config.n_frames
-    if n is None or n==len(clip.frames): return clip
-    return replace(clip, frames=clip.frames[np.linspace(0, len(clip.frames)-1, n).astype(int)], times=np.arange(n)*clip.duration/n)
+    if n is None or n == len(clip.frames):
+        return clip
+    return replace(
+        clip,
+        frames=clip.frames[np.linspace(0, len(clip.frames) - 1, n).astype(int)],
+        times=np.arange(n) * clip.duration / n,
+    )
+
 
 @patch
-def probabilities(self:TimeDetector,
-    frames,                # `(T, H, W, 3)` uint8, RGB
-    times,                 # Time of each frame, `(T,)`, seconds, rising
-    duration:float=None,   # Length of the clip, seconds; None ends it a frame after the last
-    threshold:float=None,  # Probability at which it sounds, 0 to 1; None for the config's
-)->TemporalCondition:      # Its `similarity` holds the probabilities
+def probabilities(
+    self: TimeDetector,
+    frames,  # `(T, H, W, 3)` uint8, RGB
+    times,  # Time of each frame, `(T,)`, seconds, rising
+    duration: float = None,  # Length of the clip, seconds; None ends it a frame after the last
+    threshold: float = None,  # Probability at which it sounds, 0 to 1; None for the config's
+) -> TemporalCondition:  # Its `similarity` holds the probabilities
     "When does it look as if it sounded?"
     times, thr = np.asarray(times, float), self.config.threshold if threshold is None else threshold
-    if not 0<=thr<=1: raise FoleyError(f"`threshold` is {thr}: give a probability from 0 to 1")
-    if len(times)!=len(frames): raise FoleyError(f"{len(frames)} frames with {len(times)} times: give one time per frame")
+    if not 0 <= thr <= 1:
+        raise FoleyError(f"`threshold` is {thr}: give a probability from 0 to 1")
+    if len(times) != len(frames):
+        raise FoleyError(f"{len(frames)} frames with {len(times)} times: give one time per frame")
     p = self.logits(frames).sigmoid().cpu()
-    if duration is None: duration = times[-1]+(np.diff(times).mean() if len(times)>1 else 1/15)
+    if duration is None:
+        duration = times[-1] + (np.diff(times).mean() if len(times) > 1 else 1 / 15)
     return TemporalCondition.from_similarity(times, p, duration, thr)
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #18b602d6
 IMPACTS = tuple(l for l in passby.LABELS if l not in passby.CONTINUOUS)
-MINI_DETECTOR = dict(widths=[8, 16, 24, 32], blocks=[1]*4, stem_width=8, head_width=32, resize=64, image_size=64,
-                     batch_statistics=False, divide_by_255=True, n_frames=None)
+MINI_DETECTOR = dict(
+    widths=[8, 16, 24, 32],
+    blocks=[1] * 4,
+    stem_width=8,
+    head_width=32,
+    resize=64,
+    image_size=64,
+    batch_statistics=False,
+    divide_by_255=True,
+    n_frames=None,
+)
+
 
 def impact_scene(
-    i:int,                   # Number of the scene; labels take turns, every other four are harder
-    first_seed:int=200_000,  # Seed of scene 0: train below 1e6, validation from 1e6
-    labels:tuple=IMPACTS,
-    **kwargs                 # As for `passby.scene`
-)->passby.Scene:
+    i: int,  # Number of the scene; labels take turns, every other four are harder
+    first_seed: int = 200_000,  # Seed of scene 0: train below 1e6, validation from 1e6
+    labels: tuple = IMPACTS,
+    **kwargs,  # As for `passby.scene`
+) -> passby.Scene:
     "Scene `i`, pictures only"
-    return passby.scene(first_seed+i, "passby_continuous" if i//len(labels)%2 else "passby", label=labels[i%len(labels)], audio=False, **kwargs)
+    return passby.scene(
+        first_seed + i,
+        "passby_continuous" if i // len(labels) % 2 else "passby",
+        label=labels[i % len(labels)],
+        audio=False,
+        **kwargs,
+    )
 
-def frame_truth(s:passby.Scene)->np.ndarray: # `(T,)` bool
+
+def frame_truth(s: passby.Scene) -> np.ndarray:  # `(T,)` bool
     "Is the source heard in the middle of each frame's stretch?"
-    middle = s.times+.5*(s.times[1]-s.times[0])
-    return s.truth["sounding"][np.minimum((middle*passby.RATE).astype(int), len(s.truth["sounding"])-1)]
+    middle = s.times + 0.5 * (s.times[1] - s.times[0])
+    return s.truth["sounding"][np.minimum((middle * passby.RATE).astype(int), len(s.truth["sounding"]) - 1)]
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #ab771220
 def impact_cache(
-    folder,                  # Where to
-    n:int,                   # Scenes
-    first_seed:int=200_000,
-    **dials                  # Of every scene, as for `passby.scene`
-)->dict:                     # `frames` (n, 153, 64, 64, 3) uint8 and `sounding` (n, 153) bool, on disk
+    folder,  # Where to
+    n: int,  # Scenes
+    first_seed: int = 200_000,
+    **dials,  # Of every scene, as for `passby.scene`
+) -> dict:  # `frames` (n, 153, 64, 64, 3) uint8 and `sounding` (n, 153) bool, on disk
     "Render scenes that are not there yet"
     folder, T = Path(folder), len(impact_scene(0, frames=False).times)
     folder.mkdir(parents=True, exist_ok=True)
+
     def array(name, dtype, shape):
-        path = folder/f"{name}.npy"
+        path = folder / f"{name}.npy"
         return np.lib.format.open_memmap(path, "r+" if path.exists() else "w+", dtype, shape)
-    a = dict(frames=array("frames", "uint8", (n, T, 64, 64, 3)), sounding=array("sounding", "bool", (n, T)), done=array("done", "bool", (n,)))
-    if any(len(v)!=n for v in a.values()): raise FoleyError(f"{folder}: holds {len(a['done'])} scenes, not {n}; use another folder")
+
+    a = dict(
+        frames=array("frames", "uint8", (n, T, 64, 64, 3)),
+        sounding=array("sounding", "bool", (n, T)),
+        done=array("done", "bool", (n,)),
+    )
+    if any(len(v) != n for v in a.values()):
+        raise FoleyError(f"{folder}: holds {len(a['done'])} scenes, not {n}; use another folder")
     for i in progress(np.flatnonzero(~a["done"]), desc="impacts", unit="scene"):
         s = impact_scene(int(i), first_seed, **dials)
         a["frames"][i], a["sounding"][i], a["done"][i] = s.frames, frame_truth(s), True
@@ -231,139 +312,192 @@ def impact_cache(
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #90e7e3ab
 class DetectorStage(nn.Module):
     "Binary cross-entropy of frames against what is heard"
-    def __init__(self, detector:TimeDetector, window:int=32):
+
+    def __init__(self, detector: TimeDetector, window: int = 32):
         super().__init__()
         self.detector, self.window = detector, window
 
     def forward(self, batch, draw):
-        start, mirror = draw.integers(batch["sounding"].shape[1]-self.window+1), draw.uniform()<.5
-        cut = lambda x: [o[s:s+self.window] for o, s in zip(x, start)]
+        start, mirror = draw.integers(batch["sounding"].shape[1] - self.window + 1), draw.uniform() < 0.5
+        cut = lambda x: [o[s : s + self.window] for o, s in zip(x, start)]
         x = torch.cat([self.detector.preprocess(f.flip(2) if m else f) for f, m in zip(cut(batch["frames"]), mirror)])
-        return nn.functional.binary_cross_entropy_with_logits(self.detector(x.contiguous(memory_format=torch.channels_last_3d)), torch.stack(cut(batch["sounding"])).float())
+        return nn.functional.binary_cross_entropy_with_logits(
+            self.detector(x.contiguous(memory_format=torch.channels_last_3d)),
+            torch.stack(cut(batch["sounding"])).float(),
+        )
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #d9dac3e0
 def _detector_config():
-    return TrainConfig(max_train_steps=900, train_batch_size=8, learning_rate=3e-3, lr_warmup_steps=50, weight_decay=1e-2, ema_decay=.99, mixed_precision="bf16", checkpointing_steps=150)
+    return TrainConfig(
+        max_train_steps=900,
+        train_batch_size=8,
+        learning_rate=3e-3,
+        lr_warmup_steps=50,
+        weight_decay=1e-2,
+        ema_decay=0.99,
+        mixed_precision="bf16",
+        checkpointing_steps=150,
+    )
+
 
 def train_detector(
-    out,                     # Folder for everything
-    n_scenes:int=600,        # Rendered impacts
-    first_seed:int=200_000,  # Seed of the first, below 1e6
-    n_val:int=60,            # Validation scenes of each kind
-    cfg:TrainConfig=None,    # How to train; None for the recipe's
-    config:dict=None,        # Of the detector; None for `MINI_DETECTOR`
-    **dials                  # Of every training scene, e.g. `distractors=()`
-)->Path:                     # `out/time_detector`: weights in fp16, log.csv, training.json
+    out,  # Folder for everything
+    n_scenes: int = 600,  # Rendered impacts
+    first_seed: int = 200_000,  # Seed of the first, below 1e6
+    n_val: int = 60,  # Validation scenes of each kind
+    cfg: TrainConfig = None,  # How to train; None for the recipe's
+    config: dict = None,  # Of the detector; None for `MINI_DETECTOR`
+    **dials,  # Of every training scene, e.g. `distractors=()`
+) -> Path:  # `out/time_detector`: weights in fp16, log.csv, training.json
     "Train the small model's time detector; killed, it goes on"
     out, cfg, config = Path(out), cfg or _detector_config(), config or MINI_DETECTOR
-    a = impact_cache(out/"cache", n_scenes, first_seed, **dials)
+    a = impact_cache(out / "cache", n_scenes, first_seed, **dials)
     torch.manual_seed(cfg.seed)
     detector = TimeDetector(**config).to(memory_format=torch.channels_last_3d).train()
     rows = lambda i: {k: torch.from_numpy(np.stack([a[k][j] for j in i])) for k in ("frames", "sounding")}
-    train(DetectorStage(detector), rows, n_scenes, cfg, out/"run")
+    train(DetectorStage(detector), rows, n_scenes, cfg, out / "run")
     detector = nn.Module.to(detector.eval(), torch.float16)
-    detector.save_pretrained(out/"time_detector")
-    shutil.copy(out/"run"/"log.csv", out/"time_detector"/"log.csv")
-    about = dict(recipe=dict(n_scenes=n_scenes, first_seed=first_seed, labels=IMPACTS, **dials), config=asdict(cfg), hardware=hardware(),
-                 validation=validate_detector(TimeDetector.from_pretrained(out/"time_detector"), n_val))
-    (out/"time_detector"/"training.json").write_text(json.dumps(about, indent=1)+"\n")
-    return out/"time_detector"
+    detector.save_pretrained(out / "time_detector")
+    shutil.copy(out / "run" / "log.csv", out / "time_detector" / "log.csv")
+    about = dict(
+        recipe=dict(n_scenes=n_scenes, first_seed=first_seed, labels=IMPACTS, **dials),
+        config=asdict(cfg),
+        hardware=hardware(),
+        validation=validate_detector(TimeDetector.from_pretrained(out / "time_detector"), n_val),
+    )
+    (out / "time_detector" / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+    return out / "time_detector"
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #6e337548
 def detect(
-    detector:TimeDetector,
-    labels:tuple,               # What sounds, taking turns
-    n:int=60,                   # Scenes
-    first_seed:int=1_000_000,   # Validation
-)->tuple:                       # probability, probability with `batch_statistics`, truth: `(n, T)` each
+    detector: TimeDetector,
+    labels: tuple,  # What sounds, taking turns
+    n: int = 60,  # Scenes
+    first_seed: int = 1_000_000,  # Validation
+) -> tuple:  # probability, probability with `batch_statistics`, truth: `(n, T)` each
     "Ask the detector about scenes whose truth is known"
     rows = []
     for i in range(n):
         s = impact_scene(i, first_seed, labels)
-        rows.append([detector.logits(s.frames, own).sigmoid().numpy() for own in (False, True)]+[frame_truth(s)])
+        rows.append([detector.logits(s.frames, own).sigmoid().numpy() for own in (False, True)] + [frame_truth(s)])
     return tuple(map(np.stack, zip(*rows)))
 
-def detector_scores(on, true)->dict:
+
+def detector_scores(on, true) -> dict:
     "Precision, recall and F1 over the frames of all clips"
-    both = (on&true).sum()
-    s = dict(f1=2*both/max(on.sum()+true.sum(), 1), precision=both/max(on.sum(), 1), recall=both/max(true.sum(), 1))
+    both = (on & true).sum()
+    s = dict(
+        f1=2 * both / max(on.sum() + true.sum(), 1), precision=both / max(on.sum(), 1), recall=both / max(true.sum(), 1)
+    )
     return {k: round(float(v), 4) for k, v in s.items()}
 
+
 def validate_detector(
-    detector:TimeDetector,
-    n:int=60,               # Scenes of each kind
-)->dict:                    # Kind of sound -> way of asking -> scores
+    detector: TimeDetector,
+    n: int = 60,  # Scenes of each kind
+) -> dict:  # Kind of sound -> way of asking -> scores
     "Scores on impacts and on continuous sounds, beside calling every frame sounding"
     out = {}
     for name, labels in (("impacts", IMPACTS), ("continuous", passby.CONTINUOUS)):
         stored, own, true = detect(detector, labels, n)
-        ways = {"stored statistics": stored>=detector.config.threshold, "batch statistics": own>=detector.config.threshold, "always on": np.ones_like(true)}
-        out[name] = dict(scenes=n, sounding=round(float(true.mean()), 4), **{k: detector_scores(on, true) for k, on in ways.items()})
+        ways = {
+            "stored statistics": stored >= detector.config.threshold,
+            "batch statistics": own >= detector.config.threshold,
+            "always on": np.ones_like(true),
+        }
+        out[name] = dict(
+            scenes=n, sounding=round(float(true.mean()), 4), **{k: detector_scores(on, true) for k, on in ways.items()}
+        )
     return out
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #429acf5f
-def baseline_path()->Path:
+def baseline_path() -> Path:
     "Folder of the baseline's own weights inside the package"
-    return mini_path().parent/"foleycrafter"
+    return mini_path().parent / "foleycrafter"
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #c0532705
-PUBLISHED = dict(compat_columns=True, temporal_scale=.2, frame_scale=1., guidance_scale=7.5, num_inference_steps=25)
+PUBLISHED = dict(compat_columns=True, temporal_scale=0.2, frame_scale=1.0, guidance_scale=7.5, num_inference_steps=25)
+
 
 class FoleyCrafter:
     "Clip-wise semantics, and times from the video alone"
-    def __init__(self,
-        pipe:SmoothFoleyPipeline, # Base and adapters; its `frame_adapter` is the semantic adapter
-        detector:TimeDetector,    # Says when it sounds
-    ): self.pipe, self.detector = pipe, detector
+
+    def __init__(
+        self,
+        pipe: SmoothFoleyPipeline,  # Base and adapters; its `frame_adapter` is the semantic adapter
+        detector: TimeDetector,  # Says when it sounds
+    ):
+        self.pipe, self.detector = pipe, detector
 
     @property
-    def device(self): return self.pipe.device
+    def device(self):
+        return self.pipe.device
 
-    def to(self, *args, **kwargs)->"FoleyCrafter":
+    def to(self, *args, **kwargs) -> "FoleyCrafter":
         "Move all of it"
         self.pipe.to(*args, **kwargs)
         self.detector.to(*args, **kwargs)
         return self
 
-    def save_pretrained(self, folder)->None:
+    def save_pretrained(self, folder) -> None:
         "Write the pipeline, and the detector beside its components"
         self.pipe.save_pretrained(folder)
-        self.detector.save_pretrained(Path(folder)/"time_detector")
+        self.detector.save_pretrained(Path(folder) / "time_detector")
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #3a9556cd
 def _detector_from(folder):
     "The detector of a folder, every weight accounted for"
-    if not (folder/"time_detector").is_dir(): raise FoleyError(f"{folder}: no time_detector in it; give a folder that `FoleyCrafter.save_pretrained` wrote")
-    return load_part(folder/"time_detector", "smooth_foley.baselines.foleycrafter", "TimeDetector")
+    if not (folder / "time_detector").is_dir():
+        raise FoleyError(f"{folder}: no time_detector in it; give a folder that `FoleyCrafter.save_pretrained` wrote")
+    return load_part(folder / "time_detector", "smooth_foley.baselines.foleycrafter", "TimeDetector")
+
 
 @patch(cls_method=True)
-def from_pretrained(cls:FoleyCrafter,
-    name=None,                 # None for the small one of the package, "full", or a folder
-    torch_dtype=torch.float32, # Type of the pipeline's weights; the detector stays in float32
-    **kwargs                   # Components or settings of the pipeline to use instead
-)->FoleyCrafter:
+def from_pretrained(
+    cls: FoleyCrafter,
+    name=None,  # None for the small one of the package, "full", or a folder
+    torch_dtype=torch.float32,  # Type of the pipeline's weights; the detector stays in float32
+    **kwargs,  # Components or settings of the pipeline to use instead
+) -> FoleyCrafter:
     "Load the baseline"
     folder = baseline_path() if name is None else resolve_weights(name)
-    parts = (PUBLISHED if name=="full" else {})|kwargs
-    if (folder/"semantic_adapter").is_dir() and "frame_adapter" not in kwargs:
-        parts["frame_adapter"] = load_part(folder/"semantic_adapter", "smooth_foley.frame_adapter", "FrameAdapter", torch_dtype).requires_grad_(False)
+    parts = (PUBLISHED if name == "full" else {}) | kwargs
+    if (folder / "semantic_adapter").is_dir() and "frame_adapter" not in kwargs:
+        parts["frame_adapter"] = load_part(
+            folder / "semantic_adapter", "smooth_foley.frame_adapter", "FrameAdapter", torch_dtype
+        ).requires_grad_(False)
     detector = _detector_from(folder)
-    return cls(SmoothFoleyPipeline.from_pretrained(name, torch_dtype=torch_dtype, **parts), detector.requires_grad_(False))
+    return cls(
+        SmoothFoleyPipeline.from_pretrained(name, torch_dtype=torch_dtype, **parts), detector.requires_grad_(False)
+    )
+
 
 @patch(cls_method=True)
-def from_random(cls:FoleyCrafter, seed:int=0)->FoleyCrafter:
+def from_random(cls: FoleyCrafter, seed: int = 0) -> FoleyCrafter:
     "A tiny untrained one, for tests"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        detector = TimeDetector(**MINI_DETECTOR|dict(widths=[8, 8], blocks=[1, 1], stem_width=8, head_width=8, resize=32, image_size=28, batch_statistics=True))
+        detector = TimeDetector(
+            **MINI_DETECTOR
+            | dict(
+                widths=[8, 8],
+                blocks=[1, 1],
+                stem_width=8,
+                head_width=8,
+                resize=32,
+                image_size=28,
+                batch_statistics=True,
+            )
+        )
     return cls(SmoothFoleyPipeline.from_random(seed), detector.requires_grad_(False).eval())
 
 # %% ../../nbs/baselines/30_foleycrafter.ipynb #ed87b11d
 @patch
-def conditions(self:FoleyCrafter,
-    video,                # Path, `Clip`, or a list of these
-    threshold:float=None, # Probability at which it sounds; None for the detector's
-)->list[TemporalCondition]:
+def conditions(
+    self: FoleyCrafter,
+    video,  # Path, `Clip`, or a list of these
+    threshold: float = None,  # Probability at which it sounds; None for the detector's
+) -> list[TemporalCondition]:
     "When each clip sounds, by its pictures alone"
     videos, out = list(video) if isinstance(video, (list, tuple)) else [video], []
     for v in videos:
@@ -372,19 +506,24 @@ def conditions(self:FoleyCrafter,
         out.append(self.detector.probabilities(clip.frames, clip.times, clip.duration, threshold))
     return out
 
+
 @patch
-def __call__(self:FoleyCrafter,
-    video,                     # Path, `Clip`, or a list of these
-    prompt=None,               # What sounds, one for all or one each; None is "without prompt", the empty text
-    condition=None,            # Use this instead of the detector, as in `SmoothFoleyPipeline`
-    semantic_scale:float=None, # Weight of the semantic adapter; None for the weights' default
-    threshold:float=None,      # Probability at which it sounds; None for the detector's
-    **kwargs                   # As for `SmoothFoleyPipeline`: `seed`, `num_inference_steps`, `guidance_scale`, `temporal_scale`, ...
-)->FoleyOutput:
+def __call__(
+    self: FoleyCrafter,
+    video,  # Path, `Clip`, or a list of these
+    prompt=None,  # What sounds, one for all or one each; None is "without prompt", the empty text
+    condition=None,  # Use this instead of the detector, as in `SmoothFoleyPipeline`
+    semantic_scale: float = None,  # Weight of the semantic adapter; None for the weights' default
+    threshold: float = None,  # Probability at which it sounds; None for the detector's
+    **kwargs,  # As for `SmoothFoleyPipeline`: `seed`, `num_inference_steps`, `guidance_scale`, `temporal_scale`, ...
+) -> FoleyOutput:
     "The sound of silent videos, the way FoleyCrafter makes it"
-    if bad := {"label", "frame_wise", "frame_scale"}&set(kwargs):
-        raise FoleyError(f"FoleyCrafter takes no {', '.join(sorted(bad))}: it has a `prompt`, one token group for the clip, and a `semantic_scale`")
+    if bad := {"label", "frame_wise", "frame_scale"} & set(kwargs):
+        raise FoleyError(
+            f"FoleyCrafter takes no {', '.join(sorted(bad))}: it has a `prompt`, one token group for the clip, and a `semantic_scale`"
+        )
     clips = [self.detector.pick(c) for c in self.pipe.read(video)]
-    texts = [t or "" for t in (prompt if isinstance(prompt, (list, tuple)) else [prompt]*len(clips))]
-    if condition is None: condition = self.conditions(video, threshold)
+    texts = [t or "" for t in (prompt if isinstance(prompt, (list, tuple)) else [prompt] * len(clips))]
+    if condition is None:
+        condition = self.conditions(video, threshold)
     return self.pipe(clips, prompt=texts, condition=condition, frame_wise=False, frame_scale=semantic_scale, **kwargs)

@@ -23,261 +23,344 @@ from .vggsound import ID, Item
 # %% ../../nbs/data/12_audioset.ipynb #9df86224
 class LineFault(FoleyError):
     "A line that can't be used; `reason` is a word for counting"
+
     def __init__(self, reason, detail):
         super().__init__(detail)
         self.reason = reason
 
+
 def _note(faults, path, line, id, e):
     "Collect a fault, or raise it where nobody collects"
-    if faults is None: raise FoleyError(f'{path} line {line}: {e}') from None
+    if faults is None:
+        raise FoleyError(f"{path} line {line}: {e}") from None
     faults.append(dict(line=line, id=id, reason=e.reason, detail=str(e)))
 
 # %% ../../nbs/data/12_audioset.ipynb #c71c10ee
 def _cells(line):
     "The cells of one line"
-    try: return line.decode('utf-8').rstrip('\r\n').split('\t')
-    except UnicodeDecodeError as e: raise LineFault('encoding', f'byte {e.start+1} is not UTF-8; save the file with that encoding') from None
+    try:
+        return line.decode("utf-8").rstrip("\r\n").split("\t")
+    except UnicodeDecodeError as e:
+        raise LineFault("encoding", f"byte {e.start + 1} is not UTF-8; save the file with that encoding") from None
+
 
 def _table(path, faults):
     "Number and cells of every line that can be read"
     path = Path(path)
-    try: f = path.open('rb')
-    except OSError as e: raise FoleyError(f'{path}: cannot be read ({(e.strerror or str(e)).lower()}); give a table of AudioSet\'s strong labels') from None
+    try:
+        f = path.open("rb")
+    except OSError as e:
+        raise FoleyError(
+            f"{path}: cannot be read ({(e.strerror or str(e)).lower()}); give a table of AudioSet's strong labels"
+        ) from None
     with f:
         for k, line in enumerate(f, 1):
-            if k==1: line = line.removeprefix(b'\xef\xbb\xbf')
-            try: cells = _cells(line)
-            except LineFault as e: _note(faults, path, k, line.split(b'\t')[0].decode('latin-1'), e)
+            if k == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            try:
+                cells = _cells(line)
+            except LineFault as e:
+                _note(faults, path, k, line.split(b"\t")[0].decode("latin-1"), e)
             else:
-                if cells!=['']: yield k, cells
+                if cells != [""]:
+                    yield k, cells
 
 # %% ../../nbs/data/12_audioset.ipynb #b4b5d605
-MID = re.compile(r'/[a-z]/[A-Za-z0-9_]+')
+MID = re.compile(r"/[a-z]/[A-Za-z0-9_]+")
+
 
 def read_names(
-    path,               # `mid_to_display_name.tsv`
-    faults:list=None,   # Collects `{'line', 'id', 'reason', 'detail'}`; None raises at the first fault
-)->dict:                # MID -> name
+    path,  # `mid_to_display_name.tsv`
+    faults: list = None,  # Collects `{'line', 'id', 'reason', 'detail'}`; None raises at the first fault
+) -> dict:  # MID -> name
     "The name of every label"
     names = {}
     for k, cells in _table(path, faults):
-        if k==1 and cells[0].lower() in ('mid', 'label', 'id'): continue
+        if k == 1 and cells[0].lower() in ("mid", "label", "id"):
+            continue
         try:
-            if len(cells)!=2 or not cells[1].strip(): raise LineFault('columns', f'{len(cells)} columns, and a MID and its name are needed, with a tab between them')
-            if not MID.fullmatch(cells[0]): raise LineFault('mid', f'{cells[0]!r} is no MID like /m/05zppz')
-            if names.setdefault(cells[0], cells[1].strip())!=cells[1].strip(): raise LineFault('twice', f'{cells[0]} is {names[cells[0]]!r} and now {cells[1]!r}; the first is kept')
-        except LineFault as e: _note(faults, path, k, cells[0], e)
-    if not names: raise FoleyError(f'{path}: no name in it; give mid_to_display_name.tsv')
+            if len(cells) != 2 or not cells[1].strip():
+                raise LineFault(
+                    "columns", f"{len(cells)} columns, and a MID and its name are needed, with a tab between them"
+                )
+            if not MID.fullmatch(cells[0]):
+                raise LineFault("mid", f"{cells[0]!r} is no MID like /m/05zppz")
+            if names.setdefault(cells[0], cells[1].strip()) != cells[1].strip():
+                raise LineFault("twice", f"{cells[0]} is {names[cells[0]]!r} and now {cells[1]!r}; the first is kept")
+        except LineFault as e:
+            _note(faults, path, k, cells[0], e)
+    if not names:
+        raise FoleyError(f"{path}: no name in it; give mid_to_display_name.tsv")
     return names
 
 # %% ../../nbs/data/12_audioset.ipynb #08458998
 @lru_cache(maxsize=4096)
 def read_segment(
-    text:str,   # `segment_id`, e.g. `b0RFKhbpFJA_30000`
-)->tuple:       # Id, and start in the video in seconds
+    text: str,  # `segment_id`, e.g. `b0RFKhbpFJA_30000`
+) -> tuple:  # Id, and start in the video in seconds
     "Take a segment's name apart"
-    id, _, ms = text.rpartition('_')
-    if not ID.fullmatch(id) or not re.fullmatch('[0-9]{1,9}', ms): raise LineFault('segment', f'segment_id {text!r}: must be a YouTube id of 11 characters, an underscore and milliseconds')
-    return id, int(ms)/1000
+    id, _, ms = text.rpartition("_")
+    if not ID.fullmatch(id) or not re.fullmatch("[0-9]{1,9}", ms):
+        raise LineFault(
+            "segment", f"segment_id {text!r}: must be a YouTube id of 11 characters, an underscore and milliseconds"
+        )
+    return id, int(ms) / 1000
+
 
 def segment_id(
-    item:Item,
-)->str:          # e.g. `b0RFKhbpFJA_30000`
+    item: Item,
+) -> str:  # e.g. `b0RFKhbpFJA_30000`
     "AudioSet's name of a clip"
-    return f'{item.id}_{round(item.start*1000)}'
+    return f"{item.id}_{round(item.start * 1000)}"
 
 # %% ../../nbs/data/12_audioset.ipynb #b4827409
 def _seconds(text, what):
-    try: t = float(text)
-    except ValueError: t = math.nan
-    if not 0 <= t < 1e6: raise LineFault('number', f'{what} {text!r}: must be seconds from 0')
+    try:
+        t = float(text)
+    except ValueError:
+        t = math.nan
+    if not 0 <= t < 1e6:
+        raise LineFault("number", f"{what} {text!r}: must be seconds from 0")
     return t
+
 
 def _event(cells, names, duration):
     "Segment, start, end and MID of one line"
     id, start = read_segment(cells[0])
-    a, b = _seconds(cells[1], 'start'), _seconds(cells[2], 'end')
-    if b < a: raise LineFault('order', f'end {b:g} lies before start {a:g}; swap them or drop the line')
-    if a > duration: raise LineFault('outside', f'start {a:g} lies after the end of the clip at {duration:g} s')
-    if not MID.fullmatch(cells[3]): raise LineFault('mid', f'label {cells[3]!r} is no MID like /m/05zppz')
+    a, b = _seconds(cells[1], "start"), _seconds(cells[2], "end")
+    if b < a:
+        raise LineFault("order", f"end {b:g} lies before start {a:g}; swap them or drop the line")
+    if a > duration:
+        raise LineFault("outside", f"start {a:g} lies after the end of the clip at {duration:g} s")
+    if not MID.fullmatch(cells[3]):
+        raise LineFault("mid", f"label {cells[3]!r} is no MID like /m/05zppz")
     return (id, start), a, b, cells[3]
 
 # %% ../../nbs/data/12_audioset.ipynb #2354b268
-STRONG = ('segment_id', 'start_time_seconds', 'end_time_seconds', 'label')
+STRONG = ("segment_id", "start_time_seconds", "end_time_seconds", "label")
+
 
 def _events(path, header, names, duration, faults):
     "Line number, cells, event and name of every line; a name that is missing is a fault, but the event counts"
     for k, cells in _table(path, faults):
-        if k==1:
-            if tuple(cells)==header: continue
-            raise FoleyError(f'{path} line 1: the header is {" ".join(cells)[:80]!r}; it must be {" ".join(header)}, with tabs between')
+        if k == 1:
+            if tuple(cells) == header:
+                continue
+            raise FoleyError(
+                f"{path} line 1: the header is {' '.join(cells)[:80]!r}; it must be {' '.join(header)}, with tabs between"
+            )
         try:
-            if len(cells)!=len(header): raise LineFault('columns', f'{len(cells)} columns, and {len(header)} are needed: {", ".join(header)}')
+            if len(cells) != len(header):
+                raise LineFault("columns", f"{len(cells)} columns, and {len(header)} are needed: {', '.join(header)}")
             segment, a, b, mid = _event(cells, names, duration)
-            if mid not in names: _note(faults, path, k, cells[0], LineFault('name', f'label {mid} has no name; it is kept as it is'))
-        except LineFault as e: _note(faults, path, k, cells[0], e)
-        else: yield k, cells, segment, (a, b, names.get(mid, mid))
+            if mid not in names:
+                _note(faults, path, k, cells[0], LineFault("name", f"label {mid} has no name; it is kept as it is"))
+        except LineFault as e:
+            _note(faults, path, k, cells[0], e)
+        else:
+            yield k, cells, segment, (a, b, names.get(mid, mid))
 
 # %% ../../nbs/data/12_audioset.ipynb #63871d2a
 def merged(
-    spans,       # `(start, end)` pairs
-)->list:         # The same stretches of time, rising, none touching another
+    spans,  # `(start, end)` pairs
+) -> list:  # The same stretches of time, rising, none touching another
     "Unite overlapping stretches"
     out = []
     for a, b in sorted(spans):
-        if out and a <= out[-1][1]: out[-1][1] = max(b, out[-1][1])
-        else: out.append([a, b])
+        if out and a <= out[-1][1]:
+            out[-1][1] = max(b, out[-1][1])
+        else:
+            out.append([a, b])
     return [tuple(s) for s in out]
+
 
 def _by_label(events):
     "`{name: merged stretches}`"
     by = defaultdict(list)
-    for a, b, name in events: by[name].append((a, b))
+    for a, b, name in events:
+        by[name].append((a, b))
     return {name: merged(s) for name, s in by.items()}
 
+
 def main_label(
-    events:list,   # `(start, end, name)`
-)->str:            # The name that is heard longest; of equals the first in the alphabet
+    events: list,  # `(start, end, name)`
+) -> str:  # The name that is heard longest; of equals the first in the alphabet
     "What a clip is called"
-    length = {name: sum(b-a for a, b in s) for name, s in _by_label(events).items()}
-    return min(length, key=lambda name: (-length[name], name), default='')
+    length = {name: sum(b - a for a, b in s) for name, s in _by_label(events).items()}
+    return min(length, key=lambda name: (-length[name], name), default="")
 
 # %% ../../nbs/data/12_audioset.ipynb #46eaac83
 def read_strong(
-    path,                 # `audioset_train_strong.tsv` or `audioset_eval_strong.tsv`
-    names,                # MID -> name, or the path of `mid_to_display_name.tsv`
-    faults:list=None,     # Collects `{'line', 'id', 'reason', 'detail'}`; None raises at the first fault
-    split:str=None,       # Default: 'test' for a file named `eval`, else 'train'
-    duration:float=10.,   # Length of a clip, seconds
-)->list:                  # `Item`s with `events`, in the order of the file
+    path,  # `audioset_train_strong.tsv` or `audioset_eval_strong.tsv`
+    names,  # MID -> name, or the path of `mid_to_display_name.tsv`
+    faults: list = None,  # Collects `{'line', 'id', 'reason', 'detail'}`; None raises at the first fault
+    split: str = None,  # Default: 'test' for a file named `eval`, else 'train'
+    duration: float = 10.0,  # Length of a clip, seconds
+) -> list:  # `Item`s with `events`, in the order of the file
     "Read strong labels"
     path = Path(path)
     names = names if isinstance(names, dict) else read_names(names, faults)
-    split = split or ('test' if 'eval' in path.stem else 'train')
+    split = split or ("test" if "eval" in path.stem else "train")
     clips = defaultdict(list)
-    for _, _, segment, event in _events(path, STRONG, names, duration, faults): clips[segment].append(event)
-    if not clips and not faults: raise FoleyError(f'{path}: no event in it; give a table of AudioSet\'s strong labels')
-    return [Item(id, start, main_label(e), split, duration=duration, events=sorted(e)) for (id, start), e in clips.items()]
+    for _, _, segment, event in _events(path, STRONG, names, duration, faults):
+        clips[segment].append(event)
+    if not clips and not faults:
+        raise FoleyError(f"{path}: no event in it; give a table of AudioSet's strong labels")
+    return [
+        Item(id, start, main_label(e), split, duration=duration, events=sorted(e)) for (id, start), e in clips.items()
+    ]
 
 # %% ../../nbs/data/12_audioset.ipynb #c3e51736
 def _at_least_a_column(a, b, duration):
     "The stretch itself, or the column it lies in"
     b = min(b, duration)
-    first = math.ceil(a*COLUMNS_PER_SECOND-.5)                        # first column whose centre is not before `a`
-    if (first+.5)/COLUMNS_PER_SECOND < b: return a, b
-    last = max(0, math.ceil(duration*COLUMNS_PER_SECOND-.5)-1)        # last column whose centre lies within the clip
-    k = min(math.floor((a+b)/2*COLUMNS_PER_SECOND), last)
-    return k/COLUMNS_PER_SECOND, (k+1)/COLUMNS_PER_SECOND
+    first = math.ceil(a * COLUMNS_PER_SECOND - 0.5)  # first column whose centre is not before `a`
+    if (first + 0.5) / COLUMNS_PER_SECOND < b:
+        return a, b
+    last = max(0, math.ceil(duration * COLUMNS_PER_SECOND - 0.5) - 1)  # last column whose centre lies within the clip
+    k = min(math.floor((a + b) / 2 * COLUMNS_PER_SECOND), last)
+    return k / COLUMNS_PER_SECOND, (k + 1) / COLUMNS_PER_SECOND
+
 
 def spans(
-    item:Item,
-    label:str=None,   # Only events of this name; None takes them all
-)->list:              # `(start, end)`, seconds, rising, none touching another
+    item: Item,
+    label: str = None,  # Only events of this name; None takes them all
+) -> list:  # `(start, end)`, seconds, rising, none touching another
     "When a label sounds in a clip"
-    if item.events is None: raise FoleyError(f'{item.name}: has no timeline; take clips with events, or ground them first')
-    return merged(_at_least_a_column(a, b, item.duration) for a, b, name in item.events if label in (None, name) and a <= item.duration)
+    if item.events is None:
+        raise FoleyError(f"{item.name}: has no timeline; take clips with events, or ground them first")
+    return merged(
+        _at_least_a_column(a, b, item.duration)
+        for a, b, name in item.events
+        if label in (None, name) and a <= item.duration
+    )
 
 # %% ../../nbs/data/12_audioset.ipynb #b419eaea
 def condition(
-    item:Item,
-    label:str=None,    # Only events of this name; None takes them all
-    fps:float=None,    # Ask only at this frame rate, as the automatic condition does; None keeps the exact edges
-):                     # `TemporalCondition`
+    item: Item,
+    label: str = None,  # Only events of this name; None takes them all
+    fps: float = None,  # Ask only at this frame rate, as the automatic condition does; None keeps the exact edges
+):  # `TemporalCondition`
     "The timestamp condition that the events of a clip describe"
     from smooth_foley.temporal_condition import TemporalCondition
+
     return TemporalCondition.from_intervals(spans(item, label), item.duration, fps)
 
+
 def sounding(
-    item:Item,
-    label:str=None,    # Only events of this name; None takes them all
-    n_cols:int=1024,   # Mel columns, 100 per second
-)->np.ndarray:         # `(n_cols,)` bool
+    item: Item,
+    label: str = None,  # Only events of this name; None takes them all
+    n_cols: int = 1024,  # Mel columns, 100 per second
+) -> np.ndarray:  # `(n_cols,)` bool
     "Is it heard in each mel column? What the temporal adapter trains on"
     return condition(item, label).columns(n_cols).numpy() > 0
 
+
 def frame_sounding(
-    item:Item,
-    label:str=None,    # Only events of this name; None takes them all
-    fps:float=15.,     # Frames per second
-    n:int=None,        # Frames; default: as many as the clip has
-)->np.ndarray:         # `(n,)` bool
+    item: Item,
+    label: str = None,  # Only events of this name; None takes them all
+    fps: float = 15.0,  # Frames per second
+    n: int = None,  # Frames; default: as many as the clip has
+) -> np.ndarray:  # `(n,)` bool
     "Is it heard in the middle of each frame? What the label-frame projection trains on"
-    middle = (np.arange(max(1, round(item.duration*fps)) if n is None else n)+.5)/fps
+    middle = (np.arange(max(1, round(item.duration * fps)) if n is None else n) + 0.5) / fps
     on = np.zeros(len(middle), bool)
-    for a, b in spans(item, label): on |= (a <= middle)&(middle < b)
+    for a, b in spans(item, label):
+        on |= (a <= middle) & (middle < b)
     return on
 
 # %% ../../nbs/data/12_audioset.ipynb #6c4580f9
 def per_label(
-    items:list,            # `Item`s with events
-    least:float=0.,        # Seconds that the label must sound
-    most:float=math.inf,   # Seconds that it may sound
-    labels=None,           # Only these labels
-)->list:                   # One `Item` per clip and label; `events` keeps the whole timeline
+    items: list,  # `Item`s with events
+    least: float = 0.0,  # Seconds that the label must sound
+    most: float = math.inf,  # Seconds that it may sound
+    labels=None,  # Only these labels
+) -> list:  # One `Item` per clip and label; `events` keeps the whole timeline
     "One example for each label of a clip"
     out = []
     for item in items:
         for name in dict.fromkeys(e[2] for e in item.events):
-            if least <= sum(b-a for a, b in spans(item, name)) <= most and (labels is None or name in labels): out.append(replace(item, label=name))
+            if least <= sum(b - a for a, b in spans(item, name)) <= most and (labels is None or name in labels):
+                out.append(replace(item, label=name))
     return out
 
 # %% ../../nbs/data/12_audioset.ipynb #bce40ec1
 def label_table(
-    items:list,   # `Item`s with events
-)->list:          # `{'label', 'clips', 'events', 'seconds'}`, longest first
+    items: list,  # `Item`s with events
+) -> list:  # `{'label', 'clips', 'events', 'seconds'}`, longest first
     "What a set of clips holds"
     clips, events, seconds = Counter(), Counter(), Counter()
     for item in items:
         events.update(e[2] for e in item.events)
         for name in {e[2] for e in item.events}:
             clips[name] += 1
-            seconds[name] += sum(b-a for a, b in spans(item, name))
-    return [dict(label=n, clips=clips[n], events=events[n], seconds=round(seconds[n], 3)) for n in sorted(clips, key=lambda n: (-seconds[n], n))]
+            seconds[name] += sum(b - a for a, b in spans(item, name))
+    return [
+        dict(label=n, clips=clips[n], events=events[n], seconds=round(seconds[n], 3))
+        for n in sorted(clips, key=lambda n: (-seconds[n], n))
+    ]
 
 # %% ../../nbs/data/12_audioset.ipynb #b0e7e4fb
 def plot_timeline(
-    item:Item,
-    label:str=None,   # Shade the mask of this label; None shades that of all
-    ax=None,          # Axes to draw into; None makes new ones
-):                    # The axes
+    item: Item,
+    label: str = None,  # Shade the mask of this label; None shades that of all
+    ax=None,  # Axes to draw into; None makes new ones
+):  # The axes
     "Events of a clip as bars, one row per label, and the mask behind them"
     import matplotlib.pyplot as plt
+
     by = _by_label(item.events)
-    if ax is None: ax = plt.subplots(figsize=(8, .5+.3*max(len(by), 1)), dpi=80, layout='constrained')[1]
-    for a, b in spans(item, label): ax.axvspan(a, b, color='tab:green', alpha=.2, lw=0)
+    if ax is None:
+        ax = plt.subplots(figsize=(8, 0.5 + 0.3 * max(len(by), 1)), dpi=80, layout="constrained")[1]
+    for a, b in spans(item, label):
+        ax.axvspan(a, b, color="tab:green", alpha=0.2, lw=0)
     for row, (name, s) in enumerate(by.items()):
-        ax.broken_barh([(a, max(b-a, .02)) for a, b in s], (row-.3, .6), color=f'C{row%10}')
-    ax.set(xlim=(0, item.duration), ylim=(len(by)-.5, -.5), yticks=range(len(by)), yticklabels=list(by), xlabel='time (s)')
+        ax.broken_barh([(a, max(b - a, 0.02)) for a, b in s], (row - 0.3, 0.6), color=f"C{row % 10}")
+    ax.set(
+        xlim=(0, item.duration),
+        ylim=(len(by) - 0.5, -0.5),
+        yticks=range(len(by)),
+        yticklabels=list(by),
+        xlabel="time (s)",
+    )
     return ax
 
 # %% ../../nbs/data/12_audioset.ipynb #da479a76
-FRAMED = (*STRONG, 'present')
+FRAMED = (*STRONG, "present")
+
 
 def read_framed(
-    path,                 # `audioset_eval_strong_framed_posneg.tsv`
-    names,                # MID -> name, or the path of `mid_to_display_name.tsv`
-    faults:list=None,     # Collects `{'line', 'id', 'reason', 'detail'}`; None raises at the first fault
-    duration:float=10.,   # Length of a clip, seconds
-)->dict:                  # `segment_id` -> list of `(start, end, name, is it present)`
+    path,  # `audioset_eval_strong_framed_posneg.tsv`
+    names,  # MID -> name, or the path of `mid_to_display_name.tsv`
+    faults: list = None,  # Collects `{'line', 'id', 'reason', 'detail'}`; None raises at the first fault
+    duration: float = 10.0,  # Length of a clip, seconds
+) -> dict:  # `segment_id` -> list of `(start, end, name, is it present)`
     "Read frames in which a label was found or denied"
     names = names if isinstance(names, dict) else read_names(names, faults)
     framed, answers = defaultdict(list), dict(PRESENT=True, NOT_PRESENT=False)
     for k, cells, _, event in _events(path, FRAMED, names, duration, faults):
-        if cells[4] in answers: framed[cells[0]].append((*event, answers[cells[4]]))
-        else: _note(faults, path, k, cells[0], LineFault('present', f'present {cells[4]!r}: must be PRESENT or NOT_PRESENT'))
+        if cells[4] in answers:
+            framed[cells[0]].append((*event, answers[cells[4]]))
+        else:
+            _note(
+                faults, path, k, cells[0], LineFault("present", f"present {cells[4]!r}: must be PRESENT or NOT_PRESENT")
+            )
     return dict(framed)
 
+
 def score_framed(
-    framed:dict,   # From `read_framed`
-    when,          # `when(segment_id, name)` -> merged `(start, end)` stretches, or None for a clip that is not there
-    share:float=.5,# Part of a frame that must be covered to count as found
-)->Counter:        # 'hit', 'miss', 'false alarm', 'rejected', 'absent'
+    framed: dict,  # From `read_framed`
+    when,  # `when(segment_id, name)` -> merged `(start, end)` stretches, or None for a clip that is not there
+    share: float = 0.5,  # Part of a frame that must be covered to count as found
+) -> Counter:  # 'hit', 'miss', 'false alarm', 'rejected', 'absent'
     "Hold stretches of time, from events or from a model, to the framed answers"
     counts = Counter()
     for segment, frames in framed.items():
         for a, b, name, present in frames:
             found = when(segment, name)
-            if found is None: counts['absent'] += 1; continue
-            on = sum(max(0., min(b, e)-max(a, s)) for s, e in found) >= share*(b-a)
-            counts[('miss', 'hit')[on] if present else ('rejected', 'false alarm')[on]] += 1
+            if found is None:
+                counts["absent"] += 1
+                continue
+            on = sum(max(0.0, min(b, e) - max(a, s)) for s, e in found) >= share * (b - a)
+            counts[("miss", "hit")[on] if present else ("rejected", "false alarm")[on]] += 1
     return counts

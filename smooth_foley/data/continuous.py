@@ -32,28 +32,32 @@ from ..media import probe, read_audio, read_clip
 from .vggsound import Item, check_vggsound_label, join_clips, read_vggsound, vggsound_labels
 
 # %% ../../nbs/data/14_continuous.ipynb #b0973023
-TIERS = ('core', 'extended', 'not continuous')
+TIERS = ("core", "extended", "not continuous")
+
 
 @cache
-def continuous_labels()->dict: # label -> `{'tier', 'reason'}`, in VGGSound's order
+def continuous_labels() -> dict:  # label -> `{'tier', 'reason'}`, in VGGSound's order
     "What was decided about each label of VGGSound, and why"
-    table = mini_path().parents[1]/'assets'/'vggsound_continuous.tsv'
-    with table.open(encoding='utf-8', newline='') as f: rows = list(csv.DictReader(f, delimiter='\t', quoting=csv.QUOTE_NONE))
-    return {r['label']: dict(tier=r['tier'], reason=r['reason']) for r in rows}
+    table = mini_path().parents[1] / "assets" / "vggsound_continuous.tsv"
+    with table.open(encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return {r["label"]: dict(tier=r["tier"], reason=r["reason"]) for r in rows}
 
 # %% ../../nbs/data/14_continuous.ipynb #2f64bfc8
 def select_labels(
-    tiers:tuple=('core',),   # Some of `TIERS`
-)->tuple:                    # Labels, in VGGSound's order
+    tiers: tuple = ("core",),  # Some of `TIERS`
+) -> tuple:  # Labels, in VGGSound's order
     "The labels of these tiers"
     tiers = (tiers,) if isinstance(tiers, str) else tuple(tiers)
-    if bad := [t for t in tiers if t not in TIERS]: raise FoleyError(f"tier {bad[0]!r}: unknown; choose from {', '.join(TIERS)}")
-    return tuple(l for l, d in continuous_labels().items() if d['tier'] in tiers)
+    if bad := [t for t in tiers if t not in TIERS]:
+        raise FoleyError(f"tier {bad[0]!r}: unknown; choose from {', '.join(TIERS)}")
+    return tuple(l for l, d in continuous_labels().items() if d["tier"] in tiers)
+
 
 def select(
-    items:list,              # `Item`s
-    tiers:tuple=('core',),   # Some of `TIERS`
-)->list:                     # Those with a label of these tiers, in the same order
+    items: list,  # `Item`s
+    tiers: tuple = ("core",),  # Some of `TIERS`
+) -> list:  # Those with a label of these tiers, in the same order
     "The clips whose label is continuous"
     wanted = set(select_labels(tiers))
     return [i for i in items if check_vggsound_label(i.label) in wanted]
@@ -62,617 +66,895 @@ def select(
 @dataclass(frozen=True)
 class GroundingFilter:
     "When a clip sounds like its label, and long enough"
-    threshold:float=.5     # Probability from which a frame counts as sounding
-    window:int=1           # Median window over frames, odd; 1 leaves the curve as it is
-    min_active:float=5.    # Least sounding time, seconds of `whole`
-    min_run:float=3.       # Least longest stretch, seconds of `whole`
-    min_mean:float=.5      # Mean probability that is enough by itself; None: none is
-    min_match:float=1.     # Sounding time below which it does not match, seconds of `whole`
-    whole:float=10.        # Length these times refer to, seconds; shorter clips need the same shares
+
+    threshold: float = 0.5  # Probability from which a frame counts as sounding
+    window: int = 1  # Median window over frames, odd; 1 leaves the curve as it is
+    min_active: float = 5.0  # Least sounding time, seconds of `whole`
+    min_run: float = 3.0  # Least longest stretch, seconds of `whole`
+    min_mean: float = 0.5  # Mean probability that is enough by itself; None: none is
+    min_match: float = 1.0  # Sounding time below which it does not match, seconds of `whole`
+    whole: float = 10.0  # Length these times refer to, seconds; shorter clips need the same shares
 
     def __post_init__(self):
-        if not 0 < self.threshold < 1: raise FoleyError(f'threshold={self.threshold}: is a probability between 0 and 1')
-        if self.window < 1 or self.window%2 != 1: raise FoleyError(f'window={self.window}: must be an odd number of frames; 1 leaves the curve as it is')
-        if self.min_mean is not None and not 0 < self.min_mean <= 1: raise FoleyError(f'min_mean={self.min_mean}: is a probability above 0, or None')
-        for k in ('min_active', 'min_run', 'min_match'):
-            if not 0 <= getattr(self, k) <= self.whole: raise FoleyError(f'{k}={getattr(self, k)}: must be from 0 to whole={self.whole} seconds')
+        if not 0 < self.threshold < 1:
+            raise FoleyError(f"threshold={self.threshold}: is a probability between 0 and 1")
+        if self.window < 1 or self.window % 2 != 1:
+            raise FoleyError(f"window={self.window}: must be an odd number of frames; 1 leaves the curve as it is")
+        if self.min_mean is not None and not 0 < self.min_mean <= 1:
+            raise FoleyError(f"min_mean={self.min_mean}: is a probability above 0, or None")
+        for k in ("min_active", "min_run", "min_match"):
+            if not 0 <= getattr(self, k) <= self.whole:
+                raise FoleyError(f"{k}={getattr(self, k)}: must be from 0 to whole={self.whole} seconds")
 
-    def needs(self, duration:float)->tuple: # Sounding time, longest stretch, least for a match, seconds
+    def needs(self, duration: float) -> tuple:  # Sounding time, longest stretch, least for a match, seconds
         "What a clip of this length has to reach"
-        return tuple(t*min(1., duration/self.whole) for t in (self.min_active, self.min_run, self.min_match))
+        return tuple(t * min(1.0, duration / self.whole) for t in (self.min_active, self.min_run, self.min_match))
 
 # %% ../../nbs/data/14_continuous.ipynb #57e3f395
 @dataclass(frozen=True, eq=False)
 class Heard:
     "A clip's curve"
-    times:np.ndarray           # Start of each frame, `(frames,)`, seconds
-    probabilities:np.ndarray   # Of the label, `(frames,)`
-    duration:float             # Of the sound, seconds
+
+    times: np.ndarray  # Start of each frame, `(frames,)`, seconds
+    probabilities: np.ndarray  # Of the label, `(frames,)`
+    duration: float  # Of the sound, seconds
+
 
 @patch
-def stretches(self:Heard,
-    threshold:float=.5,   # Probability above which it sounds
-    window:int=1,         # Median window, frames
-)->list:                  # `(start, end)`, seconds
+def stretches(
+    self: Heard,
+    threshold: float = 0.5,  # Probability above which it sounds
+    window: int = 1,  # Median window, frames
+) -> list:  # `(start, end)`, seconds
     "When it sounds"
     from smooth_foley.data.grounding import segments
+
     return segments(self.times, self.probabilities, threshold, window)
 
 # %% ../../nbs/data/14_continuous.ipynb #0457f57b
 @dataclass(frozen=True)
 class Verdict:
     "What the filter says of a clip"
-    active:float    # Sounding time, seconds
-    longest:float   # Longest stretch, seconds
-    mean:float      # Mean probability
-    kept:bool
-    reason:str
+
+    active: float  # Sounding time, seconds
+    longest: float  # Longest stretch, seconds
+    mean: float  # Mean probability
+    kept: bool
+    reason: str
 
 # %% ../../nbs/data/14_continuous.ipynb #c09da42a
 def decide(
-    heard:Heard,
-    rule:GroundingFilter=GroundingFilter(),
-)->Verdict:
+    heard: Heard,
+    rule: GroundingFilter = GroundingFilter(),
+) -> Verdict:
     "Does the clip sound like its label, and long enough?"
     from smooth_foley.data.grounding import active_time, longest_run
+
     spans = heard.stretches(rule.threshold, rule.window)
     active, longest = round(active_time(spans), 3), round(longest_run(spans), 3)
     mean = round(float(np.mean(heard.probabilities)), 4)
     need, run, match = rule.needs(heard.duration)
     said = partial(Verdict, active, longest, mean)
-    if active >= need-1e-6 and longest >= run-1e-6: return said(True, 'sounds long enough')
-    if rule.min_mean is not None and mean >= rule.min_mean: return said(True, 'probable on average')
-    if active < max(match, 1e-6): return said(False, 'no match')
-    return said(False, f'sounds for less than {need:g} s' if active < need-1e-6 else f'no stretch of {run:g} s')
+    if active >= need - 1e-6 and longest >= run - 1e-6:
+        return said(True, "sounds long enough")
+    if rule.min_mean is not None and mean >= rule.min_mean:
+        return said(True, "probable on average")
+    if active < max(match, 1e-6):
+        return said(False, "no match")
+    return said(False, f"sounds for less than {need:g} s" if active < need - 1e-6 else f"no stretch of {run:g} s")
 
 # %% ../../nbs/data/14_continuous.ipynb #03950a71
-FAULTS = ('id', 'path', 'reason', 'detail')   # Columns of a table of faults
+FAULTS = ("id", "path", "reason", "detail")  # Columns of a table of faults
 
-def _stored(folder, item): return Path(folder)/f'{item.name}.npz'
+
+def _stored(folder, item):
+    return Path(folder) / f"{item.name}.npz"
+
 
 def _arrays(folder, item):
     "The measurement of a clip as it is now, or None"
     try:
-        with np.load(_stored(folder, item)) as z: a = dict(z)
-        return a if str(a['label'])==item.label and (item.path is None or int(a['size'])==item.path.stat().st_size) else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return None
+        with np.load(_stored(folder, item)) as z:
+            a = dict(z)
+        return (
+            a
+            if str(a["label"]) == item.label and (item.path is None or int(a["size"]) == item.path.stat().st_size)
+            else None
+        )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
 
-def _fault(item, reason, detail=''): return dict(id=item.id, path=str(item.path or ''), reason=reason, detail=' '.join(str(detail).split()))
+
+def _fault(item, reason, detail=""):
+    return dict(id=item.id, path=str(item.path or ""), reason=reason, detail=" ".join(str(detail).split()))
+
 
 def _measure_one(measure, folder, item):
     "Measure one clip into its file; what was wrong with it, or None"
-    try: arrays = measure(item)
-    except FoleyError as e: return _fault(item, 'cannot be measured', e)
-    except Exception as e: return _fault(item, 'cannot be measured', f'{type(e).__name__}: {e}')
-    with atomic_path(_stored(folder, item)) as tmp: np.savez(tmp, label=item.label, size=item.path.stat().st_size, **arrays)
+    try:
+        arrays = measure(item)
+    except FoleyError as e:
+        return _fault(item, "cannot be measured", e)
+    except Exception as e:
+        return _fault(item, "cannot be measured", f"{type(e).__name__}: {e}")
+    with atomic_path(_stored(folder, item)) as tmp:
+        np.savez(tmp, label=item.label, size=item.path.stat().st_size, **arrays)
 
 # %% ../../nbs/data/14_continuous.ipynb #8520c7ed
 def _one_thread():
     "In a worker, before torch wakes up"
     die_with_parent()
-    os.environ['OMP_NUM_THREADS'] = '1'
-    if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
 
 @contextmanager
 def one_thread():
     "One thread, so that the last bits are those of a worker"
     import torch
+
     n = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
+
 
 @contextmanager
 def _pool(n):
     "Worker processes that are known to start"
-    with ProcessPoolExecutor(n, mp_context=get_context('spawn'), initializer=_one_thread) as pool:
-        try: pool.submit(int).result()
-        except BrokenProcessPool: raise FoleyError(f'processes={n}: worker processes do not start; in a script, call this below `if __name__ == "__main__":`, or use processes=1') from None
+    with ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        try:
+            pool.submit(int).result()
+        except BrokenProcessPool:
+            raise FoleyError(
+                f'processes={n}: worker processes do not start; in a script, call this below `if __name__ == "__main__":`, or use processes=1'
+            ) from None
         yield pool
 
 # %% ../../nbs/data/14_continuous.ipynb #66d3176a
 def _try_alone(work, item):
     "In a process of its own, which may die"
     with _pool(1) as pool:
-        try: return pool.submit(work, item).result()
-        except BrokenProcessPool: return _fault(item, 'cannot be measured', 'the process that read it died')
+        try:
+            return pool.submit(work, item).result()
+        except BrokenProcessPool:
+            return _fault(item, "cannot be measured", "the process that read it died")
+
 
 def _spread(work, items, processes):
     "Results of `work` in the order they come"
     if processes == 1:
-        with one_thread(): yield from map(work, items)
+        with one_thread():
+            yield from map(work, items)
         return
     while items:
         left = []
         with _pool(processes) as pool:
             try:
                 for future, item in [(pool.submit(work, i), i) for i in items]:
-                    try: yield future.result()
-                    except BrokenProcessPool: left.append(item)
-            except BaseException:                                           # a full disk, or Ctrl-C: what has not begun does not begin
+                    try:
+                        yield future.result()
+                    except BrokenProcessPool:
+                        left.append(item)
+            except BaseException:  # a full disk, or Ctrl-C: what has not begun does not begin
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        for item in left[:processes]: yield _try_alone(work, item)      # whoever broke the pool was among these
+        for item in left[:processes]:
+            yield _try_alone(work, item)  # whoever broke the pool was among these
         items = left[processes:]
 
 # %% ../../nbs/data/14_continuous.ipynb #85495aea
 def _same_settings(folder, settings):
     "Note how a folder was measured, or refuse another way"
-    path = Path(folder)/'settings.json'
+    path = Path(folder) / "settings.json"
     if not path.exists():
-        with atomic_path(path) as tmp: tmp.write_text(json.dumps(settings, indent=1)+'\n')
+        with atomic_path(path) as tmp:
+            tmp.write_text(json.dumps(settings, indent=1) + "\n")
     if (before := json.loads(path.read_text())) != settings:
-        which = next(k for k in {**before, **settings} if before.get(k)!=settings.get(k))
-        raise FoleyError(f'{folder}: was measured with {which}={before.get(which)}, now it is {settings.get(which)}; give another folder, or delete this one')
+        which = next(k for k in {**before, **settings} if before.get(k) != settings.get(k))
+        raise FoleyError(
+            f"{folder}: was measured with {which}={before.get(which)}, now it is {settings.get(which)}; give another folder, or delete this one"
+        )
+
 
 def measure_clips(
-    items:list,           # `Item`s; those without a file are left out
-    folder,               # Gets one `.npz` per clip
-    measure,              # Turns an `Item` into a dict of arrays; has `.settings`
-    processes:int=1,      # Processes on this machine
-    part:tuple=(0,1),     # Do share k of n, so that several machines can share the work
-)->list:                  # Faults, as dicts with `FAULTS`
+    items: list,  # `Item`s; those without a file are left out
+    folder,  # Gets one `.npz` per clip
+    measure,  # Turns an `Item` into a dict of arrays; has `.settings`
+    processes: int = 1,  # Processes on this machine
+    part: tuple = (0, 1),  # Do share k of n, so that several machines can share the work
+) -> list:  # Faults, as dicts with `FAULTS`
     "Measure what is not measured yet"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     _same_settings(folder, measure.settings)
-    mine = sorted({i.name: i for i in items if i.path is not None}.items())[part[0]::part[1]]
+    mine = sorted({i.name: i for i in items if i.path is not None}.items())[part[0] :: part[1]]
     todo = [i for _, i in mine if _arrays(folder, i) is None]
     results = _spread(partial(_measure_one, measure, folder), todo, processes)
-    return sorted((f for f in progress(results, Path(folder).name, 'clip', len(todo)) if f), key=lambda f: f['path'])
+    return sorted((f for f in progress(results, Path(folder).name, "clip", len(todo)) if f), key=lambda f: f["path"])
 
 # %% ../../nbs/data/14_continuous.ipynb #864a37d2
 @lru_cache(2)
 def _ears(folder, device):
     from smooth_foley.data.grounding import load_grounding
+
     return load_grounding(folder, device)
 
+
 def fingerprint(
-    model,     # A `torch` module
-)->str:        # 12 letters
+    model,  # A `torch` module
+) -> str:  # 12 letters
     "Which weights these are"
     h = hashlib.sha256()
-    for k, v in sorted(model.state_dict().items()): h.update(k.encode()); h.update(v.detach().cpu().contiguous().numpy().tobytes())
+    for k, v in sorted(model.state_dict().items()):
+        h.update(k.encode())
+        h.update(v.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:12]
+
 
 @dataclass(frozen=True)
 class Listener:
     "How probable a clip's label is at each moment of its sound"
-    model:str=None       # Folder of a grounding model; None: the one that knows Passby
-    device:str='cpu'
+
+    model: str = None  # Folder of a grounding model; None: the one that knows Passby
+    device: str = "cpu"
+
     @property
-    def settings(self): return dict(measures='grounding', weights=fingerprint(_ears(self.model, self.device)))
+    def settings(self):
+        return dict(measures="grounding", weights=fingerprint(_ears(self.model, self.device)))
+
     def __call__(self, item):
         from smooth_foley.data.grounding import ground_label
-        ears = _ears(self.model, self.device); sr = ears.config.sample_rate
+
+        ears = _ears(self.model, self.device)
+        sr = ears.config.sample_rate
         audio = read_audio(item.path, sr)
-        if not len(audio): raise FoleyError(f'{item.path}: its sound is empty')
+        if not len(audio):
+            raise FoleyError(f"{item.path}: its sound is empty")
         times, p = ground_label(ears, audio, sr, item.label)
-        return dict(times=times, probabilities=np.asarray(p, np.float32), duration=len(audio)/sr)
+        return dict(times=times, probabilities=np.asarray(p, np.float32), duration=len(audio) / sr)
 
 # %% ../../nbs/data/14_continuous.ipynb #790b63d9
 def ground_clips(
-    items:list,           # `Item`s with `path`
-    out,                  # Folder; the curves go to `out/grounding`
-    model=None,           # Folder of a grounding model; None: the one that knows Passby
-    processes:int=1,      # Processes on this machine
-    part:tuple=(0,1),     # Share k of n
-    device:str='cpu',
-)->list:                  # Faults
+    items: list,  # `Item`s with `path`
+    out,  # Folder; the curves go to `out/grounding`
+    model=None,  # Folder of a grounding model; None: the one that knows Passby
+    processes: int = 1,  # Processes on this machine
+    part: tuple = (0, 1),  # Share k of n
+    device: str = "cpu",
+) -> list:  # Faults
     "Listen to every clip once"
-    return measure_clips(items, Path(out)/'grounding', Listener(model and str(model), device), processes, part)
+    return measure_clips(items, Path(out) / "grounding", Listener(model and str(model), device), processes, part)
+
 
 def read_heard(
-    item:Item,
-    out,          # Folder given to `ground_clips`
-)->Heard:         # None if it was not listened to as it is now
+    item: Item,
+    out,  # Folder given to `ground_clips`
+) -> Heard:  # None if it was not listened to as it is now
     "The curve of a clip"
-    a = _arrays(Path(out)/'grounding', item)
-    return a and Heard(a['times'], a['probabilities'], float(a['duration']))
+    a = _arrays(Path(out) / "grounding", item)
+    return a and Heard(a["times"], a["probabilities"], float(a["duration"]))
 
 # %% ../../nbs/data/14_continuous.ipynb #ea07c549
-COLUMNS = ('id', 'start', 'label', 'split', 'duration', 'active', 'longest', 'mean', 'kept', 'reason')   # Of `filter.csv`
+COLUMNS = (
+    "id",
+    "start",
+    "label",
+    "split",
+    "duration",
+    "active",
+    "longest",
+    "mean",
+    "kept",
+    "reason",
+)  # Of `filter.csv`
+
 
 def _write(path, rows, columns):
     "A table, whole or not at all"
-    with atomic_path(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-        w = csv.DictWriter(f, columns, lineterminator='\n', extrasaction='ignore')
-        w.writeheader(); w.writerows(rows)
+    with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+        w = csv.DictWriter(f, columns, lineterminator="\n", extrasaction="ignore")
+        w.writeheader()
+        w.writerows(rows)
 
-def _number(x): return int(x) if float(x).is_integer() else x
+
+def _number(x):
+    return int(x) if float(x).is_integer() else x
+
 
 def _row(item, heard, verdict):
     "A row of `filter.csv`"
     about = dict(id=item.id, start=_number(item.start), label=item.label, split=item.split)
-    if heard is None: return dict(about, duration='', active='', longest='', mean='', kept=0, reason='no file' if item.path is None else 'cannot be measured')
-    return dict(about, duration=round(heard.duration, 2), active=verdict.active, longest=verdict.longest, mean=verdict.mean, kept=int(verdict.kept), reason=verdict.reason)
+    if heard is None:
+        return dict(
+            about,
+            duration="",
+            active="",
+            longest="",
+            mean="",
+            kept=0,
+            reason="no file" if item.path is None else "cannot be measured",
+        )
+    return dict(
+        about,
+        duration=round(heard.duration, 2),
+        active=verdict.active,
+        longest=verdict.longest,
+        mean=verdict.mean,
+        kept=int(verdict.kept),
+        reason=verdict.reason,
+    )
 
 # %% ../../nbs/data/14_continuous.ipynb #87953e03
 def filter_clips(
-    items:list,                               # `Item`s, of any labels
-    out,                                      # Folder given to `ground_clips`; gets `filter.csv` and `filter.json`
-    rule:GroundingFilter=GroundingFilter(),
-    tiers:tuple=('core',),                    # Labels to look at
-)->list:                                      # Rows, as dicts with `COLUMNS`, ordered by id and start
+    items: list,  # `Item`s, of any labels
+    out,  # Folder given to `ground_clips`; gets `filter.csv` and `filter.json`
+    rule: GroundingFilter = GroundingFilter(),
+    tiers: tuple = ("core",),  # Labels to look at
+) -> list:  # Rows, as dicts with `COLUMNS`, ordered by id and start
     "Decide about every clip with a continuous label, from its curve"
     rows = []
     for item in sorted({i.name: i for i in select(items, tiers)}.values(), key=lambda i: (i.id, i.start)):
         heard = None if item.path is None else read_heard(item, out)
         rows.append(_row(item, heard, heard and decide(heard, rule)))
-    _write(Path(out)/'filter.csv', rows, COLUMNS)
-    with atomic_path(Path(out)/'filter.json') as tmp: tmp.write_text(json.dumps(dict(asdict(rule), tiers=list(tiers)), indent=1)+'\n')
+    _write(Path(out) / "filter.csv", rows, COLUMNS)
+    with atomic_path(Path(out) / "filter.json") as tmp:
+        tmp.write_text(json.dumps(dict(asdict(rule), tiers=list(tiers)), indent=1) + "\n")
     return rows
 
 # %% ../../nbs/data/14_continuous.ipynb #f35df81d
-THRESHOLDS = tuple(round(.05*k, 2) for k in range(1, 20))
+THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
+
 
 def sweep(
-    heard:list,                               # `Heard`s
-    thresholds:tuple=THRESHOLDS,
-    rule:GroundingFilter=GroundingFilter(),   # Everything but the threshold
-    labels:list=None,                         # Of each clip: rows per label are added
-)->list:                                      # Rows: threshold, label ('' for all), clips, kept, no match, too short
+    heard: list,  # `Heard`s
+    thresholds: tuple = THRESHOLDS,
+    rule: GroundingFilter = GroundingFilter(),  # Everything but the threshold
+    labels: list = None,  # Of each clip: rows per label are added
+) -> list:  # Rows: threshold, label ('' for all), clips, kept, no match, too short
     "How many clips each threshold keeps"
-    rows, labels = [], labels or ['']*len(heard)
+    rows, labels = [], labels or [""] * len(heard)
     for t in thresholds:
         said = [decide(h, replace(rule, threshold=t)) for h in heard]
-        for name in ['', *sorted(set(labels)-{''})]:
-            mine = [v for v, l in zip(said, labels) if name in ('', l)]
-            other = sum(v.reason=='no match' for v in mine); kept = sum(v.kept for v in mine)
-            rows.append({'threshold':t, 'label':name, 'clips':len(mine), 'kept':kept, 'no match':other, 'too short':len(mine)-kept-other})
+        for name in ["", *sorted(set(labels) - {""})]:
+            mine = [v for v, l in zip(said, labels) if name in ("", l)]
+            other = sum(v.reason == "no match" for v in mine)
+            kept = sum(v.kept for v in mine)
+            rows.append(
+                {
+                    "threshold": t,
+                    "label": name,
+                    "clips": len(mine),
+                    "kept": kept,
+                    "no match": other,
+                    "too short": len(mine) - kept - other,
+                }
+            )
     return rows
 
 # %% ../../nbs/data/14_continuous.ipynb #71fd0252
 def plot_sweep(
-    rows:list,        # Of `sweep`
-    threshold=None,   # The one that is used, marked
+    rows: list,  # Of `sweep`
+    threshold=None,  # The one that is used, marked
     ax=None,
-):                    # The axes
+):  # The axes
     "Shares of the clips over the threshold"
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(6, 2.4), dpi=80, layout='constrained')[1]
-    rows = [r for r in rows if r['label']=='']
-    t = [r['threshold'] for r in rows]
-    parts = {k: [r[k]/max(1, r['clips']) for r in rows] for k in ('kept', 'too short', 'no match')}
-    ax.stackplot(t, *parts.values(), labels=parts, colors=('#93c47d', '#ffe599', '#ea9999'))
-    if threshold: ax.axvline(threshold, color='k', lw=.8, ls='--')
-    ax.set(xlabel='threshold on the grounding probability', ylabel='share of clips', xlim=(min(t), max(t)), ylim=(0, 1)); ax.legend(fontsize=7, loc='lower left')
+
+    if ax is None:
+        ax = plt.subplots(figsize=(6, 2.4), dpi=80, layout="constrained")[1]
+    rows = [r for r in rows if r["label"] == ""]
+    t = [r["threshold"] for r in rows]
+    parts = {k: [r[k] / max(1, r["clips"]) for r in rows] for k in ("kept", "too short", "no match")}
+    ax.stackplot(t, *parts.values(), labels=parts, colors=("#93c47d", "#ffe599", "#ea9999"))
+    if threshold:
+        ax.axvline(threshold, color="k", lw=0.8, ls="--")
+    ax.set(xlabel="threshold on the grounding probability", ylabel="share of clips", xlim=(min(t), max(t)), ylim=(0, 1))
+    ax.legend(fontsize=7, loc="lower left")
     return ax
 
 # %% ../../nbs/data/14_continuous.ipynb #12319ea9
 def sharpness(
-    frames,      # `(T, H, W, 3)` uint8
-)->np.ndarray:   # `(T,)`, in [0, 4]
+    frames,  # `(T, H, W, 3)` uint8
+) -> np.ndarray:  # `(T,)`, in [0, 4]
     "Strength of the sharpest edges: the 99.95 % quantile of the Laplacian of brightness"
-    g = np.asarray(frames, np.float32)@np.array([.299,.587,.114], np.float32)/255
-    edges = g[:,1:-1,2:]+g[:,1:-1,:-2]+g[:,2:,1:-1]+g[:,:-2,1:-1]-4*g[:,1:-1,1:-1]
-    return np.quantile(np.abs(edges).reshape(len(g), -1), .9995, axis=1).astype(np.float32)
+    g = np.asarray(frames, np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+    edges = g[:, 1:-1, 2:] + g[:, 1:-1, :-2] + g[:, 2:, 1:-1] + g[:, :-2, 1:-1] - 4 * g[:, 1:-1, 1:-1]
+    return np.quantile(np.abs(edges).reshape(len(g), -1), 0.9995, axis=1).astype(np.float32)
+
 
 @lru_cache(2)
 def _eyes(folder, device):
     from smooth_foley.clip import FrameEncoder
-    return FrameEncoder.from_pretrained(folder or mini_path()/'frame_encoder').to(device)
+
+    return FrameEncoder.from_pretrained(folder or mini_path() / "frame_encoder").to(device)
+
 
 def look(
-    frames,        # `(T, H, W, 3)` uint8
-    label:str,
-    eyes,          # `FrameEncoder`
+    frames,  # `(T, H, W, 3)` uint8
+    label: str,
+    eyes,  # `FrameEncoder`
     through=None,  # `LabelProjection`; None: plain cosines
-)->np.ndarray:     # Cosine of each frame with the label, `(T,)`
+) -> np.ndarray:  # Cosine of each frame with the label, `(T,)`
     "How well each frame fits the label"
     import torch
+
     text = eyes.encode_text([label])[0]
     seen = eyes.encode_frames(frames)
-    if through is None: return torch.nn.functional.cosine_similarity(seen, text[None]).cpu().numpy()
-    with torch.no_grad(): return through(seen, text).cpu().numpy()
+    if through is None:
+        return torch.nn.functional.cosine_similarity(seen, text[None]).cpu().numpy()
+    with torch.no_grad():
+        return through(seen, text).cpu().numpy()
 
 # %% ../../nbs/data/14_continuous.ipynb #af293b62
 @dataclass(frozen=True)
 class Watcher:
     "How a clip's label fits its frames, and how sharp they are"
-    clip:str=None       # Folder of a `FrameEncoder`; None: the one that knows Passby
-    fps:float=4.        # Frames per second to look at
-    side:int=256        # Side of the square they are cut to before sharpness is measured, px; smaller videos keep theirs
-    device:str='cpu'
+
+    clip: str = None  # Folder of a `FrameEncoder`; None: the one that knows Passby
+    fps: float = 4.0  # Frames per second to look at
+    side: int = 256  # Side of the square they are cut to before sharpness is measured, px; smaller videos keep theirs
+    device: str = "cpu"
+
     @property
-    def settings(self): return dict(measures='picture', weights=fingerprint(_eyes(self.clip, self.device)), fps=self.fps, side=self.side)
+    def settings(self):
+        return dict(
+            measures="picture", weights=fingerprint(_eyes(self.clip, self.device)), fps=self.fps, side=self.side
+        )
+
     def __call__(self, item):
         file = probe(item.path)
-        c = read_clip(item.path, self.fps, size=min(self.side, file['width'], file['height']))
-        return dict(times=c.times, similarity=look(c.frames, item.label, _eyes(self.clip, self.device)), sharpness=sharpness(c.frames))
+        c = read_clip(item.path, self.fps, size=min(self.side, file["width"], file["height"]))
+        return dict(
+            times=c.times,
+            similarity=look(c.frames, item.label, _eyes(self.clip, self.device)),
+            sharpness=sharpness(c.frames),
+        )
 
 # %% ../../nbs/data/14_continuous.ipynb #8b674ef5
 def watch_clips(
-    items:list,           # `Item`s with `path`
-    out,                  # Folder; the measurements go to `out/pictures`
-    clip=None,            # Folder of a `FrameEncoder`; None: the one that knows Passby
-    processes:int=1,      # Processes on this machine
-    part:tuple=(0,1),     # Share k of n
-    device:str='cpu',
-)->list:                  # Faults
+    items: list,  # `Item`s with `path`
+    out,  # Folder; the measurements go to `out/pictures`
+    clip=None,  # Folder of a `FrameEncoder`; None: the one that knows Passby
+    processes: int = 1,  # Processes on this machine
+    part: tuple = (0, 1),  # Share k of n
+    device: str = "cpu",
+) -> list:  # Faults
     "Look at every clip once"
-    return measure_clips(items, Path(out)/'pictures', Watcher(clip and str(clip), device=device), processes, part)
+    return measure_clips(items, Path(out) / "pictures", Watcher(clip and str(clip), device=device), processes, part)
 
 # %% ../../nbs/data/14_continuous.ipynb #f1227738
 @dataclass(frozen=True)
 class ChallengeRule:
     "Which clips are hard"
-    n:int=95               # Clips to pick
-    per_label:int=5        # At most so many of a label
-    min_share:float=.8     # Least share of the clip that sounds
+
+    n: int = 95  # Clips to pick
+    per_label: int = 5  # At most so many of a label
+    min_share: float = 0.8  # Least share of the clip that sounds
 
     def __post_init__(self):
-        if self.n < 1 or self.per_label < 1: raise FoleyError(f'n={self.n}, per_label={self.per_label}: at least one clip')
-        if not 0 <= self.min_share <= 1: raise FoleyError(f'min_share={self.min_share}: is a fraction from 0 to 1')
+        if self.n < 1 or self.per_label < 1:
+            raise FoleyError(f"n={self.n}, per_label={self.per_label}: at least one clip")
+        if not 0 <= self.min_share <= 1:
+            raise FoleyError(f"min_share={self.min_share}: is a fraction from 0 to 1")
+
 
 def picture_of(
-    heard:Heard,
-    times,           # Of the frames, `(T,)`, seconds
-    similarity,      # With the label, `(T,)`
-    sharp,           # Of the frames, `(T,)`
-    threshold:float=.5,
-)->dict:             # share, similarity, spread, sharpness
+    heard: Heard,
+    times,  # Of the frames, `(T,)`, seconds
+    similarity,  # With the label, `(T,)`
+    sharp,  # Of the frames, `(T,)`
+    threshold: float = 0.5,
+) -> dict:  # share, similarity, spread, sharpness
     "A clip in four numbers, the picture taken while it sounds"
     spans, t = heard.stretches(threshold), np.asarray(times)
-    while_on = np.any([(t>=a)&(t<b) for a, b in spans], 0) if spans else np.zeros(len(t), bool)
+    while_on = np.any([(t >= a) & (t < b) for a, b in spans], 0) if spans else np.zeros(len(t), bool)
     pick = np.asarray(similarity)[while_on] if while_on.any() else np.asarray(similarity)
-    share = min(1., sum(b-a for a, b in spans)/heard.duration)
-    return dict(share=round(share, 4), similarity=round(float(pick.mean()), 4), spread=round(float(pick.std()), 4), sharpness=round(float(np.median(sharp)), 4))
+    share = min(1.0, sum(b - a for a, b in spans) / heard.duration)
+    return dict(
+        share=round(share, 4),
+        similarity=round(float(pick.mean()), 4),
+        spread=round(float(pick.std()), 4),
+        sharpness=round(float(np.median(sharp)), 4),
+    )
 
 # %% ../../nbs/data/14_continuous.ipynb #37dcd227
 def _ranks(x):
     "Share of the others that are lower, ties in the middle"
     from scipy.stats import rankdata
-    return (rankdata(x)-.5)/len(x)
+
+    return (rankdata(x) - 0.5) / len(x)
+
 
 def suspect(
-    rows:list,    # With label, similarity, spread, sharpness
-)->list:          # The same with small, gone, soft and score added
+    rows: list,  # With label, similarity, spread, sharpness
+) -> list:  # The same with small, gone, soft and score added
     "Rank clips by how hard their pictures look"
-    if not rows: return []
+    if not rows:
+        return []
     col = lambda k: np.array([r[k] for r in rows])
     small = np.zeros(len(rows))
-    for l in set(col('label')): small[i] = _ranks(-col('similarity')[i]) if len(i := np.flatnonzero(col('label')==l)) else 0
-    parts = np.stack([small, _ranks(col('spread')), _ranks(-col('sharpness'))])
+    for l in set(col("label")):
+        small[i] = _ranks(-col("similarity")[i]) if len(i := np.flatnonzero(col("label") == l)) else 0
+    parts = np.stack([small, _ranks(col("spread")), _ranks(-col("sharpness"))])
     score = (parts**2).mean(0)
-    return [dict(r, small=round(a, 4), gone=round(b, 4), soft=round(c, 4), score=round(s, 6)) for r, (a, b, c), s in zip(rows, parts.T.tolist(), score.tolist())]
+    return [
+        dict(r, small=round(a, 4), gone=round(b, 4), soft=round(c, 4), score=round(s, 6))
+        for r, (a, b, c), s in zip(rows, parts.T.tolist(), score.tolist())
+    ]
 
 # %% ../../nbs/data/14_continuous.ipynb #8a1999e8
 def challenge(
-    rows:list,                               # With id, start, label, share, similarity, spread, sharpness
-    rule:ChallengeRule=ChallengeRule(),
-    dropped=(),                              # Names `{id}_{start:06d}` that a person refused
-)->list:                                     # Candidates, hardest first, with score and `picked`
+    rows: list,  # With id, start, label, share, similarity, spread, sharpness
+    rule: ChallengeRule = ChallengeRule(),
+    dropped=(),  # Names `{id}_{start:06d}` that a person refused
+) -> list:  # Candidates, hardest first, with score and `picked`
     "The challenging split: highest scores first, few of a label, ties by id"
-    rows = suspect([r for r in rows if r['share'] >= rule.min_share])
-    rows.sort(key=lambda r: (-r['score'], r['id'], r['start']))
+    rows = suspect([r for r in rows if r["share"] >= rule.min_share])
+    rows.sort(key=lambda r: (-r["score"], r["id"], r["start"]))
     taken = Counter()
     for r in rows:
-        r['picked'] = int(taken.total() < rule.n and taken[r['label']] < rule.per_label and _name(r) not in set(dropped))
-        taken[r['label']] += r['picked']
+        r["picked"] = int(
+            taken.total() < rule.n and taken[r["label"]] < rule.per_label and _name(r) not in set(dropped)
+        )
+        taken[r["label"]] += r["picked"]
     return rows
 
-def _name(row): return f"{row['id']}_{int(float(row['start'])):06d}"
+
+def _name(row):
+    return f"{row['id']}_{int(float(row['start'])):06d}"
 
 # %% ../../nbs/data/14_continuous.ipynb #3bf8afae
-LIST = ('id', 'start', 'label', 'split', 'active', 'longest', 'mean')                     # Of the two lists
-CHALLENGE = ('id', 'start', 'label', 'share', 'similarity', 'spread', 'sharpness', 'small', 'gone', 'soft', 'score', 'picked')
+LIST = ("id", "start", "label", "split", "active", "longest", "mean")  # Of the two lists
+CHALLENGE = (
+    "id",
+    "start",
+    "label",
+    "share",
+    "similarity",
+    "spread",
+    "sharpness",
+    "small",
+    "gone",
+    "soft",
+    "score",
+    "picked",
+)
+
 
 def pictures(
-    rows:list,    # Of `filter_clips`
-    items:list,   # The same clips
-    out,          # Folder given to `ground_clips` and `watch_clips`
-)->list:          # Rows for `challenge`: kept clips of the test split
+    rows: list,  # Of `filter_clips`
+    items: list,  # The same clips
+    out,  # Folder given to `ground_clips` and `watch_clips`
+) -> list:  # Rows for `challenge`: kept clips of the test split
     "Sound and picture of the possible test clips"
     by_name, found = {i.name: i for i in items}, []
-    threshold = json.loads((Path(out)/'filter.json').read_text())['threshold']
+    threshold = json.loads((Path(out) / "filter.json").read_text())["threshold"]
     for r in rows:
         item = by_name[_name(r)]
-        if not (r['kept'] and r['split']=='test' and (a := _arrays(Path(out)/'pictures', item)) and (heard := read_heard(item, out))): continue
-        found.append(dict(id=r['id'], start=r['start'], label=r['label'], **picture_of(heard, a['times'], a['similarity'], a['sharpness'], threshold)))
+        if not (
+            r["kept"]
+            and r["split"] == "test"
+            and (a := _arrays(Path(out) / "pictures", item))
+            and (heard := read_heard(item, out))
+        ):
+            continue
+        found.append(
+            dict(
+                id=r["id"],
+                start=r["start"],
+                label=r["label"],
+                **picture_of(heard, a["times"], a["similarity"], a["sharpness"], threshold),
+            )
+        )
     return found
 
 # %% ../../nbs/data/14_continuous.ipynb #39f0a4a9
 def write_split(
-    rows:list,        # Of `filter_clips`
-    candidates:list,  # Of `challenge`
-    out,              # Folder
-)->dict:              # Name of the split -> rows
+    rows: list,  # Of `filter_clips`
+    candidates: list,  # Of `challenge`
+    out,  # Folder
+) -> dict:  # Name of the split -> rows
     "`vggsound_continuous_train.csv`, `vggsound_continuous_test.csv` and `challenge.csv`"
-    picked, videos = ({f(c) for c in candidates if c['picked']} for f in (_name, lambda c: c['id']))
-    lists = dict(train=[r for r in rows if r['kept'] and r['split']=='train' and r['id'] not in videos], test=[r for r in rows if r['split']=='test' and _name(r) in picked])
-    for name, mine in lists.items(): _write(Path(out)/f'vggsound_continuous_{name}.csv', mine, LIST)
-    _write(Path(out)/'challenge.csv', candidates, CHALLENGE)
+    picked, videos = ({f(c) for c in candidates if c["picked"]} for f in (_name, lambda c: c["id"]))
+    lists = dict(
+        train=[r for r in rows if r["kept"] and r["split"] == "train" and r["id"] not in videos],
+        test=[r for r in rows if r["split"] == "test" and _name(r) in picked],
+    )
+    for name, mine in lists.items():
+        _write(Path(out) / f"vggsound_continuous_{name}.csv", mine, LIST)
+    _write(Path(out) / "challenge.csv", candidates, CHALLENGE)
     return lists
 
 # %% ../../nbs/data/14_continuous.ipynb #b261dd3d
 def _read(path, columns):
     "Rows of a table of ours"
-    try: f = open(path, newline='', encoding='utf-8')
-    except OSError as e: raise FoleyError(f'{path}: cannot be read ({(e.strerror or str(e)).lower()}); run the step that writes it first') from None
+    try:
+        f = open(path, newline="", encoding="utf-8")
+    except OSError as e:
+        raise FoleyError(
+            f"{path}: cannot be read ({(e.strerror or str(e)).lower()}); run the step that writes it first"
+        ) from None
     with f:
         table = csv.DictReader(f, strict=True)
-        if missing := set(columns)-set(table.fieldnames or ()): raise FoleyError(f'{path} line 1: has no column {min(missing)!r}; give a file as it was written')
+        if missing := set(columns) - set(table.fieldnames or ()):
+            raise FoleyError(f"{path} line 1: has no column {min(missing)!r}; give a file as it was written")
         rows = []
         try:
             for r in table:
-                if None in r or None in r.values(): raise FoleyError(f'{path} line {table.line_num}: not {len(table.fieldnames)} columns; mend the line')
+                if None in r or None in r.values():
+                    raise FoleyError(
+                        f"{path} line {table.line_num}: not {len(table.fieldnames)} columns; mend the line"
+                    )
                 rows.append(r)
-        except (csv.Error, UnicodeDecodeError) as e: raise FoleyError(f'{path} line {table.line_num+1}: cannot be read ({e})') from None
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise FoleyError(f"{path} line {table.line_num + 1}: cannot be read ({e})") from None
         return rows
 
+
 def read_filter(
-    out,       # Folder that `filter_clips` wrote to
-)->list:       # Rows as they were
+    out,  # Folder that `filter_clips` wrote to
+) -> list:  # Rows as they were
     "The table of the filter"
-    as_number = lambda r: dict(r, start=_number(float(r['start'])), kept=int(r['kept']), **{k: float(r[k]) if r[k] else '' for k in ('duration', 'active', 'longest', 'mean')})
-    return [as_number(r) for r in _read(Path(out)/'filter.csv', COLUMNS)]
+    as_number = lambda r: dict(
+        r,
+        start=_number(float(r["start"])),
+        kept=int(r["kept"]),
+        **{k: float(r[k]) if r[k] else "" for k in ("duration", "active", "longest", "mean")},
+    )
+    return [as_number(r) for r in _read(Path(out) / "filter.csv", COLUMNS)]
+
 
 def read_continuous(
-    path,       # `vggsound_continuous_train.csv` or `..._test.csv`
-)->list:        # `Item`s
+    path,  # `vggsound_continuous_train.csv` or `..._test.csv`
+) -> list:  # `Item`s
     "A list of VGGSound-Continuous"
-    return [Item(r['id'], float(r['start']), check_vggsound_label(r['label']), r['split']) for r in _read(path, LIST)]
+    return [Item(r["id"], float(r["start"]), check_vggsound_label(r["label"]), r["split"]) for r in _read(path, LIST)]
 
 # %% ../../nbs/data/14_continuous.ipynb #adaae911
-REVIEW = ('id', 'start', 'label', 'decision', 'reason')
-WHY = ('sound does not match', 'speech or music over it', 'source clearly visible', 'sound stops', 'picture is still', 'duplicate')
+REVIEW = ("id", "start", "label", "decision", "reason")
+WHY = (
+    "sound does not match",
+    "speech or music over it",
+    "source clearly visible",
+    "sound stops",
+    "picture is still",
+    "duplicate",
+)
+
 
 def _png(heard, threshold):
     "The plotted curve as bytes, made without a window"
     from matplotlib.figure import Figure
     from smooth_foley.data.grounding import plot_grounding
-    fig, buf = Figure(figsize=(6, 1.5), dpi=80, layout='constrained'), io.BytesIO()
+
+    fig, buf = Figure(figsize=(6, 1.5), dpi=80, layout="constrained"), io.BytesIO()
     plot_grounding(heard.times, heard.probabilities, threshold, ax=fig.subplots())
-    fig.savefig(buf, format='png')
+    fig.savefig(buf, format="png")
     return buf.getvalue()
 
 # %% ../../nbs/data/14_continuous.ipynb #f3603741
 class Reviewer:
     "Buttons to keep or drop clips one by one"
-    def __init__(self,
-        items:list,             # `Item`s with `path`, in the order to look at
-        csv_path,               # Decisions, read if there and written at each click
-        out=None,               # Folder given to `ground_clips`, for the curves
-        notes:dict=None,        # Name of a clip -> what is known about it
-        threshold:float=.5,
+
+    def __init__(
+        self,
+        items: list,  # `Item`s with `path`, in the order to look at
+        csv_path,  # Decisions, read if there and written at each click
+        out=None,  # Folder given to `ground_clips`, for the curves
+        notes: dict = None,  # Name of a clip -> what is known about it
+        threshold: float = 0.5,
     ):
-        try: widgets = importlib.import_module('ipywidgets')
-        except ImportError: raise FoleyError('ipywidgets: is needed to review clips; pip install ipywidgets') from None
-        self.w, self.items, self.path, self.out, self.notes, self.threshold = widgets, list(items), Path(csv_path), out, notes or {}, threshold
-        if not self.items: raise FoleyError('items: no clip to review')
+        try:
+            widgets = importlib.import_module("ipywidgets")
+        except ImportError:
+            raise FoleyError("ipywidgets: is needed to review clips; pip install ipywidgets") from None
+        self.w, self.items, self.path, self.out, self.notes, self.threshold = (
+            widgets,
+            list(items),
+            Path(csv_path),
+            out,
+            notes or {},
+            threshold,
+        )
+        if not self.items:
+            raise FoleyError("items: no clip to review")
         self.decisions = {_name(r): r for r in _read(self.path, REVIEW)} if self.path.exists() else {}
         self._build()
         self.go(next((k for k, i in enumerate(self.items) if i.name not in self.decisions), len(self.items)))
 
-    def _repr_mimebundle_(self, **kwargs): return self.box._repr_mimebundle_(**kwargs)
+    def _repr_mimebundle_(self, **kwargs):
+        return self.box._repr_mimebundle_(**kwargs)
+
 
 @patch
-def _build(self:Reviewer):
+def _build(self: Reviewer):
     "The widgets, once"
     w = self.w
-    self.title, self.video, self.curve = w.HTML(), w.Video(autoplay=False, loop=False, width=360), w.Image(format='png')
-    self.reason = w.Combobox(options=WHY, placeholder='reason', ensure_option=False)
-    self.keep, self.drop, self.back = (w.Button(description=d, button_style=s) for d, s in (('keep', 'success'), ('drop', 'danger'), ('back', '')))
-    self.keep.on_click(lambda _: self.decide('keep')); self.drop.on_click(lambda _: self.decide('drop')); self.back.on_click(lambda _: self.go(self.at-1))
-    self.box = w.VBox([self.title, w.HBox([self.video, self.curve]), w.HBox([self.reason, self.keep, self.drop, self.back])])
+    self.title, self.video, self.curve = w.HTML(), w.Video(autoplay=False, loop=False, width=360), w.Image(format="png")
+    self.reason = w.Combobox(options=WHY, placeholder="reason", ensure_option=False)
+    self.keep, self.drop, self.back = (
+        w.Button(description=d, button_style=s) for d, s in (("keep", "success"), ("drop", "danger"), ("back", ""))
+    )
+    self.keep.on_click(lambda _: self.decide("keep"))
+    self.drop.on_click(lambda _: self.decide("drop"))
+    self.back.on_click(lambda _: self.go(self.at - 1))
+    self.box = w.VBox(
+        [self.title, w.HBox([self.video, self.curve]), w.HBox([self.reason, self.keep, self.drop, self.back])]
+    )
 
 # %% ../../nbs/data/14_continuous.ipynb #7b171142
 @patch
-def go(self:Reviewer,
-    at:int,   # Place of a clip; the number of clips: the end
+def go(
+    self: Reviewer,
+    at: int,  # Place of a clip; the number of clips: the end
 ):
     "Show a clip, with the decision there is"
     self.at = max(0, min(at, len(self.items)))
     done = sum(i.name in self.decisions for i in self.items)
-    over = self.at==len(self.items)
-    for b in (self.keep, self.drop): b.disabled = over
-    self.back.disabled = self.at==0
+    over = self.at == len(self.items)
+    for b in (self.keep, self.drop):
+        b.disabled = over
+    self.back.disabled = self.at == 0
     if over:
-        self.title.value, self.video.value, self.curve.value, self.reason.value = f'{done} of {len(self.items)} reviewed; {self.path.name} holds the decisions', b'', b'', ''
+        self.title.value, self.video.value, self.curve.value, self.reason.value = (
+            f"{done} of {len(self.items)} reviewed; {self.path.name} holds the decisions",
+            b"",
+            b"",
+            "",
+        )
         return
     item, said = self.items[self.at], self.decisions.get(self.items[self.at].name, {})
-    told = ' · '.join(x for x in (f'{self.at+1} of {len(self.items)}', item.name, item.label, self.notes.get(item.name, ''), f"so far: {said['decision']}" if said else '') if x)
-    self.title.value, self.reason.value = told, said.get('reason', '')
-    self.video.value = item.path.read_bytes() if item.path and item.path.exists() else b''
+    told = " · ".join(
+        x
+        for x in (
+            f"{self.at + 1} of {len(self.items)}",
+            item.name,
+            item.label,
+            self.notes.get(item.name, ""),
+            f"so far: {said['decision']}" if said else "",
+        )
+        if x
+    )
+    self.title.value, self.reason.value = told, said.get("reason", "")
+    self.video.value = item.path.read_bytes() if item.path and item.path.exists() else b""
     heard = read_heard(item, self.out) if self.out else None
-    self.curve.value = _png(heard, self.threshold) if heard else b''
+    self.curve.value = _png(heard, self.threshold) if heard else b""
+
 
 @patch
-def decide(self:Reviewer,
-    decision:str,   # 'keep' or 'drop'
+def decide(
+    self: Reviewer,
+    decision: str,  # 'keep' or 'drop'
 ):
     "Write a decision down, then show the next clip"
     item = self.items[self.at]
-    self.decisions[item.name] = dict(id=item.id, start=_number(item.start), label=item.label, decision=decision, reason=' '.join(self.reason.value.split()))
+    self.decisions[item.name] = dict(
+        id=item.id,
+        start=_number(item.start),
+        label=item.label,
+        decision=decision,
+        reason=" ".join(self.reason.value.split()),
+    )
     first = {i.name: k for k, i in enumerate(self.items)}
-    _write(self.path, sorted(self.decisions.values(), key=lambda r: (first.get(_name(r), len(first)), str(r['id']))), REVIEW)
-    self.go(self.at+1)
+    _write(
+        self.path,
+        sorted(self.decisions.values(), key=lambda r: (first.get(_name(r), len(first)), str(r["id"]))),
+        REVIEW,
+    )
+    self.go(self.at + 1)
 
 # %% ../../nbs/data/14_continuous.ipynb #99bfeac9
 def review(
-    items:list,             # `Item`s with `path`, in the order to look at
-    csv_path,               # Decisions; a review that was left goes on
-    out=None,               # Folder given to `ground_clips`, for the curves
-    notes:dict=None,        # Name of a clip -> what is known about it
-    threshold:float=.5,
-)->Reviewer:                # Shows itself in a notebook
+    items: list,  # `Item`s with `path`, in the order to look at
+    csv_path,  # Decisions; a review that was left goes on
+    out=None,  # Folder given to `ground_clips`, for the curves
+    notes: dict = None,  # Name of a clip -> what is known about it
+    threshold: float = 0.5,
+) -> Reviewer:  # Shows itself in a notebook
     "Look at clips one by one: keep or drop, and why"
     return Reviewer(items, csv_path, out, notes, threshold)
 
+
 def dropped(
-    csv_path,   # Written by `review`
-)->set:         # Names of the clips that were dropped
+    csv_path,  # Written by `review`
+) -> set:  # Names of the clips that were dropped
     "What the review refused"
-    return {_name(r) for r in _read(csv_path, REVIEW) if r['decision']=='drop'}
+    return {_name(r) for r in _read(csv_path, REVIEW) if r["decision"] == "drop"}
 
 # %% ../../nbs/data/14_continuous.ipynb #7b191017
 def published_counts(
-    tiers:tuple=('core',),
-)->dict:                     # label -> (train, test)
+    tiers: tuple = ("core",),
+) -> dict:  # label -> (train, test)
     "Clips per label in VGGSound's published list, before any filter"
     stats = vggsound_labels()
-    return {l: (stats[l]['clips_total']-stats[l]['clips_test'], stats[l]['clips_test']) for l in select_labels(tiers)}
+    return {l: (stats[l]["clips_total"] - stats[l]["clips_test"], stats[l]["clips_test"]) for l in select_labels(tiers)}
+
 
 def list_counts(
-    train:list,   # `Item`s, or rows with a label
-    test:list,
-)->dict:          # label -> (train, test)
+    train: list,  # `Item`s, or rows with a label
+    test: list,
+) -> dict:  # label -> (train, test)
     "Clips per label in two lists"
-    a, b = (Counter(i['label'] if isinstance(i, dict) else i.label for i in rows) for rows in (train, test))
-    return {l: (a[l], b[l]) for l in sorted(a.keys()|b.keys())}
+    a, b = (Counter(i["label"] if isinstance(i, dict) else i.label for i in rows) for rows in (train, test))
+    return {l: (a[l], b[l]) for l in sorted(a.keys() | b.keys())}
 
 # %% ../../nbs/data/14_continuous.ipynb #88fa9383
 def figure3(
-    counts:dict,              # label -> (train, test)
-    seconds:float=10.,        # Length of a clip
-    title:str='',             # Where the numbers come from
+    counts: dict,  # label -> (train, test)
+    seconds: float = 10.0,  # Length of a clip
+    title: str = "",  # Where the numbers come from
     ax=None,
-):                            # The axes
+):  # The axes
     "Label distribution and statistics, as the paper's Figure 3"
     import matplotlib.pyplot as plt
+
     names = sorted(counts, key=lambda l: (sum(counts[l]), l))
-    if ax is None: ax = plt.subplots(figsize=(7.5, 1.+.15*len(names)), dpi=75, layout='constrained')[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(7.5, 1.0 + 0.15 * len(names)), dpi=75, layout="constrained")[1]
     train, test = (np.array([counts[l][k] for l in names]) for k in (0, 1))
-    hours = lambda n: f'{n.sum():,} clips, {n.sum()*seconds/3600:.1f} h'
-    ax.barh(names, train, color='#6fa8dc', label=f'train: {hours(train)}'); ax.barh(names, test, left=train, color='#e69138', label=f'test: {hours(test)}')
-    for y, n in enumerate(train+test): ax.text(n, y, f' {n:,}', va='center', fontsize=6)
-    ax.tick_params(axis='y', labelsize=7); ax.margins(x=.08, y=.01)
-    ax.set(xlabel=f'clips; {len(names)} labels, {hours(train+test)}', title=title); ax.legend(loc='lower right', fontsize=8)
+    hours = lambda n: f"{n.sum():,} clips, {n.sum() * seconds / 3600:.1f} h"
+    ax.barh(names, train, color="#6fa8dc", label=f"train: {hours(train)}")
+    ax.barh(names, test, left=train, color="#e69138", label=f"test: {hours(test)}")
+    for y, n in enumerate(train + test):
+        ax.text(n, y, f" {n:,}", va="center", fontsize=6)
+    ax.tick_params(axis="y", labelsize=7)
+    ax.margins(x=0.08, y=0.01)
+    ax.set(xlabel=f"clips; {len(names)} labels, {hours(train + test)}", title=title)
+    ax.legend(loc="lower right", fontsize=8)
     return ax
 
 # %% ../../nbs/data/14_continuous.ipynb #1c7e2b04
-FAMILIES = (('police car (siren)', 'civil defense siren'), ('railroad car, train wagon', 'train horning'), ('airplane flyby', 'helicopter'),
-            ('driving motorcycle', 'car passing by', 'race car, auto racing', 'motorboat, speedboat acceleration'))
-KINDS = ('other', 'silence', 'same family', 'ambience')   # How a clip becomes mismatched, in turn
+FAMILIES = (
+    ("police car (siren)", "civil defense siren"),
+    ("railroad car, train wagon", "train horning"),
+    ("airplane flyby", "helicopter"),
+    ("driving motorcycle", "car passing by", "race car, auto racing", "motorboat, speedboat acceleration"),
+)
+KINDS = ("other", "silence", "same family", "ambience")  # How a clip becomes mismatched, in turn
+
 
 @dataclass(frozen=True)
 class Mixed:
     "A Passby clip and the sound it is given"
-    seed:int              # Of the scene
-    label:str
-    kind:str=''           # '' as it is, or one of `KINDS`
-    sound_seed:int=None   # Of the scene that is heard; None: none
-    sound_label:str=''
 
-def _kin(a, b): return any(a in f and b in f for f in FAMILIES)
+    seed: int  # Of the scene
+    label: str
+    kind: str = ""  # '' as it is, or one of `KINDS`
+    sound_seed: int = None  # Of the scene that is heard; None: none
+    sound_label: str = ""
+
+
+def _kin(a, b):
+    return any(a in f and b in f for f in FAMILIES)
+
 
 def mixed_set(
-    n:int,             # Clips
-    seed:int,          # First scene
-    wrong:float=.15,   # Fraction that is mismatched
-)->list:               # `Mixed`, all with continuous labels
+    n: int,  # Clips
+    seed: int,  # First scene
+    wrong: float = 0.15,  # Fraction that is mismatched
+) -> list:  # `Mixed`, all with continuous labels
     "Scenes with continuous labels; the sound of some belongs to another scene, or is none"
     wanted, found, others = set(select_labels()), [], []
     while len(found) < n:
         label = passby_label(seed)
         others.append((seed, label))
-        if label in wanted: found.append(Mixed(seed, label, '', seed, label))
+        if label in wanted:
+            found.append(Mixed(seed, label, "", seed, label))
         seed += 1
     rng = np.random.default_rng([seed, n])
-    for k, i in enumerate(sorted(rng.permutation(n)[:round(wrong*n)].tolist())):
-        m, kind = found[i], KINDS[k%len(KINDS)]
-        fit = [o for o in others if o[1]!=m.label and _kin(o[1], m.label)==(kind=='same family')] if kind in ('other', 'same family') else [(None, '')]
-        if not fit: raise FoleyError(f'n={n}: too few scenes to mix; take more')
+    for k, i in enumerate(sorted(rng.permutation(n)[: round(wrong * n)].tolist())):
+        m, kind = found[i], KINDS[k % len(KINDS)]
+        fit = (
+            [o for o in others if o[1] != m.label and _kin(o[1], m.label) == (kind == "same family")]
+            if kind in ("other", "same family")
+            else [(None, "")]
+        )
+        if not fit:
+            raise FoleyError(f"n={n}: too few scenes to mix; take more")
         s, l = fit[rng.integers(len(fit))]
         found[i] = replace(m, kind=kind, sound_seed=s, sound_label=l)
     return found
@@ -681,336 +963,515 @@ def mixed_set(
 def passby_label(seed):
     "What the scene shows, without rendering it"
     from smooth_foley.data.passby import draw_dials
+
     return draw_dials(seed).label
 
 # %% ../../nbs/data/14_continuous.ipynb #21c95a34
 def sound_of(
-    m:Mixed,
-)->np.ndarray:   # `(163840,)`
+    m: Mixed,
+) -> np.ndarray:  # `(163840,)`
     "The waveform a mixed clip is given"
     from smooth_foley.data.passby import DURATION, SR, scene
-    if m.kind=='silence': return np.zeros(round(DURATION*SR), np.float32)
-    if m.kind=='ambience': return scene(m.seed, frames=False, active=()).audio
+
+    if m.kind == "silence":
+        return np.zeros(round(DURATION * SR), np.float32)
+    if m.kind == "ambience":
+        return scene(m.seed, frames=False, active=()).audio
     return scene(m.sound_seed, frames=False).audio
 
+
 def in_noise(
-    audio,           # `(n,)`
-    snr:float,       # Of the whole clip, dB; silence gets the noise of a soft sound
-    seed:int,
-)->np.ndarray:       # `(n,)` float32 in [-1, 1]
+    audio,  # `(n,)`
+    snr: float,  # Of the whole clip, dB; silence gets the noise of a soft sound
+    seed: int,
+) -> np.ndarray:  # `(n,)` float32 in [-1, 1]
     "A sound under pink noise"
     from smooth_foley.data.passby import SR
+
     spectrum = np.fft.rfft(np.random.default_rng([seed, 7]).standard_normal(len(audio)))
-    noise = np.fft.irfft(spectrum*np.maximum(np.fft.rfftfreq(len(audio), 1/SR), 40.)**-.5, len(audio))
-    loud = max(float(np.sqrt(np.mean(np.square(audio)))), .01)
-    return np.clip(audio+noise*loud*10**(-snr/20)/noise.std(), -1, 1).astype(np.float32)
+    noise = np.fft.irfft(spectrum * np.maximum(np.fft.rfftfreq(len(audio), 1 / SR), 40.0) ** -0.5, len(audio))
+    loud = max(float(np.sqrt(np.mean(np.square(audio)))), 0.01)
+    return np.clip(audio + noise * loud * 10 ** (-snr / 20) / noise.std(), -1, 1).astype(np.float32)
 
 # %% ../../nbs/data/14_continuous.ipynb #ff2722ed
 def hear(
-    mixed:list,        # `Mixed`
-    model=None,        # `GroundingModel`; None: the one that knows Passby
-    snr:float=None,    # Under pink noise, dB; None: as it is
-)->list:               # `Heard`, of each clip's label in its sound
+    mixed: list,  # `Mixed`
+    model=None,  # `GroundingModel`; None: the one that knows Passby
+    snr: float = None,  # Under pink noise, dB; None: as it is
+) -> list:  # `Heard`, of each clip's label in its sound
     "Ground the label of every clip"
     from smooth_foley.data.grounding import ground_label
     from smooth_foley.data.passby import SR
-    model = model or _ears(None, 'cpu')
+
+    model = model or _ears(None, "cpu")
+
     def one(m):
         x = sound_of(m) if snr is None else in_noise(sound_of(m), snr, m.seed)
         t, p = ground_label(model, x, SR, m.label)
-        return Heard(t, np.asarray(p, np.float32), len(x)/SR)
-    return [one(m) for m in progress(mixed, 'grounding', 'clip')]
+        return Heard(t, np.asarray(p, np.float32), len(x) / SR)
 
-def true_heard(m:Mixed)->Heard:
+    return [one(m) for m in progress(mixed, "grounding", "clip")]
+
+
+def true_heard(m: Mixed) -> Heard:
     "The curve of an ear that knows the truth"
     from smooth_foley.data.passby import scene
+
     s = scene(m.seed, frames=False, audio=False)
-    on = s.truth['sounding'][::4].astype(np.float32) if not m.kind else np.zeros(len(s.truth['t'][::4]), np.float32)
-    return Heard(s.truth['t'][::4], on, s.duration)
+    on = s.truth["sounding"][::4].astype(np.float32) if not m.kind else np.zeros(len(s.truth["t"][::4]), np.float32)
+    return Heard(s.truth["t"][::4], on, s.duration)
 
 # %% ../../nbs/data/14_continuous.ipynb #01cd6736
 def scores(
-    found,      # Bool of each clip: the rule says so
-    true,       # Bool of each clip: it is so
-)->dict:        # n, true, found, right, precision, recall, f1
+    found,  # Bool of each clip: the rule says so
+    true,  # Bool of each clip: it is so
+) -> dict:  # n, true, found, right, precision, recall, f1
     "How well a rule finds what it should"
     found, true = np.asarray(found, bool), np.asarray(true, bool)
-    right, n_found, n_true = int((found&true).sum()), int(found.sum()), int(true.sum())
-    p, r = right/n_found if n_found else 0., right/n_true if n_true else 0.
-    return dict(n=len(true), true=n_true, found=n_found, right=right, precision=round(p, 4), recall=round(r, 4), f1=round(2*p*r/(p+r), 4) if p+r else 0.)
+    right, n_found, n_true = int((found & true).sum()), int(found.sum()), int(true.sum())
+    p, r = right / n_found if n_found else 0.0, right / n_true if n_true else 0.0
+    return dict(
+        n=len(true),
+        true=n_true,
+        found=n_found,
+        right=right,
+        precision=round(p, 4),
+        recall=round(r, 4),
+        f1=round(2 * p * r / (p + r), 4) if p + r else 0.0,
+    )
+
 
 def find_mismatched(
-    mixed:list,     # `Mixed`
-    heard:list,     # `Heard` of the same clips
-    rule:GroundingFilter,
-)->dict:            # `scores` for the mismatched clips
+    mixed: list,  # `Mixed`
+    heard: list,  # `Heard` of the same clips
+    rule: GroundingFilter,
+) -> dict:  # `scores` for the mismatched clips
     "Does the filter find the clips whose sound is not theirs?"
-    return scores([decide(h, rule).reason=='no match' for h in heard], [bool(m.kind) for m in mixed])
+    return scores([decide(h, rule).reason == "no match" for h in heard], [bool(m.kind) for m in mixed])
 
 # %% ../../nbs/data/14_continuous.ipynb #b7093eaa
-GRID = dict(threshold=THRESHOLDS, min_match=(.2, .5, 1., 1.5, 2., 3.))
+GRID = dict(threshold=THRESHOLDS, min_match=(0.2, 0.5, 1.0, 1.5, 2.0, 3.0))
+
 
 def search(
-    mixed:list,     # `Mixed`
-    heard:list,     # `Heard` of the same clips
-    rule:GroundingFilter=GroundingFilter(),
-)->tuple:           # The best rule, and rows: threshold, min_match and scores
+    mixed: list,  # `Mixed`
+    heard: list,  # `Heard` of the same clips
+    rule: GroundingFilter = GroundingFilter(),
+) -> tuple:  # The best rule, and rows: threshold, min_match and scores
     "Which threshold finds mismatched clips best?"
-    rows = [dict(threshold=t, min_match=m, **find_mismatched(mixed, heard, replace(rule, threshold=t, min_match=m))) for m in GRID['min_match'] for t in GRID['threshold']]
-    best = max(r['f1'] for r in rows)
-    ties = [r for r in rows if r['f1']==best]
-    middle = min(ties, key=lambda r: (abs(r['threshold']-np.median([q['threshold'] for q in ties])), abs(r['min_match']-np.median([q['min_match'] for q in ties])), r['threshold'], r['min_match']))
-    return replace(rule, threshold=middle['threshold'], min_match=middle['min_match']), rows
+    rows = [
+        dict(threshold=t, min_match=m, **find_mismatched(mixed, heard, replace(rule, threshold=t, min_match=m)))
+        for m in GRID["min_match"]
+        for t in GRID["threshold"]
+    ]
+    best = max(r["f1"] for r in rows)
+    ties = [r for r in rows if r["f1"] == best]
+    middle = min(
+        ties,
+        key=lambda r: (
+            abs(r["threshold"] - np.median([q["threshold"] for q in ties])),
+            abs(r["min_match"] - np.median([q["min_match"] for q in ties])),
+            r["threshold"],
+            r["min_match"],
+        ),
+    )
+    return replace(rule, threshold=middle["threshold"], min_match=middle["min_match"]), rows
 
 # %% ../../nbs/data/14_continuous.ipynb #1b1b692a
 def by_kind(
-    mixed:list,     # `Mixed`
-    heard:list,     # `Heard` of the same clips
-    rule:GroundingFilter,
-)->list:            # Rows: kind, n, no match, kept
+    mixed: list,  # `Mixed`
+    heard: list,  # `Heard` of the same clips
+    rule: GroundingFilter,
+) -> list:  # Rows: kind, n, no match, kept
     "What the filter says of each kind of clip"
     said, rows = [decide(h, rule) for h in heard], []
-    for kind in ('', *KINDS):
-        mine = [v for v, m in zip(said, mixed) if m.kind==kind]
-        rows.append({'kind':kind or 'as it is', 'n':len(mine), 'no match':sum(v.reason=='no match' for v in mine), 'kept':sum(v.kept for v in mine)})
+    for kind in ("", *KINDS):
+        mine = [v for v, m in zip(said, mixed) if m.kind == kind]
+        rows.append(
+            {
+                "kind": kind or "as it is",
+                "n": len(mine),
+                "no match": sum(v.reason == "no match" for v in mine),
+                "kept": sum(v.kept for v in mine),
+            }
+        )
     return rows
 
+
 def keeping(
-    mixed:list,     # `Mixed`
-    heard:list,     # `Heard` of the same clips
-    rule:GroundingFilter,
-)->dict:            # `scores` for the clips that are dropped for whatever reason
+    mixed: list,  # `Mixed`
+    heard: list,  # `Heard` of the same clips
+    rule: GroundingFilter,
+) -> dict:  # `scores` for the clips that are dropped for whatever reason
     "Does the filter drop what an ear that knows the truth drops?"
-    truth = replace(rule, threshold=.5, window=1)
+    truth = replace(rule, threshold=0.5, window=1)
     return scores([not decide(h, rule).kept for h in heard], [not decide(true_heard(m), truth).kept for m in mixed])
 
 # %% ../../nbs/data/14_continuous.ipynb #16bd4980
 def plot_f1(
-    curves:dict,      # Name -> rows with threshold and f1
-    threshold=None,   # The one that is used, marked
+    curves: dict,  # Name -> rows with threshold and f1
+    threshold=None,  # The one that is used, marked
     ax=None,
-):                    # The axes
+):  # The axes
     "F1 for mismatched clips over the threshold"
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(6, 2.4), dpi=80, layout='constrained')[1]
-    for name, rows in curves.items(): ax.plot([float(r['threshold']) for r in rows], [float(r['f1']) for r in rows], '.-', label=name)
-    if threshold: ax.axvline(threshold, color='k', lw=.8, ls='--')
-    ax.set(xlabel='threshold on the grounding probability', ylabel='F1, mismatched clips', ylim=(0, 1.03)); ax.legend(fontsize=7, ncol=2)
+
+    if ax is None:
+        ax = plt.subplots(figsize=(6, 2.4), dpi=80, layout="constrained")[1]
+    for name, rows in curves.items():
+        ax.plot([float(r["threshold"]) for r in rows], [float(r["f1"]) for r in rows], ".-", label=name)
+    if threshold:
+        ax.axvline(threshold, color="k", lw=0.8, ls="--")
+    ax.set(xlabel="threshold on the grounding probability", ylabel="F1, mismatched clips", ylim=(0, 1.03))
+    ax.legend(fontsize=7, ncol=2)
     return ax
 
 # %% ../../nbs/data/14_continuous.ipynb #35aed1ed
-SNRS = (30., 20., 15., 10., 5., 0.)
+SNRS = (30.0, 20.0, 15.0, 10.0, 5.0, 0.0)
+
 
 def lost(
-    mixed:list,     # `Mixed`
-    heard:list,     # `Heard` of the same clips
-    rule:GroundingFilter,
-)->str:             # 'label 3/20, ...', worst first
+    mixed: list,  # `Mixed`
+    heard: list,  # `Heard` of the same clips
+    rule: GroundingFilter,
+) -> str:  # 'label 3/20, ...', worst first
     "Whose good clips the filter calls mismatched"
-    good = [(m.label, decide(h, rule).reason=='no match') for m, h in zip(mixed, heard) if not m.kind]
+    good = [(m.label, decide(h, rule).reason == "no match") for m, h in zip(mixed, heard) if not m.kind]
     total, wrong = Counter(l for l, _ in good), Counter(l for l, bad in good if bad)
-    return '; '.join(f'{l} {n}/{total[l]}' for l, n in sorted(wrong.items(), key=lambda x: (-x[1], x[0])))
+    return "; ".join(f"{l} {n}/{total[l]}" for l, n in sorted(wrong.items(), key=lambda x: (-x[1], x[0])))
+
 
 def prove_noise(
-    rule:GroundingFilter,
-    n:int=300,            # Test clips
-    first:int=2_800_000,
-)->list:                  # Rows: snr in dB, threshold, `scores` for the mismatched clips, and `lost`
+    rule: GroundingFilter,
+    n: int = 300,  # Test clips
+    first: int = 2_800_000,
+) -> list:  # Rows: snr in dB, threshold, `scores` for the mismatched clips, and `lost`
     "How much noise does the filter bear, and does the threshold help?"
     mixed = mixed_set(n, first)
     heard = {snr: hear(mixed, snr=snr) for snr in SNRS}
     tried = [(snr, h, replace(rule, threshold=t)) for snr, h in heard.items() for t in THRESHOLDS]
-    return [dict(snr=snr, threshold=r.threshold, **find_mismatched(mixed, h, r), lost=lost(mixed, h, r)) for snr, h, r in tried]
+    return [
+        dict(snr=snr, threshold=r.threshold, **find_mismatched(mixed, h, r), lost=lost(mixed, h, r))
+        for snr, h, r in tried
+    ]
 
 # %% ../../nbs/data/14_continuous.ipynb #61ffc1e9
-DIALS = ('shrink', 'blur', 'occluded', 'leaves')
+DIALS = ("shrink", "blur", "occluded", "leaves")
 
-def hard_dials(d)->tuple: # Names of the dials that make a scene hard
+
+def hard_dials(d) -> tuple:  # Names of the dials that make a scene hard
     "What is hard about a scene"
-    return tuple(k for k, on in zip(DIALS, (d.shrink<1, d.blur>0, d.occluded is not None, d.leaves is not None)) if on)
+    return tuple(
+        k for k, on in zip(DIALS, (d.shrink < 1, d.blur > 0, d.occluded is not None, d.leaves is not None)) if on
+    )
+
 
 def scene_pictures(
-    seeds:list,       # Of scenes
-    model=None,       # `GroundingModel`; None: the one that knows Passby
-    eyes=None,        # `FrameEncoder`; None: the one that knows Passby
-    through=None,     # `LabelProjection` to ask as well
-)->list:              # Rows for `challenge`, and with them hard (names of dials), and `projected_similarity`, `projected_spread`
+    seeds: list,  # Of scenes
+    model=None,  # `GroundingModel`; None: the one that knows Passby
+    eyes=None,  # `FrameEncoder`; None: the one that knows Passby
+    through=None,  # `LabelProjection` to ask as well
+) -> list:  # Rows for `challenge`, and with them hard (names of dials), and `projected_similarity`, `projected_spread`
     "Sound and picture of Passby scenes, as `pictures` gives them for files"
     from smooth_foley.data.passby import scene
-    eyes, rows = eyes or _eyes(None, 'cpu'), []
-    heard = hear([Mixed(s, passby_label(s), '', s) for s in seeds], model)
-    for seed, h in zip(progress(seeds, 'pictures', 'clip'), heard):
-        s = scene(seed, fps=4., audio=False)
-        row = dict(id=str(seed), start=0, label=s.label, **picture_of(h, s.times, look(s.frames, s.label, eyes), sharpness(s.frames)), hard=hard_dials(s.dials))
+
+    eyes, rows = eyes or _eyes(None, "cpu"), []
+    heard = hear([Mixed(s, passby_label(s), "", s) for s in seeds], model)
+    for seed, h in zip(progress(seeds, "pictures", "clip"), heard):
+        s = scene(seed, fps=4.0, audio=False)
+        row = dict(
+            id=str(seed),
+            start=0,
+            label=s.label,
+            **picture_of(h, s.times, look(s.frames, s.label, eyes), sharpness(s.frames)),
+            hard=hard_dials(s.dials),
+        )
         if through is not None:
             p = picture_of(h, s.times, look(s.frames, s.label, eyes, through), sharpness(s.frames))
-            row.update(projected_similarity=p['similarity'], projected_spread=p['spread'])
+            row.update(projected_similarity=p["similarity"], projected_spread=p["spread"])
         rows.append(row)
     return rows
 
 # %% ../../nbs/data/14_continuous.ipynb #bee08787
 def challenge_scores(
-    ranked:list,    # Of `challenge`, with hard
-)->dict:            # candidates, picked, chance, precision, and the share of each dial before and among the picks
+    ranked: list,  # Of `challenge`, with hard
+) -> dict:  # candidates, picked, chance, precision, and the share of each dial before and among the picks
     "How much harder are the picks than candidates taken by chance?"
-    share = lambda rows, k: round(sum(bool(r['hard']) if k is None else k in r['hard'] for r in rows)/max(1, len(rows)), 4)
-    picks = [r for r in ranked if r['picked']]
-    return dict(candidates=len(ranked), picked=len(picks), chance=share(ranked, None), precision=share(picks, None),
-                dials={k: dict(chance=share(ranked, k), picked=share(picks, k)) for k in DIALS})
+    share = lambda rows, k: round(
+        sum(bool(r["hard"]) if k is None else k in r["hard"] for r in rows) / max(1, len(rows)), 4
+    )
+    picks = [r for r in ranked if r["picked"]]
+    return dict(
+        candidates=len(ranked),
+        picked=len(picks),
+        chance=share(ranked, None),
+        precision=share(picks, None),
+        dials={k: dict(chance=share(ranked, k), picked=share(picks, k)) for k in DIALS},
+    )
 
 # %% ../../nbs/data/14_continuous.ipynb #9e5eae2b
 def area(
-    score,    # Higher: more suspect
-    true,     # Bool
-)->float:     # Area under the ROC curve; .5 is chance
+    score,  # Higher: more suspect
+    true,  # Bool
+) -> float:  # Area under the ROC curve; .5 is chance
     "Probability that a hard clip is ranked above another one"
     from scipy.stats import rankdata
-    true = np.asarray(true, bool); r, n = rankdata(score), int(true.sum())
-    return round(float((r[true].sum()-n*(n+1)/2)/(n*(len(true)-n))), 4) if 0 < n < len(true) else float('nan')
+
+    true = np.asarray(true, bool)
+    r, n = rankdata(score), int(true.sum())
+    return (
+        round(float((r[true].sum() - n * (n + 1) / 2) / (n * (len(true) - n))), 4)
+        if 0 < n < len(true)
+        else float("nan")
+    )
+
 
 def areas(
-    rows:list,    # Of `scene_pictures`
-)->dict:          # sign -> dial -> area
+    rows: list,  # Of `scene_pictures`
+) -> dict:  # sign -> dial -> area
     "Which sign finds which dial"
     rows = suspect(rows)
-    signs = dict(small=[r['small'] for r in rows], gone=[r['gone'] for r in rows], soft=[r['soft'] for r in rows], score=[r['score'] for r in rows])
-    if 'projected_similarity' in rows[0]: signs |= {'small, by the projection':[-r['projected_similarity'] for r in rows], 'gone, by the projection':[r['projected_spread'] for r in rows]}
-    return {s: {**{k: area(v, [k in r['hard'] for r in rows]) for k in DIALS}, 'any': area(v, [bool(r['hard']) for r in rows])} for s, v in signs.items()}
+    signs = dict(
+        small=[r["small"] for r in rows],
+        gone=[r["gone"] for r in rows],
+        soft=[r["soft"] for r in rows],
+        score=[r["score"] for r in rows],
+    )
+    if "projected_similarity" in rows[0]:
+        signs |= {
+            "small, by the projection": [-r["projected_similarity"] for r in rows],
+            "gone, by the projection": [r["projected_spread"] for r in rows],
+        }
+    return {
+        s: {
+            **{k: area(v, [k in r["hard"] for r in rows]) for k in DIALS},
+            "any": area(v, [bool(r["hard"]) for r in rows]),
+        }
+        for s, v in signs.items()
+    }
 
 # %% ../../nbs/data/14_continuous.ipynb #64bea1c4
 def next_scenes(
-    n:int,       # Scenes
-    seed:int,    # First
-)->list:         # Seeds of scenes with continuous labels
+    n: int,  # Scenes
+    seed: int,  # First
+) -> list:  # Seeds of scenes with continuous labels
     "The next scenes whose label is continuous"
     wanted, seeds = set(select_labels()), []
     while len(seeds) < n:
-        if passby_label(seed) in wanted: seeds.append(seed)
+        if passby_label(seed) in wanted:
+            seeds.append(seed)
         seed += 1
     return seeds
 
 # %% ../../nbs/data/14_continuous.ipynb #77020b9a
 def prove(
-    out,                 # Folder for `filter.json`, `threshold.csv`, `clips.csv`, `noise.csv`, `challenge.json`
-    n:int=1000,          # Test clips of the filter; half as many choose the threshold
-    scenes:int=1000,     # Test scenes of the challenging split
-    wrong:float=.15,     # Fraction that is mismatched
-)->dict:                 # What `filter.json` holds
+    out,  # Folder for `filter.json`, `threshold.csv`, `clips.csv`, `noise.csv`, `challenge.json`
+    n: int = 1000,  # Test clips of the filter; half as many choose the threshold
+    scenes: int = 1000,  # Test scenes of the challenging split
+    wrong: float = 0.15,  # Fraction that is mismatched
+) -> dict:  # What `filter.json` holds
     "The proof, from validation seeds to the numbers on test seeds"
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    val, test = mixed_set(n//2, 1_500_000, wrong), mixed_set(n, 2_500_000, wrong)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    val, test = mixed_set(n // 2, 1_500_000, wrong), mixed_set(n, 2_500_000, wrong)
     val_heard, test_heard = hear(val), hear(test)
     rule, val_rows = search(val, val_heard)
-    rows = [dict(seeds=s, **r) for s, part in (('val', val_rows), ('test', search(test, test_heard)[1])) for r in part]
+    rows = [dict(seeds=s, **r) for s, part in (("val", val_rows), ("test", search(test, test_heard)[1])) for r in part]
     said = [decide(h, rule) for h in test_heard]
-    clips = [dict(seed=m.seed, label=m.label, kind=m.kind, sound_label=m.sound_label, active=v.active, longest=v.longest, mean=v.mean, kept=int(v.kept), reason=v.reason) for m, v in zip(test, said)]
-    result = dict(command=f'python -m smooth_foley.data.continuous --out results/continuous --n {n} --scenes {scenes}', weights=fingerprint(_ears(None, 'cpu')), rule=asdict(rule),
-                  val=dict(first_seed=1_500_000, **find_mismatched(val, val_heard, rule)), test=dict(first_seed=2_500_000, **find_mismatched(test, test_heard, rule)),
-                  test_with_defaults=find_mismatched(test, test_heard, GroundingFilter()), by_kind=by_kind(test, test_heard, rule), keeping=keeping(test, test_heard, rule))
-    _write(out/'threshold.csv', rows, list(rows[0])); _write(out/'clips.csv', clips, list(clips[0])); _json(out/'filter.json', result)
-    noise = prove_noise(rule, max(40, 3*n//10))
-    _write(out/'noise.csv', noise, list(noise[0])); _json(out/'challenge.json', prove_challenge(scenes))
+    clips = [
+        dict(
+            seed=m.seed,
+            label=m.label,
+            kind=m.kind,
+            sound_label=m.sound_label,
+            active=v.active,
+            longest=v.longest,
+            mean=v.mean,
+            kept=int(v.kept),
+            reason=v.reason,
+        )
+        for m, v in zip(test, said)
+    ]
+    result = dict(
+        command=f"python -m smooth_foley.data.continuous --out results/continuous --n {n} --scenes {scenes}",
+        weights=fingerprint(_ears(None, "cpu")),
+        rule=asdict(rule),
+        val=dict(first_seed=1_500_000, **find_mismatched(val, val_heard, rule)),
+        test=dict(first_seed=2_500_000, **find_mismatched(test, test_heard, rule)),
+        test_with_defaults=find_mismatched(test, test_heard, GroundingFilter()),
+        by_kind=by_kind(test, test_heard, rule),
+        keeping=keeping(test, test_heard, rule),
+    )
+    _write(out / "threshold.csv", rows, list(rows[0]))
+    _write(out / "clips.csv", clips, list(clips[0]))
+    _json(out / "filter.json", result)
+    noise = prove_noise(rule, max(40, 3 * n // 10))
+    _write(out / "noise.csv", noise, list(noise[0]))
+    _json(out / "challenge.json", prove_challenge(scenes))
     return result
 
+
 def _json(path, what):
-    with atomic_path(path) as tmp: tmp.write_text(json.dumps(what, indent=1)+'\n')
+    with atomic_path(path) as tmp:
+        tmp.write_text(json.dumps(what, indent=1) + "\n")
 
 # %% ../../nbs/data/14_continuous.ipynb #7bb14a4a
 def prove_challenge(
-    scenes:int=1000,    # Test scenes
-    first:int=2_600_000,
-)->dict:                # seeds, rule, scores and areas
+    scenes: int = 1000,  # Test scenes
+    first: int = 2_600_000,
+) -> dict:  # seeds, rule, scores and areas
     "How the rule for the challenging split finds scenes with hard dials"
     from smooth_foley.temporal_condition import LabelProjection
-    rows = scene_pictures(next_scenes(scenes, first), through=LabelProjection.from_pretrained(mini_path()/'label_projection'))
-    rule = ChallengeRule(per_label=10)                 # ten labels make 95 clips only so
-    return dict(first_seed=first, scenes=scenes, rule=asdict(rule), **challenge_scores(challenge(rows, rule)), areas=areas(rows))
+
+    rows = scene_pictures(
+        next_scenes(scenes, first), through=LabelProjection.from_pretrained(mini_path() / "label_projection")
+    )
+    rule = ChallengeRule(per_label=10)  # ten labels make 95 clips only so
+    return dict(
+        first_seed=first, scenes=scenes, rule=asdict(rule), **challenge_scores(challenge(rows, rule)), areas=areas(rows)
+    )
+
 
 def main(argv=None):
     "`python -m smooth_foley.data.continuous --out FOLDER`: the proof on Passby"
     import argparse
-    p = argparse.ArgumentParser(prog='python -m smooth_foley.data.continuous', description='Measure filter and challenging split where the truth is known.')
-    p.add_argument('--out', required=True, help='folder for the numbers'); p.add_argument('--n', type=int, default=1000, help='test clips of the filter')
-    p.add_argument('--scenes', type=int, default=1000, help='test scenes of the challenging split')
+
+    p = argparse.ArgumentParser(
+        prog="python -m smooth_foley.data.continuous",
+        description="Measure filter and challenging split where the truth is known.",
+    )
+    p.add_argument("--out", required=True, help="folder for the numbers")
+    p.add_argument("--n", type=int, default=1000, help="test clips of the filter")
+    p.add_argument("--scenes", type=int, default=1000, help="test scenes of the challenging split")
     a = p.parse_args(argv)
     print(json.dumps(prove(a.out, a.n, a.scenes), indent=1))
 
-if __name__=='__main__' and '__file__' in globals(): main()    # a notebook has no __file__
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # a notebook has no __file__
 
 # %% ../../nbs/data/14_continuous.ipynb #389db292
 def _clips(args):
     "The clips of a command"
-    if not args.folder: raise FoleyError(f'FOLDER: `{args.action}` needs the folder that holds the clips')
-    return join_clips(read_vggsound(args.csv or Path(args.folder)/'vggsound.csv'), args.folder)
+    if not args.folder:
+        raise FoleyError(f"FOLDER: `{args.action}` needs the folder that holds the clips")
+    return join_clips(read_vggsound(args.csv or Path(args.folder) / "vggsound.csv"), args.folder)
 
-def _out(args): return Path(args.out or Path(args.folder)/'continuous')
 
-def _tiers(args): return tuple(t.strip() for t in args.tiers.split(','))
+def _out(args):
+    return Path(args.out or Path(args.folder) / "continuous")
 
-def _rule(args): return GroundingFilter(args.threshold, args.window, args.min_active, args.min_run, args.min_mean or None, args.min_match)
+
+def _tiers(args):
+    return tuple(t.strip() for t in args.tiers.split(","))
+
+
+def _rule(args):
+    return GroundingFilter(
+        args.threshold, args.window, args.min_active, args.min_run, args.min_mean or None, args.min_match
+    )
+
 
 def _part(text):
     "'1/4' as (1, 4)"
-    try: k, n = map(int, text.split('/'))
-    except ValueError: k, n = 0, 0
-    if not 0 <= k < n: raise FoleyError(f'--part {text}: must be K/N with 0 <= K < N, such as 0/4')
+    try:
+        k, n = map(int, text.split("/"))
+    except ValueError:
+        k, n = 0, 0
+    if not 0 <= k < n:
+        raise FoleyError(f"--part {text}: must be K/N with 0 <= K < N, such as 0/4")
     return k, n
+
 
 def _figure(args, draw):
     "Write a figure if one is asked for"
-    if not args.plot: return
+    if not args.plot:
+        return
     ax = draw()
-    with atomic_path(args.plot) as tmp: ax.figure.savefig(tmp, format=Path(args.plot).suffix.lstrip('.') or 'png', dpi=110)
+    with atomic_path(args.plot) as tmp:
+        ax.figure.savefig(tmp, format=Path(args.plot).suffix.lstrip(".") or "png", dpi=110)
 
 # %% ../../nbs/data/14_continuous.ipynb #23723563
 def _select(args):
     if args.label:
         d = continuous_labels()[check_vggsound_label(args.label)]
         return f"{args.label.strip()}: {d['tier']}; {d['reason']}"
-    path = args.csv or (args.folder and Path(args.folder)/'vggsound.csv')
+    path = args.csv or (args.folder and Path(args.folder) / "vggsound.csv")
     clips = select(read_vggsound(path), _tiers(args)) if path else []
-    counts = list_counts(*([i for i in clips if (i.split=='test')==t] for t in (False, True))) if path else published_counts(_tiers(args))
-    _figure(args, lambda: figure3(counts, title='before the filter: '+(Path(path).name if path else 'published counts of VGGSound')))
-    lines = [f'{l:40} {a:6,} train {b:4,} test   {continuous_labels()[l]["reason"]}' for l, (a, b) in counts.items()]
-    return '\n'.join([*lines, f'{len(counts)} labels, {sum(map(sum, counts.values())):,} clips'])
+    counts = (
+        list_counts(*([i for i in clips if (i.split == "test") == t] for t in (False, True)))
+        if path
+        else published_counts(_tiers(args))
+    )
+    _figure(
+        args,
+        lambda: figure3(
+            counts, title="before the filter: " + (Path(path).name if path else "published counts of VGGSound")
+        ),
+    )
+    lines = [f"{l:40} {a:6,} train {b:4,} test   {continuous_labels()[l]['reason']}" for l, (a, b) in counts.items()]
+    return "\n".join([*lines, f"{len(counts)} labels, {sum(map(sum, counts.values())):,} clips"])
 
-def _told(rows): return ', '.join(f'{n} {r}' for r, n in Counter(r['reason'] for r in rows).most_common())
+
+def _told(rows):
+    return ", ".join(f"{n} {r}" for r, n in Counter(r["reason"] for r in rows).most_common())
 
 # %% ../../nbs/data/14_continuous.ipynb #0e710254
 def _filter(args):
     clips, out, rule = _clips(args), _out(args), _rule(args)
     out.mkdir(parents=True, exist_ok=True)
-    faults = ground_clips(select(clips, _tiers(args)), out, args.grounding, args.processes, _part(args.part), args.device)
-    _write(out/(f'faults_{args.part.replace("/", "_of_")}.csv' if args.part!='0/1' else 'faults.csv'), faults, FAULTS)
-    if args.part!='0/1': return f'share {args.part} is measured, {len(faults)} faults; when all shares are there, run once without --part'
+    faults = ground_clips(
+        select(clips, _tiers(args)), out, args.grounding, args.processes, _part(args.part), args.device
+    )
+    _write(
+        out / (f"faults_{args.part.replace('/', '_of_')}.csv" if args.part != "0/1" else "faults.csv"), faults, FAULTS
+    )
+    if args.part != "0/1":
+        return (
+            f"share {args.part} is measured, {len(faults)} faults; when all shares are there, run once without --part"
+        )
     rows = filter_clips(clips, out, rule, _tiers(args))
-    return f"{sum(r['kept'] for r in rows)} of {len(rows)} clips kept ({_told(rows)}), {len(faults)} faults; {out/'filter.csv'}"
+    return f"{sum(r['kept'] for r in rows)} of {len(rows)} clips kept ({_told(rows)}), {len(faults)} faults; {out / 'filter.csv'}"
 
 # %% ../../nbs/data/14_continuous.ipynb #fbdb044d
 def _sweep(args):
     out, pairs = _out(args), []
-    for i in select(_clips(args), _tiers(args)): pairs += [(h, i.label)] if (h := read_heard(i, out)) else []
-    if not pairs: raise FoleyError(f'{out}: no curve is there; run `filter` first')
+    for i in select(_clips(args), _tiers(args)):
+        pairs += [(h, i.label)] if (h := read_heard(i, out)) else []
+    if not pairs:
+        raise FoleyError(f"{out}: no curve is there; run `filter` first")
     rows = sweep([h for h, _ in pairs], rule=_rule(args), labels=[l for _, l in pairs])
-    _write(out/'sweep.csv', rows, list(rows[0])); _figure(args, lambda: plot_sweep(rows, args.threshold))
-    return '\n'.join(f"threshold {r['threshold']:.2f}: {r['kept']} of {r['clips']} kept, {r['too short']} too short, {r['no match']} no match" for r in rows if not r['label'])
+    _write(out / "sweep.csv", rows, list(rows[0]))
+    _figure(args, lambda: plot_sweep(rows, args.threshold))
+    return "\n".join(
+        f"threshold {r['threshold']:.2f}: {r['kept']} of {r['clips']} kept, {r['too short']} too short, {r['no match']} no match"
+        for r in rows
+        if not r["label"]
+    )
+
 
 def _split(args):
     out, clips = _out(args), _clips(args)
     rows = read_filter(out)
-    possible = {_name(r) for r in rows if r['kept'] and r['split']=='test'}
-    faults = watch_clips([i for i in clips if i.name in possible], out, args.clip, args.processes, _part(args.part), args.device)
-    if args.part!='0/1': return f'share {args.part} is measured, {len(faults)} faults; when all shares are there, run once without --part'
-    _write(out/'faults_pictures.csv', faults, FAULTS)
+    possible = {_name(r) for r in rows if r["kept"] and r["split"] == "test"}
+    faults = watch_clips(
+        [i for i in clips if i.name in possible], out, args.clip, args.processes, _part(args.part), args.device
+    )
+    if args.part != "0/1":
+        return (
+            f"share {args.part} is measured, {len(faults)} faults; when all shares are there, run once without --part"
+        )
+    _write(out / "faults_pictures.csv", faults, FAULTS)
     refused = dropped(args.review) if args.review else ()
     ranked = challenge(pictures(rows, clips, out), ChallengeRule(args.n, args.per_label, args.min_share), refused)
     lists = write_split(rows, ranked, out)
-    _figure(args, lambda: figure3(list_counts(lists['train'], lists['test']), title='after the filter'))
-    short = f' (asked for {args.n}: no more candidates under these limits)' if len(lists['test']) < args.n else ''
+    _figure(args, lambda: figure3(list_counts(lists["train"], lists["test"]), title="after the filter"))
+    short = f" (asked for {args.n}: no more candidates under these limits)" if len(lists["test"]) < args.n else ""
     return f"train {len(lists['train'])}, test {len(lists['test'])}{short} of {len(ranked)} candidates; {len(faults)} faults; {out}"
 
+
 def run_command(
-    args,      # Of `smooth-foley data continuous`
-)->str:        # What to print
+    args,  # Of `smooth-foley data continuous`
+) -> str:  # What to print
     "Do one step of the command line"
     return dict(select=_select, filter=_filter, sweep=_sweep, split=_split)[args.action](args)

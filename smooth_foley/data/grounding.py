@@ -30,400 +30,569 @@ from .vggsound import vggsound_labels
 
 # %% ../../nbs/data/13_grounding.ipynb #1bd72a9d
 def mel_db(
-    audio:Tensor,             # Waveforms, `(b, n)`, n above n_fft/2
-    sample_rate:int=32000,    # Hz
-    n_fft:int=1024,           # FFT and Hann window, samples
-    hop_length:int=320,       # Samples per column
-    n_mels:int=64,            # Bands
-    fmin:float=50.,           # Hz
-    fmax:float=14000.,        # Hz
-)->Tensor:                    # dB, `(b, n_mels, n//hop_length+1)`
+    audio: Tensor,  # Waveforms, `(b, n)`, n above n_fft/2
+    sample_rate: int = 32000,  # Hz
+    n_fft: int = 1024,  # FFT and Hann window, samples
+    hop_length: int = 320,  # Samples per column
+    n_mels: int = 64,  # Bands
+    fmin: float = 50.0,  # Hz
+    fmax: float = 14000.0,  # Hz
+) -> Tensor:  # dB, `(b, n_mels, n//hop_length+1)`
     "Power mel in decibels, columns centred at multiples of the hop"
-    S = torch.stft(audio, n_fft, hop_length, window=torch.hann_window(n_fft, device=audio.device), pad_mode='reflect', return_complex=True)
-    return 10*(mel_filters(sample_rate, n_fft, n_mels, fmin, fmax).to(audio.device)@S.abs().square()).clamp(min=1e-10).log10()
+    S = torch.stft(
+        audio,
+        n_fft,
+        hop_length,
+        window=torch.hann_window(n_fft, device=audio.device),
+        pad_mode="reflect",
+        return_complex=True,
+    )
+    return (
+        10
+        * (mel_filters(sample_rate, n_fft, n_mels, fmin, fmax).to(audio.device) @ S.abs().square())
+        .clamp(min=1e-10)
+        .log10()
+    )
 
 # %% ../../nbs/data/13_grounding.ipynb #ca253be9
 class ConvBlock(nn.Module):
     "Two 3x3 convolutions, then the sum of average and maximum pooling; what is `outside` a sound stays zero"
-    def __init__(self, n_in:int, n_out:int, pool:tuple=(2,2)):
-        super().__init__(); self.pool = tuple(pool)
-        self.conv1, self.conv2 = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
+
+    def __init__(self, n_in: int, n_out: int, pool: tuple = (2, 2)):
+        super().__init__()
+        self.pool = tuple(pool)
+        self.conv1, self.conv2 = (
+            nn.Conv2d(n_in, n_out, 3, padding=1, bias=False),
+            nn.Conv2d(n_out, n_out, 3, padding=1, bias=False),
+        )
         self.bn1, self.bn2 = nn.BatchNorm2d(n_out), nn.BatchNorm2d(n_out)
-    def forward(self,
-        x:Tensor,           # `(b, n_in, columns, bands)`
-        inside:Tensor=None, # `(b, 1, columns, 1)`, 1 where there is sound, 0 where there is padding
-    )->Tensor:              # `(b, n_out, columns/pool, bands/pool)`
+
+    def forward(
+        self,
+        x: Tensor,  # `(b, n_in, columns, bands)`
+        inside: Tensor = None,  # `(b, 1, columns, 1)`, 1 where there is sound, 0 where there is padding
+    ) -> Tensor:  # `(b, n_out, columns/pool, bands/pool)`
         "Look closer, then step back"
-        keep = lambda x: x if inside is None else x*inside
+        keep = lambda x: x if inside is None else x * inside
         x = keep(F.relu(self.bn2(self.conv2(keep(F.relu(self.bn1(self.conv1(x))))))))
-        return F.avg_pool2d(x, self.pool)+F.max_pool2d(x, self.pool)
+        return F.avg_pool2d(x, self.pool) + F.max_pool2d(x, self.pool)
 
 # %% ../../nbs/data/13_grounding.ipynb #457287c4
 class Cnn8Rnn(nn.Module):
     "Four blocks, a linear layer and a bidirectional GRU"
-    def __init__(self, n_mels:int, channels:list, pools:list, hidden:int, embed_dim:int):
+
+    def __init__(self, n_mels: int, channels: list, pools: list, hidden: int, embed_dim: int):
         super().__init__()
         self.bn0, self.pools = nn.BatchNorm2d(n_mels), [tuple(p) for p in pools]
-        for i,(a,b,p) in enumerate(zip([1,*channels], channels, pools), 1): setattr(self, f'conv_block{i}', ConvBlock(a, b, p))
-        self.fc1, self.rnn = nn.Linear(channels[-1], hidden), nn.GRU(hidden, embed_dim//2, bidirectional=True, batch_first=True)
+        for i, (a, b, p) in enumerate(zip([1, *channels], channels, pools), 1):
+            setattr(self, f"conv_block{i}", ConvBlock(a, b, p))
+        self.fc1, self.rnn = (
+            nn.Linear(channels[-1], hidden),
+            nn.GRU(hidden, embed_dim // 2, bidirectional=True, batch_first=True),
+        )
+
 
 @patch
-def forward(self:Cnn8Rnn,
-    mel:Tensor,             # dB, `(b, n_mels, columns)`
-    lengths:Tensor=None,    # Columns of each sound, `(b,)`; None: padding counts as sound
-)->Tensor:                  # `(b, frames, embed_dim)`
+def forward(
+    self: Cnn8Rnn,
+    mel: Tensor,  # dB, `(b, n_mels, columns)`
+    lengths: Tensor = None,  # Columns of each sound, `(b,)`; None: padding counts as sound
+) -> Tensor:  # `(b, frames, embed_dim)`
     "One vector per frame; with `lengths`, each sound gets what it would get alone"
-    x = self.bn0(mel.to(self.fc1.weight.dtype)[...,None]).permute(0,3,2,1)                  # (b, 1, columns, n_mels)
-    for i,p in enumerate(self.pools, 1):
+    x = self.bn0(mel.to(self.fc1.weight.dtype)[..., None]).permute(0, 3, 2, 1)  # (b, 1, columns, n_mels)
+    for i, p in enumerate(self.pools, 1):
         inside = None
         if lengths is not None:
-            inside = (torch.arange(x.shape[2], device=x.device)<lengths[:,None].to(x.device)).to(x.dtype)[:,None,:,None]
-            x, lengths = x*inside, lengths//p[0]                                                # a column that pooling leaves over is cut, too
-        x = getattr(self, f'conv_block{i}')(x.contiguous(memory_format=torch.channels_last), inside)
-    x = F.relu(self.fc1(x.mean(3).transpose(1,2)))
-    if lengths is None: return self.rnn(x)[0]
+            inside = (torch.arange(x.shape[2], device=x.device) < lengths[:, None].to(x.device)).to(x.dtype)[
+                :, None, :, None
+            ]
+            x, lengths = x * inside, lengths // p[0]  # a column that pooling leaves over is cut, too
+        x = getattr(self, f"conv_block{i}")(x.contiguous(memory_format=torch.channels_last), inside)
+    x = F.relu(self.fc1(x.mean(3).transpose(1, 2)))
+    if lengths is None:
+        return self.rnn(x)[0]
     packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu().clamp(min=1), batch_first=True, enforce_sorted=False)
     return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
 # %% ../../nbs/data/13_grounding.ipynb #979a1373
-PAD, UNKNOWN = '<pad>', '<unk>'
+PAD, UNKNOWN = "<pad>", "<unk>"
+
 
 class MeanWords(nn.Module):
     "A phrase is the mean of its words"
-    def __init__(self, n_words:int, embed_dim:int):
-        super().__init__(); self.embedding = nn.Module(); self.embedding.core = nn.Embedding(n_words, embed_dim, padding_idx=0)
-    def forward(self,
-        ids:Tensor,     # Words, `(p, n)`; 0 is padding
-    )->Tensor:          # `(p, embed_dim)`
+
+    def __init__(self, n_words: int, embed_dim: int):
+        super().__init__()
+        self.embedding = nn.Module()
+        self.embedding.core = nn.Embedding(n_words, embed_dim, padding_idx=0)
+
+    def forward(
+        self,
+        ids: Tensor,  # Words, `(p, n)`; 0 is padding
+    ) -> Tensor:  # `(p, embed_dim)`
         "Mean over the words that are there"
-        there = (ids!=0)[...,None]
-        return (self.embedding.core(ids)*there).sum(1)/there.sum(1).clamp(min=1)
+        there = (ids != 0)[..., None]
+        return (self.embedding.core(ids) * there).sum(1) / there.sum(1).clamp(min=1)
 
 # %% ../../nbs/data/13_grounding.ipynb #2572b2ba
 class GroundingModel(ModelMixin, ConfigMixin):
     "When does a phrase sound? Cnn8Rnn listens, the mean of word vectors reads"
+
     @register_to_config
-    def __init__(self,
-        vocabulary:list=[PAD,UNKNOWN],          # Words; their places are their numbers
-        sample_rate:int=32000,                  # Hz
-        n_fft:int=1024,                         # Samples
-        hop_length:int=320,                     # Samples per mel column
-        n_mels:int=64,                          # Bands
-        fmin:float=50.,                         # Hz
-        fmax:float=14000.,                      # Hz
-        channels:list=[64,128,256,512],         # Of each block
-        pools:list=[[2,2],[2,2],[1,2],[1,2]],   # Of each block, over (time, bands)
-        hidden:int=512,                         # Between blocks and GRU
-        embed_dim:int=512,                      # Where sound and words meet
+    def __init__(
+        self,
+        vocabulary: list = [PAD, UNKNOWN],  # Words; their places are their numbers
+        sample_rate: int = 32000,  # Hz
+        n_fft: int = 1024,  # Samples
+        hop_length: int = 320,  # Samples per mel column
+        n_mels: int = 64,  # Bands
+        fmin: float = 50.0,  # Hz
+        fmax: float = 14000.0,  # Hz
+        channels: list = [64, 128, 256, 512],  # Of each block
+        pools: list = [[2, 2], [2, 2], [1, 2], [1, 2]],  # Of each block, over (time, bands)
+        hidden: int = 512,  # Between blocks and GRU
+        embed_dim: int = 512,  # Where sound and words meet
     ):
         super().__init__()
         self.audio_encoder = Cnn8Rnn(n_mels, channels, pools, hidden, embed_dim)
         self.text_encoder = MeanWords(len(vocabulary), embed_dim)
 
     @cached_property
-    def numbers(self)->dict: return {w:i for i,w in enumerate(self.config.vocabulary)}
-    @property
-    def columns_per_frame(self)->int: return int(np.prod([p[0] for p in self.config.pools]))
-    @property
-    def step(self)->float: return self.columns_per_frame*self.config.hop_length/self.config.sample_rate    # s per frame
+    def numbers(self) -> dict:
+        return {w: i for i, w in enumerate(self.config.vocabulary)}
 
-    def mel(self, audio:Tensor)->Tensor:
+    @property
+    def columns_per_frame(self) -> int:
+        return int(np.prod([p[0] for p in self.config.pools]))
+
+    @property
+    def step(self) -> float:
+        return self.columns_per_frame * self.config.hop_length / self.config.sample_rate  # s per frame
+
+    def mel(self, audio: Tensor) -> Tensor:
         "`(b, n)` -> dB, `(b, n_mels, columns)`"
-        return mel_db(audio, **{k:self.config[k] for k in ('sample_rate','n_fft','hop_length','n_mels','fmin','fmax')})
+        return mel_db(
+            audio, **{k: self.config[k] for k in ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")}
+        )
 
 # %% ../../nbs/data/13_grounding.ipynb #253d05bf
 @patch
-def forward(self:GroundingModel,
-    mel:Tensor,             # dB, `(b, n_mels, columns)`
-    ids:Tensor,             # Words of the phrases, `(p, n)`
-    lengths:Tensor=None,    # Columns of each sound; None: padding counts as sound
-)->Tensor:                  # Logits, `(b, frames, p)`
+def forward(
+    self: GroundingModel,
+    mel: Tensor,  # dB, `(b, n_mels, columns)`
+    ids: Tensor,  # Words of the phrases, `(p, n)`
+    lengths: Tensor = None,  # Columns of each sound; None: padding counts as sound
+) -> Tensor:  # Logits, `(b, frames, p)`
     "Every phrase against every frame: an inner product"
-    return self.audio_encoder(mel, lengths)@self.text_encoder(ids).T
+    return self.audio_encoder(mel, lengths) @ self.text_encoder(ids).T
 
 # %% ../../nbs/data/13_grounding.ipynb #9dd6238e
 def words_of(
-    phrase:str,     # Any case
-    known,          # Words that are known
-)->list:            # Words, known or not
+    phrase: str,  # Any case
+    known,  # Words that are known
+) -> list:  # Words, known or not
     "Split at spaces; an unknown word with hyphens comes apart"
     words = [w.strip('.,;:!?"()') for w in phrase.lower().split()]
-    return [v for w in words if w for v in (w.split('-') if w not in known and '-' in w else [w]) if v]
+    return [v for w in words if w for v in (w.split("-") if w not in known and "-" in w else [w]) if v]
+
 
 @patch
-def read_phrases(self:GroundingModel,
-    phrases:list,   # Texts
-)->Tensor:          # Numbers of their words, `(p, n)`, padded with 0
+def read_phrases(
+    self: GroundingModel,
+    phrases: list,  # Texts
+) -> Tensor:  # Numbers of their words, `(p, n)`, padded with 0
     "Look the words up; unknown ones are said"
     rows, lost = [], {}
     for p in phrases:
-        words = words_of(p, self.numbers); unknown = [w for w in words if w not in self.numbers]
-        if len(unknown)==len(words): raise FoleyError(f"phrase {p!r}: the model knows none of its words; choose from its vocabulary of {len(self.numbers)} words or take another model")
-        if unknown: lost[p] = unknown
-        rows.append([self.numbers.get(w, self.numbers.get(UNKNOWN)) for w in words if w in self.numbers or UNKNOWN in self.numbers])
-    if lost: warnings.warn('words that the grounding model does not know: '+'; '.join(f"{', '.join(w)} (in {p!r})" for p,w in lost.items()), stacklevel=2)
+        words = words_of(p, self.numbers)
+        unknown = [w for w in words if w not in self.numbers]
+        if len(unknown) == len(words):
+            raise FoleyError(
+                f"phrase {p!r}: the model knows none of its words; choose from its vocabulary of {len(self.numbers)} words or take another model"
+            )
+        if unknown:
+            lost[p] = unknown
+        rows.append(
+            [
+                self.numbers.get(w, self.numbers.get(UNKNOWN))
+                for w in words
+                if w in self.numbers or UNKNOWN in self.numbers
+            ]
+        )
+    if lost:
+        warnings.warn(
+            "words that the grounding model does not know: "
+            + "; ".join(f"{', '.join(w)} (in {p!r})" for p, w in lost.items()),
+            stacklevel=2,
+        )
     return nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
 
 # %% ../../nbs/data/13_grounding.ipynb #da757203
 @patch
-def known_phrases(self:GroundingModel,
-    phrases:list,   # Texts that mean the same
-)->list:            # Those of which at least a word is known
+def known_phrases(
+    self: GroundingModel,
+    phrases: list,  # Texts that mean the same
+) -> list:  # Those of which at least a word is known
     "What can be listened for; what cannot is said"
     knows = lambda p: any(w in self.numbers for w in words_of(p, self.numbers))
     known, deaf = [p for p in phrases if knows(p)], [p for p in phrases if not knows(p)]
-    if not known: raise FoleyError(f"phrase{'s' if len(deaf)>1 else ''} {', '.join(map(repr, deaf))}: the model knows none of the words; choose from its vocabulary of {len(self.numbers)} words or take another model")
-    if deaf: warnings.warn(f"phrases without a word that the grounding model knows are left out: {', '.join(map(repr, deaf))}", stacklevel=3)
+    if not known:
+        raise FoleyError(
+            f"phrase{'s' if len(deaf) > 1 else ''} {', '.join(map(repr, deaf))}: the model knows none of the words; choose from its vocabulary of {len(self.numbers)} words or take another model"
+        )
+    if deaf:
+        warnings.warn(
+            f"phrases without a word that the grounding model knows are left out: {', '.join(map(repr, deaf))}",
+            stacklevel=3,
+        )
     return known
 
 # %% ../../nbs/data/13_grounding.ipynb #0c84064a
-SPELLING = {'eletric':'electric'}
+SPELLING = {"eletric": "electric"}
 WRITTEN = {
-    'alligators, crocodiles hissing': ('alligators hissing', 'crocodiles hissing'),
-    'bee, wasp, etc. buzzing': ('bee buzzing', 'wasp buzzing'),
-    'bird chirping, tweeting': ('bird chirping', 'bird tweeting'),
-    'cattle, bovinae cowbell': ('cattle cowbell', 'cowbell ringing'),
-    'donkey, ass braying': ('donkey braying', 'ass braying'),
-    'engine accelerating, revving, vroom': ('engine accelerating', 'engine revving', 'vroom'),
-    'fly, housefly buzzing': ('fly buzzing', 'housefly buzzing'),
-    'motorboat, speedboat acceleration': ('motorboat acceleration', 'speedboat acceleration'),
-    'pigeon, dove cooing': ('pigeon cooing', 'dove cooing'),
-    'playing tympani': ('playing tympani', 'playing timpani'),
-    'rowboat, canoe, kayak rowing': ('rowboat rowing', 'canoe rowing', 'kayak rowing'),
-    'sharpen knife': ('sharpening knife',),
-    'shot football': ('kicking football',),
-    'strike lighter': ('striking lighter',),
-    'subway, metro, underground': ('subway train', 'metro train', 'underground train'),
+    "alligators, crocodiles hissing": ("alligators hissing", "crocodiles hissing"),
+    "bee, wasp, etc. buzzing": ("bee buzzing", "wasp buzzing"),
+    "bird chirping, tweeting": ("bird chirping", "bird tweeting"),
+    "cattle, bovinae cowbell": ("cattle cowbell", "cowbell ringing"),
+    "donkey, ass braying": ("donkey braying", "ass braying"),
+    "engine accelerating, revving, vroom": ("engine accelerating", "engine revving", "vroom"),
+    "fly, housefly buzzing": ("fly buzzing", "housefly buzzing"),
+    "motorboat, speedboat acceleration": ("motorboat acceleration", "speedboat acceleration"),
+    "pigeon, dove cooing": ("pigeon cooing", "dove cooing"),
+    "playing tympani": ("playing tympani", "playing timpani"),
+    "rowboat, canoe, kayak rowing": ("rowboat rowing", "canoe rowing", "kayak rowing"),
+    "sharpen knife": ("sharpening knife",),
+    "shot football": ("kicking football",),
+    "strike lighter": ("striking lighter",),
+    "subway, metro, underground": ("subway train", "metro train", "underground train"),
 }
 
+
 def phrases_of(
-    label:str,  # VGGSound's spelling
-)->tuple:       # Phrases; whichever is heard counts
+    label: str,  # VGGSound's spelling
+) -> tuple:  # Phrases; whichever is heard counts
     "What to listen for"
-    if label in WRITTEN: return WRITTEN[label]
-    text = ' '.join(SPELLING.get(w, w) for w in re.sub('[()]', ' ', label.lower()).split())
-    parts = [p.strip() for p in text.split(',') if p.strip()]
-    if not parts: raise FoleyError(f'label {label!r}: has no words; give the name of a sound')
-    return tuple('playing '+p if text.startswith('playing ') and not p.startswith('playing ') else p for p in parts)
+    if label in WRITTEN:
+        return WRITTEN[label]
+    text = " ".join(SPELLING.get(w, w) for w in re.sub("[()]", " ", label.lower()).split())
+    parts = [p.strip() for p in text.split(",") if p.strip()]
+    if not parts:
+        raise FoleyError(f"label {label!r}: has no words; give the name of a sound")
+    return tuple("playing " + p if text.startswith("playing ") and not p.startswith("playing ") else p for p in parts)
 
 # %% ../../nbs/data/13_grounding.ipynb #48a692e0
 def phrase_table(
-    labels=None,    # None: VGGSound's 309
-)->list:            # dicts of `label`, `phrases`, `written`: is it from the table?
+    labels=None,  # None: VGGSound's 309
+) -> list:  # dicts of `label`, `phrases`, `written`: is it from the table?
     "What every label is listened for with"
-    return [dict(label=l, phrases=phrases_of(l), written=l in WRITTEN) for l in (vggsound_labels() if labels is None else labels)]
+    return [
+        dict(label=l, phrases=phrases_of(l), written=l in WRITTEN)
+        for l in (vggsound_labels() if labels is None else labels)
+    ]
 
 # %% ../../nbs/data/13_grounding.ipynb #a6326a68
 def vocabulary_report(
-    model:GroundingModel,
-    labels=None,    # None: VGGSound's 309
-)->list:            # dicts of `label`, `phrase`, `known`, `unknown`, `near`, `deaf`
+    model: GroundingModel,
+    labels=None,  # None: VGGSound's 309
+) -> list:  # dicts of `label`, `phrase`, `known`, `unknown`, `near`, `deaf`
     "Which words of which phrases the model has"
     rows = []
     for r in phrase_table(labels):
         mine = []
-        for p in r['phrases']:
+        for p in r["phrases"]:
             known, unknown = [], []
-            for w in words_of(p, model.numbers): (known if w in model.numbers else unknown).append(w)
-            mine.append(dict(label=r['label'], phrase=p, known=known, unknown=unknown, near={w:suggest(w, model.numbers, 2) for w in unknown}))
-        rows += [dict(m, deaf=not any(q['known'] for q in mine)) for m in mine]
+            for w in words_of(p, model.numbers):
+                (known if w in model.numbers else unknown).append(w)
+            mine.append(
+                dict(
+                    label=r["label"],
+                    phrase=p,
+                    known=known,
+                    unknown=unknown,
+                    near={w: suggest(w, model.numbers, 2) for w in unknown},
+                )
+            )
+        rows += [dict(m, deaf=not any(q["known"] for q in mine)) for m in mine]
     return rows
 
 # %% ../../nbs/data/13_grounding.ipynb #b02a45aa
 def show_vocabulary(
-    model:GroundingModel,
-    labels=None,    # None: VGGSound's 309
-)->str:             # Lines
+    model: GroundingModel,
+    labels=None,  # None: VGGSound's 309
+) -> str:  # Lines
     "The report as text: what is lacking first, then the phrases"
-    rows = vocabulary_report(model, labels); labels = list(dict.fromkeys(r['label'] for r in rows))
-    deaf, part = ({r['label'] for r in rows if r['deaf']}, {r['label'] for r in rows if r['unknown'] and not r['deaf']})
-    lines = [f'{len(model.numbers)} words; {len(labels)} labels: {len(labels)-len(deaf|part)} wholly known, {len(part)} in part, {len(deaf)} not at all']
+    rows = vocabulary_report(model, labels)
+    labels = list(dict.fromkeys(r["label"] for r in rows))
+    deaf, part = ({r["label"] for r in rows if r["deaf"]}, {r["label"] for r in rows if r["unknown"] and not r["deaf"]})
+    lines = [
+        f"{len(model.numbers)} words; {len(labels)} labels: {len(labels) - len(deaf | part)} wholly known, {len(part)} in part, {len(deaf)} not at all"
+    ]
     for r in rows:
-        lacks = ', '.join(w+(f" (near: {', '.join(r['near'][w])})" if r['near'][w] else '') for w in r['unknown'])
-        lines.append(f"{'-' if r['deaf'] else '~' if r['unknown'] else '+'} {r['label']:<45}{r['phrase']:<32}{'unknown: '+lacks if lacks else ''}".rstrip())
-    return '\n'.join(lines)
+        lacks = ", ".join(w + (f" (near: {', '.join(r['near'][w])})" if r["near"][w] else "") for w in r["unknown"])
+        lines.append(
+            f"{'-' if r['deaf'] else '~' if r['unknown'] else '+'} {r['label']:<45}{r['phrase']:<32}{'unknown: ' + lacks if lacks else ''}".rstrip()
+        )
+    return "\n".join(lines)
 
 # %% ../../nbs/data/13_grounding.ipynb #c858ee2a
 def prepare(
-    model:GroundingModel,
-    audio,          # `(n,)`, floating point in [-1, 1]
-    sr:int,         # Hz
-)->Tensor:          # `(n',)` at the model's rate, at least two frames long
+    model: GroundingModel,
+    audio,  # `(n,)`, floating point in [-1, 1]
+    sr: int,  # Hz
+) -> Tensor:  # `(n',)` at the model's rate, at least two frames long
     "Check a sound, bring it to the model's rate"
     x, rate = np.asarray(audio), model.config.sample_rate
-    if x.ndim!=1 or x.dtype.kind!='f': raise FoleyError(f'audio has shape {x.shape} and type {x.dtype}; give (n,) floating-point samples in [-1, 1]')
-    if not np.isfinite(x).all(): raise FoleyError('audio has values that are no finite numbers; write the file again')
-    if not sr>0: raise FoleyError(f'sr={sr}: give the rate of the samples in Hz')
-    if sr!=rate and len(x)>1:
+    if x.ndim != 1 or x.dtype.kind != "f":
+        raise FoleyError(f"audio has shape {x.shape} and type {x.dtype}; give (n,) floating-point samples in [-1, 1]")
+    if not np.isfinite(x).all():
+        raise FoleyError("audio has values that are no finite numbers; write the file again")
+    if not sr > 0:
+        raise FoleyError(f"sr={sr}: give the rate of the samples in Hz")
+    if sr != rate and len(x) > 1:
         import librosa
-        x = librosa.resample(x.astype(np.float32), orig_sr=sr, target_sr=rate, res_type='soxr_hq')
+
+        x = librosa.resample(x.astype(np.float32), orig_sr=sr, target_sr=rate, res_type="soxr_hq")
     x = torch.from_numpy(x.astype(np.float32))
-    return F.pad(x, (0, max(0, (2*model.columns_per_frame-1)*model.config.hop_length-len(x))))
+    return F.pad(x, (0, max(0, (2 * model.columns_per_frame - 1) * model.config.hop_length - len(x))))
 
 # %% ../../nbs/data/13_grounding.ipynb #2edd5006
 @torch.no_grad()
 def frame_probabilities(
-    model:GroundingModel,
-    sounds:list,    # Of `prepare`
-    phrases:list,   # Texts
-)->list:            # `(frames, phrases)` float32 array per sound
+    model: GroundingModel,
+    sounds: list,  # Of `prepare`
+    phrases: list,  # Texts
+) -> list:  # `(frames, phrases)` float32 array per sound
     "Every phrase against every sound of a batch"
     mels = [model.mel(x[None].to(model.device))[0] for x in sounds]
-    lengths = torch.tensor([x.shape[1] for x in mels]); n = int(lengths.max())
-    batch = torch.stack([F.pad(x, (0, n-x.shape[1])) for x in mels])
-    logits = model(batch, model.read_phrases(phrases).to(model.device), None if (lengths==n).all() else lengths).float()
-    return [p[:l//model.columns_per_frame].cpu().numpy() for p,l in zip(logits.sigmoid(), lengths.tolist())]
+    lengths = torch.tensor([x.shape[1] for x in mels])
+    n = int(lengths.max())
+    batch = torch.stack([F.pad(x, (0, n - x.shape[1])) for x in mels])
+    logits = model(
+        batch, model.read_phrases(phrases).to(model.device), None if (lengths == n).all() else lengths
+    ).float()
+    return [p[: l // model.columns_per_frame].cpu().numpy() for p, l in zip(logits.sigmoid(), lengths.tolist())]
+
 
 def ground_batch(
-    model:GroundingModel,
-    audios:list,        # `(n_i,)` each; lengths may differ
-    sr:int,             # Hz
-    phrases:list,       # For each sound a phrase or several
-    batch_size:int=16,  # Sounds at once
-)->list:                # `(times, probabilities)` per sound
+    model: GroundingModel,
+    audios: list,  # `(n_i,)` each; lengths may differ
+    sr: int,  # Hz
+    phrases: list,  # For each sound a phrase or several
+    batch_size: int = 16,  # Sounds at once
+) -> list:  # `(times, probabilities)` per sound
     "Many sounds, each with its own phrases"
     phrases = [[p] if isinstance(p, str) else list(p) for p in phrases]
-    if len(phrases)!=len(audios): raise FoleyError(f'phrases: {len(phrases)} entries for {len(audios)} sounds; give one (a text or several) per sound')
-    if not all(phrases): raise FoleyError('phrases: a sound has none; give at least one text')
+    if len(phrases) != len(audios):
+        raise FoleyError(
+            f"phrases: {len(phrases)} entries for {len(audios)} sounds; give one (a text or several) per sound"
+        )
+    if not all(phrases):
+        raise FoleyError("phrases: a sound has none; give at least one text")
     out, phrases = [], [model.known_phrases(ps) for ps in phrases]
     for i in range(0, len(audios), batch_size):
-        asked = list(dict.fromkeys(p for ps in phrases[i:i+batch_size] for p in ps))
-        probs = frame_probabilities(model, [prepare(model, a, sr) for a in audios[i:i+batch_size]], asked)
-        out += [(np.arange(len(p))*model.step, p[:,[asked.index(q) for q in qs]].max(1)) for p,qs in zip(probs, phrases[i:i+batch_size])]
+        asked = list(dict.fromkeys(p for ps in phrases[i : i + batch_size] for p in ps))
+        probs = frame_probabilities(model, [prepare(model, a, sr) for a in audios[i : i + batch_size]], asked)
+        out += [
+            (np.arange(len(p)) * model.step, p[:, [asked.index(q) for q in qs]].max(1))
+            for p, qs in zip(probs, phrases[i : i + batch_size])
+        ]
     return out
 
 # %% ../../nbs/data/13_grounding.ipynb #ff23f7a3
 def ground(
-    model:GroundingModel,
-    audio,              # `(n,)`, floating point in [-1, 1]
-    sr:int,             # Hz
-    phrases,            # A text, or several of which the most probable counts
-)->tuple:               # Starts of the frames `(frames,)` s, probabilities `(frames,)`
+    model: GroundingModel,
+    audio,  # `(n,)`, floating point in [-1, 1]
+    sr: int,  # Hz
+    phrases,  # A text, or several of which the most probable counts
+) -> tuple:  # Starts of the frames `(frames,)` s, probabilities `(frames,)`
     "When is it heard?"
     return ground_batch(model, [audio], sr, [phrases])[0]
 
+
 def ground_label(
-    model:GroundingModel,
-    audio,              # `(n,)`, floating point in [-1, 1]
-    sr:int,             # Hz
-    label:str,          # VGGSound's spelling
-)->tuple:               # Starts of the frames `(frames,)` s, probabilities `(frames,)`
+    model: GroundingModel,
+    audio,  # `(n,)`, floating point in [-1, 1]
+    sr: int,  # Hz
+    label: str,  # VGGSound's spelling
+) -> tuple:  # Starts of the frames `(frames,)` s, probabilities `(frames,)`
     "When is the sound of a label heard?"
     return ground(model, audio, sr, phrases_of(label))
 
 # %% ../../nbs/data/13_grounding.ipynb #bc5e6c19
 def segments(
-    times,              # Starts of the frames, `(frames,)` s, evenly spaced
-    probs,              # `(frames,)` in [0, 1]
-    threshold:float=.5, # A frame above it counts
-    window:int=1,       # Median over so many frames, odd
-)->list:                # `(start, end)` s
+    times,  # Starts of the frames, `(frames,)` s, evenly spaced
+    probs,  # `(frames,)` in [0, 1]
+    threshold: float = 0.5,  # A frame above it counts
+    window: int = 1,  # Median over so many frames, odd
+) -> list:  # `(start, end)` s
     "Stretches in which a phrase is heard"
     times, probs = np.asarray(times, float), np.asarray(probs, float)
-    if times.shape!=probs.shape or times.ndim!=1 or len(times)<2: raise FoleyError(f'times and probs have shapes {times.shape} and {probs.shape}; give (frames,) each, at least two')
-    if window<1 or window%2==0: raise FoleyError(f'window={window}: give an odd number of frames, 1 for no median')
-    if not 0<=threshold<=1: raise FoleyError(f'threshold={threshold}: is a probability, 0 to 1')
-    if window>1:
+    if times.shape != probs.shape or times.ndim != 1 or len(times) < 2:
+        raise FoleyError(
+            f"times and probs have shapes {times.shape} and {probs.shape}; give (frames,) each, at least two"
+        )
+    if window < 1 or window % 2 == 0:
+        raise FoleyError(f"window={window}: give an odd number of frames, 1 for no median")
+    if not 0 <= threshold <= 1:
+        raise FoleyError(f"threshold={threshold}: is a probability, 0 to 1")
+    if window > 1:
         from scipy.ndimage import median_filter
+
         probs = median_filter(probs, window)  # reflects at the ends, as the reference does
-    edges = np.diff(np.r_[0, probs>threshold, 0].astype(int)); ends = np.r_[times, times[-1]+times[1]-times[0]]
-    return [(float(ends[a]), float(ends[b])) for a,b in zip(np.flatnonzero(edges==1), np.flatnonzero(edges==-1))]
+    edges = np.diff(np.r_[0, probs > threshold, 0].astype(int))
+    ends = np.r_[times, times[-1] + times[1] - times[0]]
+    return [(float(ends[a]), float(ends[b])) for a, b in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1))]
 
-def active_time(segs:list)->float: # s
+
+def active_time(segs: list) -> float:  # s
     "Seconds in all stretches"
-    return float(sum(b-a for a,b in segs))
+    return float(sum(b - a for a, b in segs))
 
-def longest_run(segs:list)->float: # s
+
+def longest_run(segs: list) -> float:  # s
     "Seconds of the longest stretch"
-    return float(max((b-a for a,b in segs), default=0.))
+    return float(max((b - a for a, b in segs), default=0.0))
 
 # %% ../../nbs/data/13_grounding.ipynb #4463d02c
 def plot_grounding(
-    times,              # Starts of the frames, `(frames,)` s
-    probs,              # `(frames,)`
-    threshold:float=.5,
-    window:int=1,       # Frames of the median
-    ax=None,            # Axes to draw into; None makes new ones
-):                      # The axes
+    times,  # Starts of the frames, `(frames,)` s
+    probs,  # `(frames,)`
+    threshold: float = 0.5,
+    window: int = 1,  # Frames of the median
+    ax=None,  # Axes to draw into; None makes new ones
+):  # The axes
     "The curve, its threshold and its stretches over seconds"
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(8,1.6), dpi=80)[1]
-    for a,b in segments(times, probs, threshold, window): ax.axvspan(a, b, color='tab:green', alpha=.2, lw=0)
-    ax.step(np.append(times, 2*times[-1]-times[-2]), np.append(probs, probs[-1]), where='post', color='tab:green', lw=1.2)
-    ax.axhline(threshold, color='k', lw=.8, ls='--')
-    ax.set(xlim=(0, 2*times[-1]-times[-2]), ylim=(0,1.02), xlabel='time (s)', ylabel='probability')
+
+    if ax is None:
+        ax = plt.subplots(figsize=(8, 1.6), dpi=80)[1]
+    for a, b in segments(times, probs, threshold, window):
+        ax.axvspan(a, b, color="tab:green", alpha=0.2, lw=0)
+    ax.step(
+        np.append(times, 2 * times[-1] - times[-2]),
+        np.append(probs, probs[-1]),
+        where="post",
+        color="tab:green",
+        lw=1.2,
+    )
+    ax.axhline(threshold, color="k", lw=0.8, ls="--")
+    ax.set(xlim=(0, 2 * times[-1] - times[-2]), ylim=(0, 1.02), xlabel="time (s)", ylabel="probability")
     return ax
 
 # %% ../../nbs/data/13_grounding.ipynb #d333a692
-COLUMNS = ('file','label','phrases','duration','active','longest','mean','peak','segments','problem')
+COLUMNS = ("file", "label", "phrases", "duration", "active", "longest", "mean", "peak", "segments", "problem")
+
 
 def ground_files(
-    model:GroundingModel,
-    files:list,         # Audio or video files
-    phrases:list,       # For each file a phrase or several
-    labels:list=None,   # For each file its label, for the table
-    threshold:float=.5,
-    window:int=1,       # Frames of the median, odd
-    curves:dict=None,   # Gets `file -> (times, probabilities)`
-):                      # Yields dicts with `COLUMNS`; seconds, probabilities, `segments` as `(start, end)` pairs
+    model: GroundingModel,
+    files: list,  # Audio or video files
+    phrases: list,  # For each file a phrase or several
+    labels: list = None,  # For each file its label, for the table
+    threshold: float = 0.5,
+    window: int = 1,  # Frames of the median, odd
+    curves: dict = None,  # Gets `file -> (times, probabilities)`
+):  # Yields dicts with `COLUMNS`; seconds, probabilities, `segments` as `(start, end)` pairs
     "One row of numbers per file"
-    for f,ps,label in zip(files, phrases, labels or ['']*len(files)):
-        row = dict.fromkeys(COLUMNS, '')|dict(file=str(f), label=label, phrases=' | '.join([ps] if isinstance(ps, str) else ps))
+    for f, ps, label in zip(files, phrases, labels or [""] * len(files)):
+        row = dict.fromkeys(COLUMNS, "") | dict(
+            file=str(f), label=label, phrases=" | ".join([ps] if isinstance(ps, str) else ps)
+        )
         try:
             audio = read_audio(f, model.config.sample_rate)
-            times, probs = ground(model, audio, model.config.sample_rate, ps); segs = segments(times, probs, threshold, window)
-            row |= dict(duration=len(audio)/model.config.sample_rate, active=active_time(segs), longest=longest_run(segs), mean=float(probs.mean()), peak=float(probs.max()), segments=segs)
-            if curves is not None: curves[str(f)] = times, probs
-        except FoleyError as e: row['problem'] = str(e)
+            times, probs = ground(model, audio, model.config.sample_rate, ps)
+            segs = segments(times, probs, threshold, window)
+            row |= dict(
+                duration=len(audio) / model.config.sample_rate,
+                active=active_time(segs),
+                longest=longest_run(segs),
+                mean=float(probs.mean()),
+                peak=float(probs.max()),
+                segments=segs,
+            )
+            if curves is not None:
+                curves[str(f)] = times, probs
+        except FoleyError as e:
+            row["problem"] = str(e)
         yield row
 
+
 def write_table(
-    rows:list,  # Of `ground_files`
-    path,       # CSV to write
-)->Path:
+    rows: list,  # Of `ground_files`
+    path,  # CSV to write
+) -> Path:
     "Rows as CSV, seconds with two decimals"
-    said = lambda v: ' '.join(f'{a:.2f}-{b:.2f}' for a,b in v) if isinstance(v, list) else f'{v:.3f}' if isinstance(v, float) else v
-    with atomic_path(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-        w = csv.writer(f); w.writerow(COLUMNS); w.writerows([said(r[c]) for c in COLUMNS] for r in rows)
+    said = lambda v: (
+        " ".join(f"{a:.2f}-{b:.2f}" for a, b in v) if isinstance(v, list) else f"{v:.3f}" if isinstance(v, float) else v
+    )
+    with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+        w = csv.writer(f)
+        w.writerow(COLUMNS)
+        w.writerows([said(r[c]) for c in COLUMNS] for r in rows)
     return Path(path)
 
 # %% ../../nbs/data/13_grounding.ipynb #9da3d569
 def show_table(
-    rows:list,  # Of `ground_files`
-)->str:         # Lines
+    rows: list,  # Of `ground_files`
+) -> str:  # Lines
     "Rows as text"
     head = f"{'active':>7} {'longest':>7} {'mean':>5} {'peak':>5}  file"
-    line = lambda r: f"{r['active']:6.2f}s {r['longest']:6.2f}s {r['mean']:5.2f} {r['peak']:5.2f}  " if not r['problem'] else f"{'-':>7} {'-':>7} {'-':>5} {'-':>5}  "
-    return '\n'.join([head, *(line(r)+(r['problem'] or f"{Path(r['file']).name} ({r['phrases']})") for r in rows)])
+    line = lambda r: (
+        f"{r['active']:6.2f}s {r['longest']:6.2f}s {r['mean']:5.2f} {r['peak']:5.2f}  "
+        if not r["problem"]
+        else f"{'-':>7} {'-':>7} {'-':>5} {'-':>5}  "
+    )
+    return "\n".join([head, *(line(r) + (r["problem"] or f"{Path(r['file']).name} ({r['phrases']})") for r in rows)])
+
 
 def plot_files(
-    curves:dict,        # File -> `(times, probabilities)`, as `ground_files` fills it
-    path,               # PNG to write
-    threshold:float=.5,
-    window:int=1,       # Frames of the median, odd
-    n:int=12,           # At most so many, the first ones
-)->Path:
+    curves: dict,  # File -> `(times, probabilities)`, as `ground_files` fills it
+    path,  # PNG to write
+    threshold: float = 0.5,
+    window: int = 1,  # Frames of the median, odd
+    n: int = 12,  # At most so many, the first ones
+) -> Path:
     "One curve below the other"
     from matplotlib.figure import Figure
-    some = list(curves.items())[:n]; fig = Figure(figsize=(8, .3+1.2*len(some)), dpi=80, layout='constrained')
-    for ax,(f,(times,probs)) in zip(fig.subplots(len(some), squeeze=False)[:,0], some): plot_grounding(times, probs, threshold, window, ax).set_title(printable(Path(f).name), fontsize=8, parse_math=False)
-    with atomic_path(path) as tmp: fig.savefig(tmp)
+
+    some = list(curves.items())[:n]
+    fig = Figure(figsize=(8, 0.3 + 1.2 * len(some)), dpi=80, layout="constrained")
+    for ax, (f, (times, probs)) in zip(fig.subplots(len(some), squeeze=False)[:, 0], some):
+        plot_grounding(times, probs, threshold, window, ax).set_title(
+            printable(Path(f).name), fontsize=8, parse_math=False
+        )
+    with atomic_path(path) as tmp:
+        fig.savefig(tmp)
     return Path(path)
 
 # %% ../../nbs/data/13_grounding.ipynb #c5103233
-HUB = dict(repo='wsntxxn/cnn8rnn-w2vmean-audiocaps-grounding', licence='Apache-2.0', files={'model.safetensors':35_400_000, 'vocab.json':100_000})   # bytes, about
+HUB = dict(
+    repo="wsntxxn/cnn8rnn-w2vmean-audiocaps-grounding",
+    licence="Apache-2.0",
+    files={"model.safetensors": 35_400_000, "vocab.json": 100_000},
+)  # bytes, about
+
 
 def read_vocabulary(
-    path,       # JSON: word -> number, also below `word2idx`, or a list
-)->list:        # Words in the order of their numbers
+    path,  # JSON: word -> number, also below `word2idx`, or a list
+) -> list:  # Words in the order of their numbers
     "The words of a published vocabulary"
-    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
-    except OSError as e: raise FoleyError(f'{path}: cannot be read; fetch {HUB["repo"]} again') from e
-    except ValueError as e: raise FoleyError(f'{path}: is no JSON ({e}); fetch {HUB["repo"]} again') from e
-    if isinstance(found, dict): found = found.get('word2idx', found)
-    if isinstance(found, list): found = {w:i for i,w in enumerate(found)}
-    if not isinstance(found, dict) or not found or any(not isinstance(i, int) for i in found.values()) or sorted(found.values())!=list(range(len(found))):
-        raise FoleyError(f'{path}: must give each word a number, from 0 without gaps; fetch {HUB["repo"]} again')
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise FoleyError(f"{path}: cannot be read; fetch {HUB['repo']} again") from e
+    except ValueError as e:
+        raise FoleyError(f"{path}: is no JSON ({e}); fetch {HUB['repo']} again") from e
+    if isinstance(found, dict):
+        found = found.get("word2idx", found)
+    if isinstance(found, list):
+        found = {w: i for i, w in enumerate(found)}
+    if (
+        not isinstance(found, dict)
+        or not found
+        or any(not isinstance(i, int) for i in found.values())
+        or sorted(found.values()) != list(range(len(found)))
+    ):
+        raise FoleyError(f"{path}: must give each word a number, from 0 without gaps; fetch {HUB['repo']} again")
     return sorted(found, key=found.get)
 
 # %% ../../nbs/data/13_grounding.ipynb #2d4a2026
@@ -431,170 +600,245 @@ def _tensors(path):
     "A file of weights, or why not"
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    if not path.is_file(): raise FoleyError(f'{path}: no such file; fetch {HUB["repo"]} again, or give another folder')
-    try: return load_file(path)
-    except (SafetensorError, OSError) as e: raise FoleyError(f'{path}: cannot be read ({str(e).splitlines()[0][:120]}); it is damaged, fetch it again') from e
+
+    if not path.is_file():
+        raise FoleyError(f"{path}: no such file; fetch {HUB['repo']} again, or give another folder")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise FoleyError(
+            f"{path}: cannot be read ({str(e).splitlines()[0][:120]}); it is damaged, fetch it again"
+        ) from e
+
 
 def read_published(
-    folder,             # With `model.safetensors` and `vocab.json`
-    **sizes             # Where they differ from the published ones, as in `GroundingModel`
-)->GroundingModel:
+    folder,  # With `model.safetensors` and `vocab.json`
+    **sizes,  # Where they differ from the published ones, as in `GroundingModel`
+) -> GroundingModel:
     "The published model in its published layout"
-    path = Path(folder)/'model.safetensors'; model = GroundingModel(read_vocabulary(Path(folder)/'vocab.json'), **sizes)
-    sd = {k:v for k,v in _tensors(path).items() if '.melspec_extractor.' not in k}
-    load_checked(nn.ModuleDict(dict(model=model)), sd, f'{path}: weights')
+    path = Path(folder) / "model.safetensors"
+    model = GroundingModel(read_vocabulary(Path(folder) / "vocab.json"), **sizes)
+    sd = {k: v for k, v in _tensors(path).items() if ".melspec_extractor." not in k}
+    load_checked(nn.ModuleDict(dict(model=model)), sd, f"{path}: weights")
     return model.eval().requires_grad_(False)
 
+
 def convert_grounding(
-    folder,                 # With `model.safetensors` and `vocab.json`
-    out,                    # Folder to make
-    overwrite:bool=False,   # May it exist?
-)->Path:                    # `out`
+    folder,  # With `model.safetensors` and `vocab.json`
+    out,  # Folder to make
+    overwrite: bool = False,  # May it exist?
+) -> Path:  # `out`
     "Make a folder of the published files that `GroundingModel.from_pretrained` reads"
     out = Path(out)
-    if (out/'config.json').exists() and not overwrite: raise FoleyError(f'{out}: holds a model already; pass overwrite=True or choose another folder')
+    if (out / "config.json").exists() and not overwrite:
+        raise FoleyError(f"{out}: holds a model already; pass overwrite=True or choose another folder")
     read_published(folder).save_pretrained(out)
     return out
 
 # %% ../../nbs/data/13_grounding.ipynb #3ba680f5
-def grounding_path(
-)->Path:   # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
+def grounding_path() -> Path:  # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
     "Where the converted published model is kept unless said otherwise"
-    home = os.environ.get('SMOOTH_FOLEY_HOME')
-    return (Path(home).expanduser() if home else Path.home()/'.cache'/'smooth_foley')/'grounding'
+    home = os.environ.get("SMOOTH_FOLEY_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".cache" / "smooth_foley") / "grounding"
+
 
 def fetch_grounding(
-    out=None,               # Folder to make; None: `grounding_path()`
-    overwrite:bool=False,   # May it exist?
-    **hub                   # `revision`, `cache_dir`, `token`, `local_files_only`, as in huggingface_hub
-)->Path:                    # `out`
+    out=None,  # Folder to make; None: `grounding_path()`
+    overwrite: bool = False,  # May it exist?
+    **hub,  # `revision`, `cache_dir`, `token`, `local_files_only`, as in huggingface_hub
+) -> Path:  # `out`
     "Bring the published model from the hub and convert it"
     from huggingface_hub import hf_hub_download
-    try: files = [hf_hub_download(HUB['repo'], f, **hub) for f in HUB['files']]
-    except Exception as e: raise FoleyError(f'{HUB["repo"]}: cannot be had from the hub ({type(e).__name__}); check the network, or put {" and ".join(HUB["files"])} into a folder and name that') from e
+
+    try:
+        files = [hf_hub_download(HUB["repo"], f, **hub) for f in HUB["files"]]
+    except Exception as e:
+        raise FoleyError(
+            f"{HUB['repo']}: cannot be had from the hub ({type(e).__name__}); check the network, or put {' and '.join(HUB['files'])} into a folder and name that"
+        ) from e
     return convert_grounding(Path(files[0]).parent, out or grounding_path(), overwrite)
 
 # %% ../../nbs/data/13_grounding.ipynb #d75d6246
 def load_grounding(
-    folder=None,        # Of a saved or of the published model; 'full': `grounding_path()`; None or 'mini': the one in the package
-    device='cpu',
-)->GroundingModel:      # float32, ready to listen
+    folder=None,  # Of a saved or of the published model; 'full': `grounding_path()`; None or 'mini': the one in the package
+    device="cpu",
+) -> GroundingModel:  # float32, ready to listen
     "A model that grounds"
-    if folder in (None, 'mini'): folder = Path(importlib.util.find_spec('smooth_foley').submodule_search_locations[0])/'weights'/'grounding'
-    elif folder=='full': folder = grounding_path()
-    folder = Path(folder); config = folder/'config.json'
-    try: ours = config.is_file() and json.loads(config.read_text()).get('_class_name')=='GroundingModel'
-    except ValueError as e: raise FoleyError(f'{config}: is no JSON ({e}); write or fetch it again') from e
-    if not ours and not (folder/'vocab.json').is_file(): raise FoleyError(f'{folder}: no grounding model is here; fetch {HUB["repo"]} with fetch_grounding(), or train one with train_grounding')
-    if not ours: return read_published(folder).to(device)
-    model = GroundingModel.from_config(GroundingModel.load_config(folder)); path = folder/'diffusion_pytorch_model.safetensors'
-    load_checked(model, _tensors(path), f'{path}: weights')
+    if folder in (None, "mini"):
+        folder = Path(importlib.util.find_spec("smooth_foley").submodule_search_locations[0]) / "weights" / "grounding"
+    elif folder == "full":
+        folder = grounding_path()
+    folder = Path(folder)
+    config = folder / "config.json"
+    try:
+        ours = config.is_file() and json.loads(config.read_text()).get("_class_name") == "GroundingModel"
+    except ValueError as e:
+        raise FoleyError(f"{config}: is no JSON ({e}); write or fetch it again") from e
+    if not ours and not (folder / "vocab.json").is_file():
+        raise FoleyError(
+            f"{folder}: no grounding model is here; fetch {HUB['repo']} with fetch_grounding(), or train one with train_grounding"
+        )
+    if not ours:
+        return read_published(folder).to(device)
+    model = GroundingModel.from_config(GroundingModel.load_config(folder))
+    path = folder / "diffusion_pytorch_model.safetensors"
+    load_checked(model, _tensors(path), f"{path}: weights")
     return model.eval().requires_grad_(False).to(device)
 
 # %% ../../nbs/data/13_grounding.ipynb #c6936057
 TRAIN_SCENES, STEPS = 3000, 700
-MINI = dict(sample_rate=16000, n_fft=512, hop_length=160, n_mels=64, fmin=50., fmax=8000., channels=[16,32,64,128], hidden=128, embed_dim=128)
+MINI = dict(
+    sample_rate=16000,
+    n_fft=512,
+    hop_length=160,
+    n_mels=64,
+    fmin=50.0,
+    fmax=8000.0,
+    channels=[16, 32, 64, 128],
+    hidden=128,
+    embed_dim=128,
+)
 
-def passby_phrases()->tuple: # Phrases, and which belong to which label, `(labels, phrases)` bool
+
+def passby_phrases() -> tuple:  # Phrases, and which belong to which label, `(labels, phrases)` bool
     "All phrases of Passby's labels"
     phrases = [p for l in passby.LABELS for p in phrases_of(l)]
     return phrases, torch.tensor([[p in phrases_of(l) for p in phrases] for l in passby.LABELS])
 
-def mini_vocabulary()->list:
+
+def mini_vocabulary() -> list:
     "The words of these phrases"
     return [PAD, UNKNOWN, *sorted({w for p in passby_phrases()[0] for w in words_of(p, ())})]
 
 # %% ../../nbs/data/13_grounding.ipynb #7b0d927d
 def through_aac(
-    audio:np.ndarray,   # `(n,)` at 16 kHz
-)->np.ndarray:          # `(n,)`, what an mp4 keeps of it
+    audio: np.ndarray,  # `(n,)` at 16 kHz
+) -> np.ndarray:  # `(n,)`, what an mp4 keeps of it
     "Code and decode"
     with tempfile.TemporaryDirectory() as d:
-        p = write_video(Path(d)/'a.mp4', np.zeros((2,16,16,3), np.uint8), 2*passby.SR/len(audio), audio)
-        return fit_duration(read_audio(p), len(audio)/passby.SR)
+        p = write_video(Path(d) / "a.mp4", np.zeros((2, 16, 16, 3), np.uint8), 2 * passby.SR / len(audio), audio)
+        return fit_duration(read_audio(p), len(audio) / passby.SR)
+
 
 def passby_sounds(
-    folder,             # Where the cache is kept
-    n:int,              # Scenes
-    first_seed:int=0,   # Of the training range
-)->dict:                # `audio (n, 163840)` int16, `sounding (n, 1024)`, `label (n,)`
+    folder,  # Where the cache is kept
+    n: int,  # Scenes
+    first_seed: int = 0,  # Of the training range
+) -> dict:  # `audio (n, 163840)` int16, `sounding (n, 1024)`, `label (n,)`
     "Sounds and truth, rendered once; every second sound went through AAC"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    names = {k:folder/f'{k}_{first_seed}_{n}.npy' for k in ('sounding','label','audio')}
-    if not names['audio'].exists():
-        with atomic_path(names['audio']) as tmp:
-            a = np.lib.format.open_memmap(tmp, 'w+', np.int16, (n, round(passby.DURATION*passby.SR))); truth, label = [], []
-            for i in progress(range(n), desc='grounding sounds', unit='scene'):
-                s = passby.scene(first_seed+i, frames=False)
-                a[i] = np.round(np.clip(through_aac(s.audio) if i%2 else s.audio, -1, 1)*32767); truth.append(s.truth['sounding']); label.append(passby.LABELS.index(s.label))
-            a.flush(); np.save(names['sounding'], np.stack(truth)); np.save(names['label'], np.array(label))
-    return {k:np.load(p, mmap_mode='r') for k,p in names.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {k: folder / f"{k}_{first_seed}_{n}.npy" for k in ("sounding", "label", "audio")}
+    if not names["audio"].exists():
+        with atomic_path(names["audio"]) as tmp:
+            a = np.lib.format.open_memmap(tmp, "w+", np.int16, (n, round(passby.DURATION * passby.SR)))
+            truth, label = [], []
+            for i in progress(range(n), desc="grounding sounds", unit="scene"):
+                s = passby.scene(first_seed + i, frames=False)
+                a[i] = np.round(np.clip(through_aac(s.audio) if i % 2 else s.audio, -1, 1) * 32767)
+                truth.append(s.truth["sounding"])
+                label.append(passby.LABELS.index(s.label))
+            a.flush()
+            np.save(names["sounding"], np.stack(truth))
+            np.save(names["label"], np.array(label))
+    return {k: np.load(p, mmap_mode="r") for k, p in names.items()}
 
 # %% ../../nbs/data/13_grounding.ipynb #ac5bba07
 def disturb(
-    audio:Tensor,   # `(b, n)`
-    draw,           # Of the step
-)->tuple:           # Audio, and which rows still have their sound, `(b,)`
+    audio: Tensor,  # `(b, n)`
+    draw,  # Of the step
+) -> tuple:  # Audio, and which rows still have their sound, `(b,)`
     "Gains from -30 to +3 dB, coloured noise under half of the sounds, silence in place of some"
-    u = draw.uniform(6); b, n = audio.shape
-    f = torch.fft.rfftfreq(n, 1/passby.SR, device=audio.device).clamp(min=30.)
-    noise = torch.fft.irfft(torch.fft.rfft(draw.normal(n))*f**-u[:,:1], n)
-    noise = noise/noise.std(1, keepdim=True)*10**((-70+40*u[:,1:2])/20)*(u[:,2:3]<.5)
-    there = u[:,3]>.08
-    gain = 10**((-30+33*u[:,4:5])/20)
-    return ((audio*there[:,None]+noise*.7)*gain).clamp(-1, 1), there
+    u = draw.uniform(6)
+    b, n = audio.shape
+    f = torch.fft.rfftfreq(n, 1 / passby.SR, device=audio.device).clamp(min=30.0)
+    noise = torch.fft.irfft(torch.fft.rfft(draw.normal(n)) * f ** -u[:, :1], n)
+    noise = noise / noise.std(1, keepdim=True) * 10 ** ((-70 + 40 * u[:, 1:2]) / 20) * (u[:, 2:3] < 0.5)
+    there = u[:, 3] > 0.08
+    gain = 10 ** ((-30 + 33 * u[:, 4:5]) / 20)
+    return ((audio * there[:, None] + noise * 0.7) * gain).clamp(-1, 1), there
+
 
 class GroundingStage(nn.Module):
     "Frame-wise cross-entropy of every phrase; own phrases and others weigh the same"
-    def __init__(self, model:GroundingModel):
-        super().__init__(); self.model = model
+
+    def __init__(self, model: GroundingModel):
+        super().__init__()
+        self.model = model
         phrases, owns = passby_phrases()
-        self.register_buffer('ids', model.read_phrases(phrases), persistent=False); self.register_buffer('owns', owns, persistent=False)
+        self.register_buffer("ids", model.read_phrases(phrases), persistent=False)
+        self.register_buffer("owns", owns, persistent=False)
+
 
 @patch
-def cut(self:GroundingStage, batch, draw)->tuple:
+def cut(self: GroundingStage, batch, draw) -> tuple:
     "The same length for a batch, 2 to 10.24 s and more often short; another place for each sound"
-    ticks, n = batch['sounding'].shape[1], int((2+8.24*float(draw.uniform(1)[0])**3)*25)*4
-    starts = (draw.uniform(1)[:,0]*(ticks-n+1)).long(); at = starts[:,None]+torch.arange(n, device=starts.device)
-    on = batch['sounding'].gather(1, at).float().unflatten(1, (-1,4)).mean(2)>.5                       # 40 ms frames
-    hop = passby.SR//passby.RATE; at = starts[:,None]*hop+torch.arange(n*hop, device=starts.device)
-    return batch['audio'].gather(1, at).float()/32767, on
+    ticks, n = batch["sounding"].shape[1], int((2 + 8.24 * float(draw.uniform(1)[0]) ** 3) * 25) * 4
+    starts = (draw.uniform(1)[:, 0] * (ticks - n + 1)).long()
+    at = starts[:, None] + torch.arange(n, device=starts.device)
+    on = batch["sounding"].gather(1, at).float().unflatten(1, (-1, 4)).mean(2) > 0.5  # 40 ms frames
+    hop = passby.SR // passby.RATE
+    at = starts[:, None] * hop + torch.arange(n * hop, device=starts.device)
+    return batch["audio"].gather(1, at).float() / 32767, on
+
 
 @patch
-def forward(self:GroundingStage, batch, draw)->Tensor:
+def forward(self: GroundingStage, batch, draw) -> Tensor:
     "The loss of one batch"
-    audio, on = self.cut(batch, draw); audio, there = disturb(audio, draw)
-    ids = F.pad(self.ids, (0,1), value=1*(float(draw.uniform(1)[0])<.3))                                # sometimes an unknown word stands among them
-    with torch.autocast(audio.device.type, enabled=False): mel = self.model.mel(audio)
-    logits = self.model(mel, ids)[:,:on.shape[1]].float(); own = self.owns[batch['label']][:,None].expand_as(logits)
-    loss = F.binary_cross_entropy_with_logits(logits, (own&(on&there[:,None])[...,None]).float(), reduction='none')
-    return .5*loss[own].mean()+.5*loss[~own].mean()
+    audio, on = self.cut(batch, draw)
+    audio, there = disturb(audio, draw)
+    ids = F.pad(
+        self.ids, (0, 1), value=1 * (float(draw.uniform(1)[0]) < 0.3)
+    )  # sometimes an unknown word stands among them
+    with torch.autocast(audio.device.type, enabled=False):
+        mel = self.model.mel(audio)
+    logits = self.model(mel, ids)[:, : on.shape[1]].float()
+    own = self.owns[batch["label"]][:, None].expand_as(logits)
+    loss = F.binary_cross_entropy_with_logits(
+        logits, (own & (on & there[:, None])[..., None]).float(), reduction="none"
+    )
+    return 0.5 * loss[own].mean() + 0.5 * loss[~own].mean()
 
 # %% ../../nbs/data/13_grounding.ipynb #59ef6a07
-def save_grounding(model, out, cfg, n_scenes)->Path:
+def save_grounding(model, out, cfg, n_scenes) -> Path:
     "Half-precision weights with their log and recipe"
     from smooth_foley.train.loop import hardware
-    out = Path(out); nn.Module.to(model.eval(), torch.float16).save_pretrained(out/'weights')
-    shutil.copy(out/'log.csv', out/'weights'/'log.csv')
-    (out/'weights'/'training.json').write_text(json.dumps(dict(n_scenes=n_scenes, first_seed=0, config=asdict(cfg), hardware=hardware()), indent=1)+'\n')
-    return out/'weights'
+
+    out = Path(out)
+    nn.Module.to(model.eval(), torch.float16).save_pretrained(out / "weights")
+    shutil.copy(out / "log.csv", out / "weights" / "log.csv")
+    (out / "weights" / "training.json").write_text(
+        json.dumps(dict(n_scenes=n_scenes, first_seed=0, config=asdict(cfg), hardware=hardware()), indent=1) + "\n"
+    )
+    return out / "weights"
 
 # %% ../../nbs/data/13_grounding.ipynb #502a3d5c
 def train_grounding(
-    out,                    # Folder for cache, checkpoints and log; the finished model goes to `out/weights`
-    n_scenes:int=TRAIN_SCENES,
-    steps:int=STEPS,        # Batches
-    batch_size:int=32,
-    mixed_precision:str='bf16',
-    seed:int=0,
-    cache=None,             # Folder for the cache; None: `out/cache`
-)->Path:                    # `out/weights`
+    out,  # Folder for cache, checkpoints and log; the finished model goes to `out/weights`
+    n_scenes: int = TRAIN_SCENES,
+    steps: int = STEPS,  # Batches
+    batch_size: int = 32,
+    mixed_precision: str = "bf16",
+    seed: int = 0,
+    cache=None,  # Folder for the cache; None: `out/cache`
+) -> Path:  # `out/weights`
     "Train the mini grounding model on Passby's sounds"
     from smooth_foley.train.loop import TrainConfig, train
+
     out = Path(out)
-    cfg = TrainConfig(max_train_steps=steps, train_batch_size=batch_size, learning_rate=2e-3, lr_warmup_steps=min(50,steps), ema_decay=0, mixed_precision=mixed_precision, checkpointing_steps=100, log_steps=max(1,min(10,steps)), seed=seed)
-    a = passby_sounds(cache or out/'cache', n_scenes)
-    rows = lambda i: {k:torch.from_numpy(np.array(a[k][i])) for k in a}
+    cfg = TrainConfig(
+        max_train_steps=steps,
+        train_batch_size=batch_size,
+        learning_rate=2e-3,
+        lr_warmup_steps=min(50, steps),
+        ema_decay=0,
+        mixed_precision=mixed_precision,
+        checkpointing_steps=100,
+        log_steps=max(1, min(10, steps)),
+        seed=seed,
+    )
+    a = passby_sounds(cache or out / "cache", n_scenes)
+    rows = lambda i: {k: torch.from_numpy(np.array(a[k][i])) for k in a}
     torch.manual_seed(seed)
     stage = train(GroundingStage(GroundingModel(mini_vocabulary(), **MINI).train()), rows, n_scenes, cfg, out)
     return save_grounding(stage.model, out, cfg, n_scenes)
@@ -603,10 +847,17 @@ def train_grounding(
 def main(argv=None):
     "`python -m smooth_foley.data.grounding train --out FOLDER`: train the mini grounding model"
     import argparse
-    p = argparse.ArgumentParser(prog='python -m smooth_foley.data.grounding', description='Train the mini grounding model on Passby sounds.')
-    q = p.add_subparsers(dest='what', required=True).add_parser('train')
-    q.add_argument('--out', type=Path, required=True, help='folder; the model goes to OUT/weights')
-    q.add_argument('--steps', type=int, default=STEPS); q.add_argument('--scenes', type=int, default=TRAIN_SCENES)
-    a = p.parse_args(argv); print(train_grounding(a.out, a.scenes, a.steps))
 
-if __name__=='__main__' and '__file__' in globals(): main()    # a notebook has no __file__
+    p = argparse.ArgumentParser(
+        prog="python -m smooth_foley.data.grounding", description="Train the mini grounding model on Passby sounds."
+    )
+    q = p.add_subparsers(dest="what", required=True).add_parser("train")
+    q.add_argument("--out", type=Path, required=True, help="folder; the model goes to OUT/weights")
+    q.add_argument("--steps", type=int, default=STEPS)
+    q.add_argument("--scenes", type=int, default=TRAIN_SCENES)
+    a = p.parse_args(argv)
+    print(train_grounding(a.out, a.scenes, a.steps))
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # a notebook has no __file__

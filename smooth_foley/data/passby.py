@@ -14,329 +14,551 @@ import numpy as np
 from ..core import FoleyError, suggest
 
 # %% ../../nbs/data/10_passby.ipynb #6a0c73b2
-C = 343.           # Speed of sound, m/s
-SR = 16000         # Audio sample rate, Hz
-DURATION = 10.24   # Length of a scene, s
-RATE = 100         # Truth timeline, Hz
+C = 343.0  # Speed of sound, m/s
+SR = 16000  # Audio sample rate, Hz
+DURATION = 10.24  # Length of a scene, s
+RATE = 100  # Truth timeline, Hz
+
 
 @dataclass(frozen=True)
 class Source:
     "What the world knows about one label"
-    label:str                 # VGGSound's name
-    size:float                # Width, m
-    speed:tuple=(0., 0.)      # Range of speeds, m/s
-    nearest:tuple=(4., 12.)   # Range of the distance of closest approach, m
-    height:tuple=(0., 1.)     # Range of the height above the camera, m
-    f0:tuple=None             # Range of the emitted fundamental, Hz; None if the sound has no clear pitch
-    continuous:bool=True      # Sustained sound (else single strikes)
-    switch:bool=False         # Can start and stop within a clip
-    events:tuple=None         # (period range s, sounding time of one strike s) for strikes
-    @property
-    def mover(self): return self.speed[1]>0
 
-SOURCES = {s.label:s for s in (
-    Source('police car (siren)', 4.5, (14,30), (10,30), f0=(700,1000), switch=True),
-    Source('airplane flyby', 32., (70,110), (70,150), (30,90), f0=(210,330)),
-    Source('helicopter', 13., (20,45), (30,80), (15,50)),
-    Source('railroad car, train wagon', 16., (14,28), (14,30)),
-    Source('train horning', 11., (18,36), (14,35), f0=(250,340), switch=True),
-    Source('driving motorcycle', 2.6, (16,36), (6,16), f0=(75,130), switch=True),
-    Source('car passing by', 4.2, (14,30), (6,20)),
-    Source('race car, auto racing', 5., (38,64), (12,30), f0=(190,300)),
-    Source('motorboat, speedboat acceleration', 6., (9,20), (10,30), f0=(95,150), switch=True),
-    Source('civil defense siren', 3., nearest=(10,25), height=(1,3), f0=(380,480), switch=True),
-    Source('dog barking', .9, nearest=(2,5), continuous=False, events=((.45,1.1),.22)),
-    Source('hammering nails', .5, nearest=(1,2.4), continuous=False, events=((.5,.95),.14)),
-    Source('church bell ringing', 2., nearest=(5,14), height=(1,3), continuous=False, events=((1.5,2.6),1.2)),
-    Source('playing bass drum', 1., nearest=(2,5), continuous=False, events=((.4,.9),.24)),
-)}
+    label: str  # VGGSound's name
+    size: float  # Width, m
+    speed: tuple = (0.0, 0.0)  # Range of speeds, m/s
+    nearest: tuple = (4.0, 12.0)  # Range of the distance of closest approach, m
+    height: tuple = (0.0, 1.0)  # Range of the height above the camera, m
+    f0: tuple = None  # Range of the emitted fundamental, Hz; None if the sound has no clear pitch
+    continuous: bool = True  # Sustained sound (else single strikes)
+    switch: bool = False  # Can start and stop within a clip
+    events: tuple = None  # (period range s, sounding time of one strike s) for strikes
+
+    @property
+    def mover(self):
+        return self.speed[1] > 0
+
+
+SOURCES = {
+    s.label: s
+    for s in (
+        Source("police car (siren)", 4.5, (14, 30), (10, 30), f0=(700, 1000), switch=True),
+        Source("airplane flyby", 32.0, (70, 110), (70, 150), (30, 90), f0=(210, 330)),
+        Source("helicopter", 13.0, (20, 45), (30, 80), (15, 50)),
+        Source("railroad car, train wagon", 16.0, (14, 28), (14, 30)),
+        Source("train horning", 11.0, (18, 36), (14, 35), f0=(250, 340), switch=True),
+        Source("driving motorcycle", 2.6, (16, 36), (6, 16), f0=(75, 130), switch=True),
+        Source("car passing by", 4.2, (14, 30), (6, 20)),
+        Source("race car, auto racing", 5.0, (38, 64), (12, 30), f0=(190, 300)),
+        Source("motorboat, speedboat acceleration", 6.0, (9, 20), (10, 30), f0=(95, 150), switch=True),
+        Source("civil defense siren", 3.0, nearest=(10, 25), height=(1, 3), f0=(380, 480), switch=True),
+        Source("dog barking", 0.9, nearest=(2, 5), continuous=False, events=((0.45, 1.1), 0.22)),
+        Source("hammering nails", 0.5, nearest=(1, 2.4), continuous=False, events=((0.5, 0.95), 0.14)),
+        Source("church bell ringing", 2.0, nearest=(5, 14), height=(1, 3), continuous=False, events=((1.5, 2.6), 1.2)),
+        Source("playing bass drum", 1.0, nearest=(2, 5), continuous=False, events=((0.4, 0.9), 0.24)),
+    )
+}
 LABELS = tuple(SOURCES)
-CONTINUOUS = tuple(l for l,s in SOURCES.items() if s.continuous)
-MOVERS = tuple(l for l,s in SOURCES.items() if s.mover)
-TONAL = tuple(l for l,s in SOURCES.items() if s.f0 and s.mover)
+CONTINUOUS = tuple(l for l, s in SOURCES.items() if s.continuous)
+MOVERS = tuple(l for l, s in SOURCES.items() if s.mover)
+TONAL = tuple(l for l, s in SOURCES.items() if s.f0 and s.mover)
 SPLITS = dict(passby=LABELS, passby_continuous=CONTINUOUS, passby_mixed=LABELS)
 
 # %% ../../nbs/data/10_passby.ipynb #b3a3812d
 @dataclass(frozen=True)
 class Dials:
     "What makes a scene easy or hard"
-    label:str                  # Who sounds
-    speed:float=0.             # m/s
-    nearest:float=10.          # Distance of closest approach, m
-    height:float=0.            # m
-    t_nearest:float=5.         # Time of closest approach, s
-    heading:float=1.           # +1 left to right, -1 right to left
-    depth:float=0.             # Angle of the path against the picture plane, rad
-    f0:float=0.                # Emitted fundamental, Hz
-    shrink:float=1.            # The source is this much smaller than life (tiny objects)
-    blur:float=0.              # Softness of the source's edges, px
-    tracking:float=.9          # How much of the source's direction the camera follows
-    leaves:float=None          # The camera stops following at this time (s) and the source leaves the picture
-    occluded:tuple=None        # (start, stop) s: something stands in front of it
-    active:tuple=None          # Intervals (s, at the source) in which it sounds; None = always
-    distractors:tuple=()       # Labels of silent things in the picture; may be the source's own
-    noise:float=60.            # Ambient noise below the peak, dB
-    duration:float=DURATION    # Length of the scene, s
 
-ALWAYS = ((-9., 9999.),)
+    label: str  # Who sounds
+    speed: float = 0.0  # m/s
+    nearest: float = 10.0  # Distance of closest approach, m
+    height: float = 0.0  # m
+    t_nearest: float = 5.0  # Time of closest approach, s
+    heading: float = 1.0  # +1 left to right, -1 right to left
+    depth: float = 0.0  # Angle of the path against the picture plane, rad
+    f0: float = 0.0  # Emitted fundamental, Hz
+    shrink: float = 1.0  # The source is this much smaller than life (tiny objects)
+    blur: float = 0.0  # Softness of the source's edges, px
+    tracking: float = 0.9  # How much of the source's direction the camera follows
+    leaves: float = None  # The camera stops following at this time (s) and the source leaves the picture
+    occluded: tuple = None  # (start, stop) s: something stands in front of it
+    active: tuple = None  # Intervals (s, at the source) in which it sounds; None = always
+    distractors: tuple = ()  # Labels of silent things in the picture; may be the source's own
+    noise: float = 60.0  # Ambient noise below the peak, dB
+    duration: float = DURATION  # Length of the scene, s
+
+
+ALWAYS = ((-9.0, 9999.0),)
+
 
 def _strikes(src, rng):
     "Intervals of single strikes, one after the other"
     (low, high), length = src.events
-    first, period, stop = rng.uniform(.2, 2.5), rng.uniform(low, high), rng.uniform(6.5, 9.8)
-    times = first + period*np.cumsum(rng.uniform(.85, 1.15, 32))
-    return tuple((float(t), float(t+length)) for t in times if t < stop)
+    first, period, stop = rng.uniform(0.2, 2.5), rng.uniform(low, high), rng.uniform(6.5, 9.8)
+    times = first + period * np.cumsum(rng.uniform(0.85, 1.15, 32))
+    return tuple((float(t), float(t + length)) for t in times if t < stop)
+
 
 def _switched(src, rng):
     "Intervals of a sound that may start and stop"
-    late, early = rng.uniform(.6, 3.5), rng.uniform(6.5, 9.)
-    pause, length = rng.uniform(4., 5.5), rng.uniform(.8, 1.4)
+    late, early = rng.uniform(0.6, 3.5), rng.uniform(6.5, 9.0)
+    pause, length = rng.uniform(4.0, 5.5), rng.uniform(0.8, 1.4)
     kind = rng.integers(4) if src.switch else 0
-    kinds = (ALWAYS, ((late, 9999.),), ((-9., early),), ((late, pause), (pause+length, early+.6)))
+    kinds = (ALWAYS, ((late, 9999.0),), ((-9.0, early),), ((late, pause), (pause + length, early + 0.6)))
     return kinds[kind]
+
 
 def _often_silent(rng):
     "Intervals of the continuous split: about four tenths of the time nothing sounds"
-    late, early = rng.uniform(3., 6.5), rng.uniform(3.5, 7.)
-    pause, length = rng.uniform(1.5, 5.5), rng.uniform(2., 4.)
-    start, burst = rng.uniform(.5, 5.), rng.uniform(2.5, 5.)
-    kinds = (ALWAYS, ((late, 9999.),), ((-9., early),), ((-9., pause), (pause+length, 9999.)), ((start, start+burst),))
-    return kinds[rng.choice(5, p=(.14, .2, .2, .28, .18))]
+    late, early = rng.uniform(3.0, 6.5), rng.uniform(3.5, 7.0)
+    pause, length = rng.uniform(1.5, 5.5), rng.uniform(2.0, 4.0)
+    start, burst = rng.uniform(0.5, 5.0), rng.uniform(2.5, 5.0)
+    kinds = (
+        ALWAYS,
+        ((late, 9999.0),),
+        ((-9.0, early),),
+        ((-9.0, pause), (pause + length, 9999.0)),
+        ((start, start + burst),),
+    )
+    return kinds[rng.choice(5, p=(0.14, 0.2, 0.2, 0.28, 0.18))]
+
 
 def _active(src, rng, hard):
     "Intervals in which the source emits sound, for a scene of 10.24 s"
-    if src.events: return _strikes(src, rng)
+    if src.events:
+        return _strikes(src, rng)
     return _often_silent(rng) if hard else _switched(src, rng)
+
 
 def _checked_duration(seconds):
     "Seconds as a float, or what is wrong with them"
-    if not (isinstance(seconds, (int, float)) and .5 <= seconds <= 3600):
+    if not (isinstance(seconds, (int, float)) and 0.5 <= seconds <= 3600):
         raise FoleyError(f"duration is {seconds!r}: give the length of the scene in seconds, from 0.5 to 3600")
     return float(seconds)
 
+
 def _stretched(d):
     "The same scene over its own duration: what was drawn for 10.24 s happens proportionally later"
-    k = d.duration/DURATION
-    if k == 1: return d
+    k = d.duration / DURATION
+    if k == 1:
+        return d
     strikes = bool(SOURCES[d.label].events)
-    active = _repeated(d.active, d.duration) if strikes else tuple((a*k if a > 0 else a, b*k) for a, b in d.active)
-    hidden = tuple(k*x for x in d.occluded) if d.occluded else None
-    return replace(d, t_nearest=k*d.t_nearest, active=active, occluded=hidden, leaves=k*d.leaves if d.leaves else None)
+    active = _repeated(d.active, d.duration) if strikes else tuple((a * k if a > 0 else a, b * k) for a, b in d.active)
+    hidden = tuple(k * x for x in d.occluded) if d.occluded else None
+    return replace(
+        d, t_nearest=k * d.t_nearest, active=active, occluded=hidden, leaves=k * d.leaves if d.leaves else None
+    )
+
 
 def _repeated(strikes, duration):
     "A row of strikes again and again, as far as it fits"
-    rounds = range(int(duration//DURATION)+1)
-    every = [(a+k*DURATION, b+k*DURATION) for k in rounds for a, b in strikes]
+    rounds = range(int(duration // DURATION) + 1)
+    every = [(a + k * DURATION, b + k * DURATION) for k in rounds for a, b in strikes]
     return tuple((a, b) for a, b in every if a < duration)
 
 # %% ../../nbs/data/10_passby.ipynb #e41e89a1
-def draw_dials(seed:int,                # Any non-negative integer; the splits are ranges of it
-               split:str='passby',      # 'passby' (all labels), 'passby_continuous' (the hard continuous ones) or 'passby_mixed' (the first source of two)
-               **override)->Dials:      # Any field of `Dials`
+def draw_dials(
+    seed: int,  # Any non-negative integer; the splits are ranges of it
+    split: str = "passby",  # 'passby' (all labels), 'passby_continuous' (the hard continuous ones) or 'passby_mixed' (the first source of two)
+    **override,
+) -> Dials:  # Any field of `Dials`
     "All that is random about a scene, except noise samples"
-    if split not in SPLITS: raise FoleyError(f"split: no split named '{split}', choose one of {', '.join(SPLITS)}")
-    if int(seed)!=seed or seed<0: raise FoleyError(f"seed: a whole number >= 0 is needed, got {seed!r}")
-    if bad:=set(override)-set(Dials.__dataclass_fields__): raise FoleyError(f"dials: unknown {', '.join(sorted(bad))}")
+    if split not in SPLITS:
+        raise FoleyError(f"split: no split named '{split}', choose one of {', '.join(SPLITS)}")
+    if int(seed) != seed or seed < 0:
+        raise FoleyError(f"seed: a whole number >= 0 is needed, got {seed!r}")
+    if bad := set(override) - set(Dials.__dataclass_fields__):
+        raise FoleyError(f"dials: unknown {', '.join(sorted(bad))}")
     rng = np.random.default_rng([int(seed), 1])
-    hard = split=='passby_continuous'
+    hard = split == "passby_continuous"
     label = SPLITS[split][rng.integers(len(SPLITS[split]))]
-    label = override.pop('label', label)
-    if not label: raise FoleyError(f"label is {label!r}: a scene needs a source; choose one of {', '.join(LABELS)}")
-    if label not in SOURCES: raise FoleyError(f"label: Passby has no '{label}', did you mean {' or '.join(map(repr,suggest(label, LABELS)))}?")
+    label = override.pop("label", label)
+    if not label:
+        raise FoleyError(f"label is {label!r}: a scene needs a source; choose one of {', '.join(LABELS)}")
+    if label not in SOURCES:
+        raise FoleyError(
+            f"label: Passby has no '{label}', did you mean {' or '.join(map(repr, suggest(label, LABELS)))}?"
+        )
     s = SOURCES[label]
-    p = 2. if hard else 1.     # the continuous split turns the hard dials on twice as often
+    p = 2.0 if hard else 1.0  # the continuous split turns the hard dials on twice as often
     u = rng.uniform(size=8)
-    d = Dials(label, speed=rng.uniform(*s.speed), nearest=rng.uniform(*s.nearest), height=rng.uniform(*s.height), t_nearest=rng.uniform(2.2,8.),
-        heading=float(rng.choice([-1,1])), depth=rng.uniform(-.5,.5), f0=rng.uniform(*(s.f0 or (60,90))), shrink=rng.uniform(.25,.5) if u[0]<.15*p else 1.,
-        blur=rng.uniform(.8,2.) if u[1]<.15*p else 0., tracking=rng.uniform(.8,.97), leaves=rng.uniform(8.,9.2) if s.mover and u[2]<.12*p else None,
-        active=_active(s, rng, hard), noise=rng.uniform(52,64))
-    t0,dt = rng.uniform(1.,8.), rng.uniform(.4,1.)
-    others = tuple(str(l) for l in rng.permutation([l for l in LABELS if l!=label])[:2])
-    bystanders = others[:int(u[4]<.2*p)+int(u[5]<.08*p)]
-    if hard and u[6]<.3: bystanders = (label, *bystanders)      # a silent one of the same kind
-    d = replace(d, occluded=(t0,t0+dt) if u[3]<.12*p else None, distractors=bystanders)
-    d = _stretched(replace(d, duration=_checked_duration(override.pop('duration', DURATION))))
+    d = Dials(
+        label,
+        speed=rng.uniform(*s.speed),
+        nearest=rng.uniform(*s.nearest),
+        height=rng.uniform(*s.height),
+        t_nearest=rng.uniform(2.2, 8.0),
+        heading=float(rng.choice([-1, 1])),
+        depth=rng.uniform(-0.5, 0.5),
+        f0=rng.uniform(*(s.f0 or (60, 90))),
+        shrink=rng.uniform(0.25, 0.5) if u[0] < 0.15 * p else 1.0,
+        blur=rng.uniform(0.8, 2.0) if u[1] < 0.15 * p else 0.0,
+        tracking=rng.uniform(0.8, 0.97),
+        leaves=rng.uniform(8.0, 9.2) if s.mover and u[2] < 0.12 * p else None,
+        active=_active(s, rng, hard),
+        noise=rng.uniform(52, 64),
+    )
+    t0, dt = rng.uniform(1.0, 8.0), rng.uniform(0.4, 1.0)
+    others = tuple(str(l) for l in rng.permutation([l for l in LABELS if l != label])[:2])
+    bystanders = others[: int(u[4] < 0.2 * p) + int(u[5] < 0.08 * p)]
+    if hard and u[6] < 0.3:
+        bystanders = (label, *bystanders)  # a silent one of the same kind
+    d = replace(d, occluded=(t0, t0 + dt) if u[3] < 0.12 * p else None, distractors=bystanders)
+    d = _stretched(replace(d, duration=_checked_duration(override.pop("duration", DURATION))))
     return replace(d, **override)
 
 # %% ../../nbs/data/10_passby.ipynb #4dc7df0a
 @dataclass
 class Motion:
     "A path and what follows from it"
-    t_e:np.ndarray   # Emission times, s, 1 kHz
-    pos:np.ndarray   # Position, (n, 3), m
-    r:np.ndarray     # Distance, m
-    t:np.ndarray     # Time at which each instant is heard, s
+
+    t_e: np.ndarray  # Emission times, s, 1 kHz
+    pos: np.ndarray  # Position, (n, 3), m
+    r: np.ndarray  # Distance, m
+    t: np.ndarray  # Time at which each instant is heard, s
 
     def emitted(self, t):
         "Emission time of what is heard at `t` (s): the inverse of t = t_e + r/c"
         return np.interp(t, self.t, self.t_e)
+
     def at(self, t_e, what):
         "A quantity of the grid at emission times `t_e`"
         return np.interp(t_e, self.t_e, what)
 
-def motion(d:Dials)->Motion:
+
+def motion(d: Dials) -> Motion:
     "Straight path past the camera, faster than nothing and slower than sound"
-    far = (d.nearest+d.height+d.speed*d.duration)/C
-    t_e = np.arange(-(far+.2), d.duration+.01, 1e-3)
-    s = d.heading*d.speed*(t_e-d.t_nearest)
-    pos = np.stack([s*np.cos(d.depth), np.full_like(s,d.height), d.nearest+s*np.sin(d.depth)], 1)
+    far = (d.nearest + d.height + d.speed * d.duration) / C
+    t_e = np.arange(-(far + 0.2), d.duration + 0.01, 1e-3)
+    s = d.heading * d.speed * (t_e - d.t_nearest)
+    pos = np.stack([s * np.cos(d.depth), np.full_like(s, d.height), d.nearest + s * np.sin(d.depth)], 1)
     r = np.sqrt((pos**2).sum(1))
-    return Motion(t_e, pos, r, t_e+r/C)
+    return Motion(t_e, pos, r, t_e + r / C)
 
 # %% ../../nbs/data/10_passby.ipynb #bef481ca
 def _harmonics(phase, amps):
     "Sum of harmonics of `phase` (rad) with amplitudes `amps`"
-    z = np.exp(1j*phase); p, out = z.copy(), np.zeros_like(phase)
+    z = np.exp(1j * phase)
+    p, out = z.copy(), np.zeros_like(phase)
     for a in amps:
-        out += a*p.imag
+        out += a * p.imag
         p *= z
     return out
 
-def _noise(rng, t_e, lo, hi, tilt=0.):
+
+def _noise(rng, t_e, lo, hi, tilt=0.0):
     "Noise between `lo` and `hi` (Hz) with a spectral `tilt` (power of f), unit rms, read at `t_e`"
-    n = int((t_e[-1]-t_e[0])*SR)+3
-    size = 1<<(n-1).bit_length()
-    f = np.fft.rfftfreq(size, 1/SR)
-    shape = np.where((f>=lo)&(f<=hi), np.maximum(f,20.)**tilt, 0)*np.exp(-.5*np.maximum(f-hi*.7,0)**2/(hi*.2)**2)
-    spec = shape*(rng.standard_normal(len(f), dtype=np.float32)+1j*rng.standard_normal(len(f), dtype=np.float32))
+    n = int((t_e[-1] - t_e[0]) * SR) + 3
+    size = 1 << (n - 1).bit_length()
+    f = np.fft.rfftfreq(size, 1 / SR)
+    shape = np.where((f >= lo) & (f <= hi), np.maximum(f, 20.0) ** tilt, 0) * np.exp(
+        -0.5 * np.maximum(f - hi * 0.7, 0) ** 2 / (hi * 0.2) ** 2
+    )
+    spec = shape * (rng.standard_normal(len(f), dtype=np.float32) + 1j * rng.standard_normal(len(f), dtype=np.float32))
     x = np.fft.irfft(spec, size)[:n]
-    return np.interp((t_e-t_e[0])*SR, np.arange(n), x/(x.std()+1e-9))
+    return np.interp((t_e - t_e[0]) * SR, np.arange(n), x / (x.std() + 1e-9))
+
 
 def _phase(t_e, f):
     "Phase (rad) of an instantaneous frequency `f(t)` (Hz) by integration on a 1 kHz grid"
-    g = np.arange(t_e[0]-.01, t_e[-1]+.01, 1e-3)
-    return np.interp(t_e, g, 2*np.pi*np.cumsum(f(g))*1e-3)
+    g = np.arange(t_e[0] - 0.01, t_e[-1] + 0.01, 1e-3)
+    return np.interp(t_e, g, 2 * np.pi * np.cumsum(f(g)) * 1e-3)
 
 # %% ../../nbs/data/10_passby.ipynb #aeb1a3e3
-def pitch(d:Dials, t_e)->np.ndarray: # Hz
+def pitch(d: Dials, t_e) -> np.ndarray:  # Hz
     "Fundamental emitted at the source's own time `t_e` (s)"
-    if d.label=='police car (siren)': return d.f0*(1+.38*np.sin(2*np.pi*t_e/(2.2+d.tracking*2)))
-    if d.label=='civil defense siren': return d.f0*(1+.3*np.sin(2*np.pi*t_e/7.5+d.f0))
-    if d.label=='driving motorcycle': return d.f0*(1+.12*np.sin(2*np.pi*t_e/6+d.f0))
-    if d.label=='motorboat, speedboat acceleration': return d.f0*(1+.5/(1+np.exp(-(t_e-d.t_nearest)/1.2)))
+    if d.label == "police car (siren)":
+        return d.f0 * (1 + 0.38 * np.sin(2 * np.pi * t_e / (2.2 + d.tracking * 2)))
+    if d.label == "civil defense siren":
+        return d.f0 * (1 + 0.3 * np.sin(2 * np.pi * t_e / 7.5 + d.f0))
+    if d.label == "driving motorcycle":
+        return d.f0 * (1 + 0.12 * np.sin(2 * np.pi * t_e / 6 + d.f0))
+    if d.label == "motorboat, speedboat acceleration":
+        return d.f0 * (1 + 0.5 / (1 + np.exp(-(t_e - d.t_nearest) / 1.2)))
     return np.full_like(t_e, d.f0)
+
 
 def revs(d: Dials, t_e) -> np.ndarray:  # In [0, 1]
     "How fast the engine turns, within the range of its kind; one half where nothing changes"
-    low, high = {"driving motorcycle": (0.88, 1.12), "motorboat, speedboat acceleration": (1.0, 1.5)}.get(d.label, (0.5, 1.5))
+    low, high = {"driving motorcycle": (0.88, 1.12), "motorboat, speedboat acceleration": (1.0, 1.5)}.get(
+        d.label, (0.5, 1.5)
+    )
     return np.clip((pitch(d, t_e) / d.f0 - low) / (high - low), 0, 1) if d.f0 else np.full_like(t_e, 0.5)
+
 
 def _sustained(d, t_e, rng):
     "The sound of a continuous source at emission times `t_e`"
-    ph = lambda k=1.: k*_phase(t_e, lambda t: pitch(d,t))
-    if d.label=='police car (siren)': return _harmonics(ph(), [1,.5,.35,.2,.12,.06])
-    if d.label=='civil defense siren': return _harmonics(ph(), [1,.15,.5,.1,.35,.05,.2,.05,.1])
-    if d.label=='airplane flyby': return _harmonics(ph(), [.8,.3,.4,.15,.1]) + .7*_noise(rng,t_e,60,2600,-.6)
-    if d.label=='train horning': return sum(_harmonics(ph(k), [.6,.5,.4,.25,.15,.1]) for k in (1,1.26,1.5)) + .1*_noise(rng,t_e,50,900,-1)
-    if d.label=='driving motorcycle': return _harmonics(ph(), [.7,1,.8,.9,.6,.5,.45,.4,.3,.25,.2,.15,.1,.1]) + .15*_noise(rng,t_e,300,3000,-.5)
-    if d.label=='race car, auto racing': return _harmonics(ph(), [.5,.8,1,.7,.6,.5,.5,.4,.35,.3,.25,.2,.15,.1]) + .12*_noise(rng,t_e,800,5000,-.3)
-    if d.label=='motorboat, speedboat acceleration': return _harmonics(ph(), [1,.6,.7,.4,.3,.25,.2,.1]) + .5*_noise(rng,t_e,1500,6000,-.4)
-    if d.label=='helicopter':
-        blade = .5+.5*np.cos(ph(.16)); return blade**4*(1.6*_noise(rng,t_e,40,1400,-.7)) + .35*_harmonics(ph(), [1,.6,.4,.2])
-    if d.label=='railroad car, train wagon':
-        beat = (d.speed/9*t_e)%1.; clack = np.exp(-beat*14)+.7*np.exp(-((beat-.22)%1)*14)
-        return .8*_noise(rng,t_e,30,420,-.5) + clack*_noise(rng,t_e,700,4200,-.2)
-    return _noise(rng,t_e,250,2400,-.3) + .25*_harmonics(ph(), [1,.7,.5,.3])   # car passing by
+    ph = lambda k=1.0: k * _phase(t_e, lambda t: pitch(d, t))
+    if d.label == "police car (siren)":
+        return _harmonics(ph(), [1, 0.5, 0.35, 0.2, 0.12, 0.06])
+    if d.label == "civil defense siren":
+        return _harmonics(ph(), [1, 0.15, 0.5, 0.1, 0.35, 0.05, 0.2, 0.05, 0.1])
+    if d.label == "airplane flyby":
+        return _harmonics(ph(), [0.8, 0.3, 0.4, 0.15, 0.1]) + 0.7 * _noise(rng, t_e, 60, 2600, -0.6)
+    if d.label == "train horning":
+        return sum(_harmonics(ph(k), [0.6, 0.5, 0.4, 0.25, 0.15, 0.1]) for k in (1, 1.26, 1.5)) + 0.1 * _noise(
+            rng, t_e, 50, 900, -1
+        )
+    if d.label == "driving motorcycle":
+        return _harmonics(
+            ph(), [0.7, 1, 0.8, 0.9, 0.6, 0.5, 0.45, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.1]
+        ) + 0.15 * _noise(rng, t_e, 300, 3000, -0.5)
+    if d.label == "race car, auto racing":
+        return _harmonics(
+            ph(), [0.5, 0.8, 1, 0.7, 0.6, 0.5, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1]
+        ) + 0.12 * _noise(rng, t_e, 800, 5000, -0.3)
+    if d.label == "motorboat, speedboat acceleration":
+        return _harmonics(ph(), [1, 0.6, 0.7, 0.4, 0.3, 0.25, 0.2, 0.1]) + 0.5 * _noise(rng, t_e, 1500, 6000, -0.4)
+    if d.label == "helicopter":
+        blade = 0.5 + 0.5 * np.cos(ph(0.16))
+        return blade**4 * (1.6 * _noise(rng, t_e, 40, 1400, -0.7)) + 0.35 * _harmonics(ph(), [1, 0.6, 0.4, 0.2])
+    if d.label == "railroad car, train wagon":
+        beat = (d.speed / 9 * t_e) % 1.0
+        clack = np.exp(-beat * 14) + 0.7 * np.exp(-((beat - 0.22) % 1) * 14)
+        return 0.8 * _noise(rng, t_e, 30, 420, -0.5) + clack * _noise(rng, t_e, 700, 4200, -0.2)
+    return _noise(rng, t_e, 250, 2400, -0.3) + 0.25 * _harmonics(ph(), [1, 0.7, 0.5, 0.3])  # car passing by
+
 
 def _strike(d, x, rng):
     "One strike, `x` seconds after it began"
-    if d.label=='dog barking':
-        f = (380+d.f0*2)*(1.25-x*2.); env = np.sin(np.pi*np.clip(x/.22,0,1))**.6
-        return env*(_harmonics(2*np.pi*np.cumsum(f)/SR, [1,.9,.8,.5,.4,.25,.15]) + .6*rng.standard_normal(len(x)))*(x<.22)
-    if d.label=='hammering nails': return np.exp(-x/.025)*rng.standard_normal(len(x)) + sum(a*np.sin(2*np.pi*f*x)*np.exp(-x/.04) for f,a in ((2300+d.f0*8,.8),(3700+d.f0*8,.6),(5200,.4)))
-    if d.label=='church bell ringing': return sum(a*np.sin(2*np.pi*k*(300+2*d.f0)*x)*np.exp(-x*(.6+.4*k)/.35) for k,a in ((.5,.5),(1,1),(1.2,.7),(1.5,.5),(2,.8),(2.67,.4),(4,.3)))
-    return np.sin(2*np.pi*(d.f0*x+2.2*(1-np.exp(-x/.03))))*np.exp(-x/.07) + .25*np.exp(-x/.015)*rng.standard_normal(len(x))   # bass drum
+    if d.label == "dog barking":
+        f = (380 + d.f0 * 2) * (1.25 - x * 2.0)
+        env = np.sin(np.pi * np.clip(x / 0.22, 0, 1)) ** 0.6
+        return (
+            env
+            * (
+                _harmonics(2 * np.pi * np.cumsum(f) / SR, [1, 0.9, 0.8, 0.5, 0.4, 0.25, 0.15])
+                + 0.6 * rng.standard_normal(len(x))
+            )
+            * (x < 0.22)
+        )
+    if d.label == "hammering nails":
+        return np.exp(-x / 0.025) * rng.standard_normal(len(x)) + sum(
+            a * np.sin(2 * np.pi * f * x) * np.exp(-x / 0.04)
+            for f, a in ((2300 + d.f0 * 8, 0.8), (3700 + d.f0 * 8, 0.6), (5200, 0.4))
+        )
+    if d.label == "church bell ringing":
+        return sum(
+            a * np.sin(2 * np.pi * k * (300 + 2 * d.f0) * x) * np.exp(-x * (0.6 + 0.4 * k) / 0.35)
+            for k, a in ((0.5, 0.5), (1, 1), (1.2, 0.7), (1.5, 0.5), (2, 0.8), (2.67, 0.4), (4, 0.3))
+        )
+    return np.sin(2 * np.pi * (d.f0 * x + 2.2 * (1 - np.exp(-x / 0.03)))) * np.exp(-x / 0.07) + 0.25 * np.exp(
+        -x / 0.015
+    ) * rng.standard_normal(len(x))  # bass drum
 
 # %% ../../nbs/data/10_passby.ipynb #b26bb97f
-def gate(active, t, rise=.04):
+def gate(active, t, rise=0.04):
     "Envelope in [0, 1] of the intervals `active`, with a short fade"
-    return np.clip(sum(np.clip(np.minimum((t-a)/rise, (b-t)/rise),0,1) for a,b in active)+np.zeros_like(t),0,1)
+    return np.clip(
+        sum(np.clip(np.minimum((t - a) / rise, (b - t) / rise), 0, 1) for a, b in active) + np.zeros_like(t), 0, 1
+    )
 
-def render_audio(d:Dials, m:Motion, seed:int)->np.ndarray: # (163840,) float32, peak .7
+
+def render_audio(d: Dials, m: Motion, seed: int) -> np.ndarray:  # (163840,) float32, peak .7
     "What the microphone hears: emission at retarded time, 1/r, ambient noise, one gain per clip"
     rng = np.random.default_rng([int(seed), 2])
-    t = np.arange(int(d.duration*SR))/SR
+    t = np.arange(int(d.duration * SR)) / SR
     t_e = m.emitted(t)
-    if SOURCES[d.label].continuous: x = _sustained(d, t_e, rng)*gate(d.active, t_e)
+    if SOURCES[d.label].continuous:
+        x = _sustained(d, t_e, rng) * gate(d.active, t_e)
     else:
         x = np.zeros_like(t)
-        for a,_ in d.active:
-            i = np.searchsorted(t_e, a); part = t_e[i:i+int(2.5*SR)]-a
-            x[i:i+len(part)] += _strike(d, part, rng)*rng.uniform(.7,1.)
-    x = x/m.at(t_e, m.r)
-    x = x*(.7/np.abs(x).max()) if np.abs(x).max()>0 else x
-    x = x + 10**(-d.noise/20)*_noise(rng, t, 30, 7500, -.5)
-    return np.round(np.clip(x,-1,1)*32767).astype(np.int16).astype(np.float32)/32768
+        for a, _ in d.active:
+            i = np.searchsorted(t_e, a)
+            part = t_e[i : i + int(2.5 * SR)] - a
+            x[i : i + len(part)] += _strike(d, part, rng) * rng.uniform(0.7, 1.0)
+    x = x / m.at(t_e, m.r)
+    x = x * (0.7 / np.abs(x).max()) if np.abs(x).max() > 0 else x
+    x = x + 10 ** (-d.noise / 20) * _noise(rng, t, 30, 7500, -0.5)
+    return np.round(np.clip(x, -1, 1) * 32767).astype(np.int16).astype(np.float32) / 32768
 
 # %% ../../nbs/data/10_passby.ipynb #181b6f8e
 # shape, centre x, y, half width, half height, colour (r,g,b in 0..1), when: '' always, '+' only sounding, '-' only silent, 'r' only sounding and larger at higher revs,
 # 'a'/'b' alternating flashes while sounding
 LOOKS = {
- 'police car (siren)': [('box',0,0,.5,.13,(.95,.95,.98),''),('box',0,.15,.26,.1,(.2,.25,.5),''),('ell',-.3,-.14,.1,.1,(.05,.05,.05),''),('ell',.3,-.14,.1,.1,(.05,.05,.05),''),
-   ('ell',-.12,.34,.2,.14,(1,.05,.05),'a'),('ell',.12,.34,.2,.14,(.1,.3,1),'b'),('box',0,.28,.1,.03,(.3,.3,.35),'-')],
- 'airplane flyby': [('ell',0,0,.5,.07,(.85,.87,.9),''),('box',.05,-.03,.1,.2,(.6,.62,.68),''),('box',-.42,.1,.05,.12,(.75,.2,.2),''),('ell',-.75,0,.3,.05,(1,1,1),'+')],
- 'helicopter': [('ell',.1,0,.25,.14,(.25,.38,.2),''),('box',-.27,.03,.25,.03,(.25,.38,.2),''),('ell',-.5,.07,.04,.1,(.6,.65,.6),''),('ell',.1,.2,.5,.035,(.8,.85,.8),'+'),('box',.1,-.18,.2,.015,(.1,.1,.1),'')],
- 'railroad car, train wagon': [('box',0,0,.5,.13,(.5,.2,.12),''),('box',0,.1,.5,.02,(.35,.12,.08),''),('ell',-.35,-.15,.05,.05,(.1,.1,.1),''),('ell',-.2,-.15,.05,.05,(.1,.1,.1),''),('ell',.2,-.15,.05,.05,(.1,.1,.1),''),('ell',.35,-.15,.05,.05,(.1,.1,.1),''),('ell',-.28,-.19,.2,.06,(1,.85,.35),'+'),('ell',.27,-.19,.2,.06,(1,.85,.35),'+')],
- 'train horning': [('box',0,0,.5,.15,(.12,.14,.2),''),('box',.3,.08,.2,.2,(.95,.75,.1),''),('ell',-.3,-.17,.07,.07,(.05,.05,.05),''),('ell',.1,-.17,.07,.07,(.05,.05,.05),''),('ell',-.1,.42,.28,.2,(1,1,1),'+')],
- 'driving motorcycle': [('ell',-.3,-.15,.18,.18,(.06,.06,.06),''),('ell',.3,-.15,.18,.18,(.06,.06,.06),''),('box',0,0,.28,.08,(.8,.1,.1),''),('ell',-.03,.25,.1,.2,(.2,.2,.3),''),('ell',-.65,-.12,.26,.18,(.75,.8,1),'r'),('ell',.45,.08,.1,.08,(1,1,.6),'+')],
- 'car passing by': [('box',0,0,.5,.11,(.1,.5,.3),''),('box',-.05,.14,.27,.1,(.5,.7,.7),''),('ell',-.3,-.12,.09,.09,(.05,.05,.05),''),('ell',.3,-.12,.09,.09,(.05,.05,.05),''),('ell',.54,-.02,.1,.07,(1,1,.7),'+'),('ell',-.64,-.06,.15,.09,(.82,.82,.88),'+')],
- 'race car, auto racing': [('box',0,-.02,.5,.06,(1,.5,.05),''),('ell',.05,.04,.2,.09,(1,.5,.05),''),('box',-.45,.12,.04,.12,(.1,.1,.1),''),('ell',-.32,-.06,.11,.11,(.05,.05,.05),''),('ell',.32,-.06,.11,.11,(.05,.05,.05),''),('ell',-.62,-.02,.12,.05,(1,.9,.3),'+')],
- 'motorboat, speedboat acceleration': [('box',0,-.02,.45,.1,(.97,.97,.9),''),('box',.05,.12,.15,.07,(.15,.25,.6),''),('ell',0,-.16,.7,.08,(.1,.3,.5),''),('ell',-.68,-.05,.32,.22,(.95,1,1),'r')],
- 'civil defense siren': [('box',0,-.3,.05,.5,(.4,.4,.42),''),('box',0,.25,.3,.13,(.9,.85,.2),''),('ell',-.38,.25,.12,.2,(.7,.65,.15),''),('ell',.38,.25,.12,.2,(.7,.65,.15),''),('ell',0,.52,.22,.2,(1,.45,0),'a'),('ell',0,.48,.12,.1,(1,.6,.2),'b')],
- 'dog barking': [('ell',-.1,-.05,.36,.2,(.5,.32,.15),''),('ell',.33,.2,.17,.16,(.55,.36,.18),''),('box',-.3,-.3,.04,.14,(.4,.25,.1),''),('box',.1,-.3,.04,.14,(.4,.25,.1),''),('ell',.25,.36,.05,.1,(.3,.18,.08),''),('ell',.52,.14,.14,.13,(.9,.1,.15),'+'),('box',.5,.18,.08,.04,(.5,.32,.15),'-')],
- 'hammering nails': [('box',0,-.45,.5,.08,(.75,.6,.35),''),('box',-.25,.3,.3,.04,(.6,.4,.2),'-'),('box',.1,.32,.08,.2,(.35,.36,.4),'-'),('box',-.25,-.15,.3,.04,(.6,.4,.2),'+'),('box',.1,-.2,.08,.2,(.35,.36,.4),'+'),('ell',.12,-.36,.4,.22,(1,.95,.4),'+')],
- 'church bell ringing': [('box',0,.5,.6,.06,(.35,.25,.2),''),('ell',0,.2,.22,.26,(.85,.62,.15),'-'),('box',0,-.08,.3,.07,(.75,.5,.1),'-'),('ell',.2,.2,.24,.26,(1,.8,.25),'+'),('box',.3,-.05,.3,.08,(.95,.7,.2),'+'),('ell',-.05,-.2,.1,.1,(.3,.2,.1),'+')],
- 'playing bass drum': [('ell',0,0,.5,.5,(.65,.08,.12),''),('ell',0,0,.4,.4,(.9,.88,.8),'-'),('ell',0,0,.42,.42,(1,1,1),'+'),('ell',.05,0,.16,.16,(.45,.3,.15),'+'),('box',.4,.45,.16,.04,(.5,.35,.2),'-')],
+    "police car (siren)": [
+        ("box", 0, 0, 0.5, 0.13, (0.95, 0.95, 0.98), ""),
+        ("box", 0, 0.15, 0.26, 0.1, (0.2, 0.25, 0.5), ""),
+        ("ell", -0.3, -0.14, 0.1, 0.1, (0.05, 0.05, 0.05), ""),
+        ("ell", 0.3, -0.14, 0.1, 0.1, (0.05, 0.05, 0.05), ""),
+        ("ell", -0.12, 0.34, 0.2, 0.14, (1, 0.05, 0.05), "a"),
+        ("ell", 0.12, 0.34, 0.2, 0.14, (0.1, 0.3, 1), "b"),
+        ("box", 0, 0.28, 0.1, 0.03, (0.3, 0.3, 0.35), "-"),
+    ],
+    "airplane flyby": [
+        ("ell", 0, 0, 0.5, 0.07, (0.85, 0.87, 0.9), ""),
+        ("box", 0.05, -0.03, 0.1, 0.2, (0.6, 0.62, 0.68), ""),
+        ("box", -0.42, 0.1, 0.05, 0.12, (0.75, 0.2, 0.2), ""),
+        ("ell", -0.75, 0, 0.3, 0.05, (1, 1, 1), "+"),
+    ],
+    "helicopter": [
+        ("ell", 0.1, 0, 0.25, 0.14, (0.25, 0.38, 0.2), ""),
+        ("box", -0.27, 0.03, 0.25, 0.03, (0.25, 0.38, 0.2), ""),
+        ("ell", -0.5, 0.07, 0.04, 0.1, (0.6, 0.65, 0.6), ""),
+        ("ell", 0.1, 0.2, 0.5, 0.035, (0.8, 0.85, 0.8), "+"),
+        ("box", 0.1, -0.18, 0.2, 0.015, (0.1, 0.1, 0.1), ""),
+    ],
+    "railroad car, train wagon": [
+        ("box", 0, 0, 0.5, 0.13, (0.5, 0.2, 0.12), ""),
+        ("box", 0, 0.1, 0.5, 0.02, (0.35, 0.12, 0.08), ""),
+        ("ell", -0.35, -0.15, 0.05, 0.05, (0.1, 0.1, 0.1), ""),
+        ("ell", -0.2, -0.15, 0.05, 0.05, (0.1, 0.1, 0.1), ""),
+        ("ell", 0.2, -0.15, 0.05, 0.05, (0.1, 0.1, 0.1), ""),
+        ("ell", 0.35, -0.15, 0.05, 0.05, (0.1, 0.1, 0.1), ""),
+        ("ell", -0.28, -0.19, 0.2, 0.06, (1, 0.85, 0.35), "+"),
+        ("ell", 0.27, -0.19, 0.2, 0.06, (1, 0.85, 0.35), "+"),
+    ],
+    "train horning": [
+        ("box", 0, 0, 0.5, 0.15, (0.12, 0.14, 0.2), ""),
+        ("box", 0.3, 0.08, 0.2, 0.2, (0.95, 0.75, 0.1), ""),
+        ("ell", -0.3, -0.17, 0.07, 0.07, (0.05, 0.05, 0.05), ""),
+        ("ell", 0.1, -0.17, 0.07, 0.07, (0.05, 0.05, 0.05), ""),
+        ("ell", -0.1, 0.42, 0.28, 0.2, (1, 1, 1), "+"),
+    ],
+    "driving motorcycle": [
+        ("ell", -0.3, -0.15, 0.18, 0.18, (0.06, 0.06, 0.06), ""),
+        ("ell", 0.3, -0.15, 0.18, 0.18, (0.06, 0.06, 0.06), ""),
+        ("box", 0, 0, 0.28, 0.08, (0.8, 0.1, 0.1), ""),
+        ("ell", -0.03, 0.25, 0.1, 0.2, (0.2, 0.2, 0.3), ""),
+        ("ell", -0.65, -0.12, 0.26, 0.18, (0.75, 0.8, 1), "r"),
+        ("ell", 0.45, 0.08, 0.1, 0.08, (1, 1, 0.6), "+"),
+    ],
+    "car passing by": [
+        ("box", 0, 0, 0.5, 0.11, (0.1, 0.5, 0.3), ""),
+        ("box", -0.05, 0.14, 0.27, 0.1, (0.5, 0.7, 0.7), ""),
+        ("ell", -0.3, -0.12, 0.09, 0.09, (0.05, 0.05, 0.05), ""),
+        ("ell", 0.3, -0.12, 0.09, 0.09, (0.05, 0.05, 0.05), ""),
+        ("ell", 0.54, -0.02, 0.1, 0.07, (1, 1, 0.7), "+"),
+        ("ell", -0.64, -0.06, 0.15, 0.09, (0.82, 0.82, 0.88), "+"),
+    ],
+    "race car, auto racing": [
+        ("box", 0, -0.02, 0.5, 0.06, (1, 0.5, 0.05), ""),
+        ("ell", 0.05, 0.04, 0.2, 0.09, (1, 0.5, 0.05), ""),
+        ("box", -0.45, 0.12, 0.04, 0.12, (0.1, 0.1, 0.1), ""),
+        ("ell", -0.32, -0.06, 0.11, 0.11, (0.05, 0.05, 0.05), ""),
+        ("ell", 0.32, -0.06, 0.11, 0.11, (0.05, 0.05, 0.05), ""),
+        ("ell", -0.62, -0.02, 0.12, 0.05, (1, 0.9, 0.3), "+"),
+    ],
+    "motorboat, speedboat acceleration": [
+        ("box", 0, -0.02, 0.45, 0.1, (0.97, 0.97, 0.9), ""),
+        ("box", 0.05, 0.12, 0.15, 0.07, (0.15, 0.25, 0.6), ""),
+        ("ell", 0, -0.16, 0.7, 0.08, (0.1, 0.3, 0.5), ""),
+        ("ell", -0.68, -0.05, 0.32, 0.22, (0.95, 1, 1), "r"),
+    ],
+    "civil defense siren": [
+        ("box", 0, -0.3, 0.05, 0.5, (0.4, 0.4, 0.42), ""),
+        ("box", 0, 0.25, 0.3, 0.13, (0.9, 0.85, 0.2), ""),
+        ("ell", -0.38, 0.25, 0.12, 0.2, (0.7, 0.65, 0.15), ""),
+        ("ell", 0.38, 0.25, 0.12, 0.2, (0.7, 0.65, 0.15), ""),
+        ("ell", 0, 0.52, 0.22, 0.2, (1, 0.45, 0), "a"),
+        ("ell", 0, 0.48, 0.12, 0.1, (1, 0.6, 0.2), "b"),
+    ],
+    "dog barking": [
+        ("ell", -0.1, -0.05, 0.36, 0.2, (0.5, 0.32, 0.15), ""),
+        ("ell", 0.33, 0.2, 0.17, 0.16, (0.55, 0.36, 0.18), ""),
+        ("box", -0.3, -0.3, 0.04, 0.14, (0.4, 0.25, 0.1), ""),
+        ("box", 0.1, -0.3, 0.04, 0.14, (0.4, 0.25, 0.1), ""),
+        ("ell", 0.25, 0.36, 0.05, 0.1, (0.3, 0.18, 0.08), ""),
+        ("ell", 0.52, 0.14, 0.14, 0.13, (0.9, 0.1, 0.15), "+"),
+        ("box", 0.5, 0.18, 0.08, 0.04, (0.5, 0.32, 0.15), "-"),
+    ],
+    "hammering nails": [
+        ("box", 0, -0.45, 0.5, 0.08, (0.75, 0.6, 0.35), ""),
+        ("box", -0.25, 0.3, 0.3, 0.04, (0.6, 0.4, 0.2), "-"),
+        ("box", 0.1, 0.32, 0.08, 0.2, (0.35, 0.36, 0.4), "-"),
+        ("box", -0.25, -0.15, 0.3, 0.04, (0.6, 0.4, 0.2), "+"),
+        ("box", 0.1, -0.2, 0.08, 0.2, (0.35, 0.36, 0.4), "+"),
+        ("ell", 0.12, -0.36, 0.4, 0.22, (1, 0.95, 0.4), "+"),
+    ],
+    "church bell ringing": [
+        ("box", 0, 0.5, 0.6, 0.06, (0.35, 0.25, 0.2), ""),
+        ("ell", 0, 0.2, 0.22, 0.26, (0.85, 0.62, 0.15), "-"),
+        ("box", 0, -0.08, 0.3, 0.07, (0.75, 0.5, 0.1), "-"),
+        ("ell", 0.2, 0.2, 0.24, 0.26, (1, 0.8, 0.25), "+"),
+        ("box", 0.3, -0.05, 0.3, 0.08, (0.95, 0.7, 0.2), "+"),
+        ("ell", -0.05, -0.2, 0.1, 0.1, (0.3, 0.2, 0.1), "+"),
+    ],
+    "playing bass drum": [
+        ("ell", 0, 0, 0.5, 0.5, (0.65, 0.08, 0.12), ""),
+        ("ell", 0, 0, 0.4, 0.4, (0.9, 0.88, 0.8), "-"),
+        ("ell", 0, 0, 0.42, 0.42, (1, 1, 1), "+"),
+        ("ell", 0.05, 0, 0.16, 0.16, (0.45, 0.3, 0.15), "+"),
+        ("box", 0.4, 0.45, 0.16, 0.04, (0.5, 0.35, 0.2), "-"),
+    ],
 }
 
 # %% ../../nbs/data/10_passby.ipynb #4317e54d
-GLARE = 1.1   # Half width of the smallest sign that something sounds, px of 64: lamps, steam and dust outshine their size
+GLARE = (
+    1.1  # Half width of the smallest sign that something sounds, px of 64: lamps, steam and dust outshine their size
+)
+
 
 def _paint(img, xy, look, u, v, px, blur, on, t, flip, revs=0.5):
     "Paint one look, centred at (u, v) px and `px` px wide, onto frames `img` (T, s, s, 3); `on`, `revs` (T,) in [0, 1]"
-    x, y = (xy[0]-u[:,None,None])*flip, v[:,None,None]-xy[1]
-    flash = ((t*3.7)%1<.5).astype(np.float32)
-    when = {'':np.ones_like(on), '+':on, '-':1-on, 'r':on, 'a':on*flash, 'b':on*(1-flash)}
-    for shape,cx,cy,hw,hh,colour,w in look:
-        grown = px*(.4+1.2*revs) if w=='r' else px
-        least = (.35 if w in ('', '-') else GLARE)*img.shape[1]/64
-        a, b = (np.maximum(h*grown, least)[:,None,None] for h in (hw,hh))
-        dx, dy = np.abs(x-(cx*px)[:,None,None]), np.abs(y-(cy*px)[:,None,None])
-        inside = np.minimum(a-dx, b-dy) if shape=='box' else (1-np.sqrt((dx/a)**2+(dy/b)**2))*np.minimum(a,b)
-        cover = np.clip(inside/(1+blur)+.5, 0, 1)*when[w][:,None,None]/(1+.4*blur)
-        img += cover[...,None]*(np.array(colour,np.float32)-img)
+    x, y = (xy[0] - u[:, None, None]) * flip, v[:, None, None] - xy[1]
+    flash = ((t * 3.7) % 1 < 0.5).astype(np.float32)
+    when = {"": np.ones_like(on), "+": on, "-": 1 - on, "r": on, "a": on * flash, "b": on * (1 - flash)}
+    for shape, cx, cy, hw, hh, colour, w in look:
+        grown = px * (0.4 + 1.2 * revs) if w == "r" else px
+        least = (0.35 if w in ("", "-") else GLARE) * img.shape[1] / 64
+        a, b = (np.maximum(h * grown, least)[:, None, None] for h in (hw, hh))
+        dx, dy = np.abs(x - (cx * px)[:, None, None]), np.abs(y - (cy * px)[:, None, None])
+        inside = (
+            np.minimum(a - dx, b - dy)
+            if shape == "box"
+            else (1 - np.sqrt((dx / a) ** 2 + (dy / b) ** 2)) * np.minimum(a, b)
+        )
+        cover = np.clip(inside / (1 + blur) + 0.5, 0, 1) * when[w][:, None, None] / (1 + 0.4 * blur)
+        img += cover[..., None] * (np.array(colour, np.float32) - img)
+
 
 def _background(rng, size, yaw):
     "Sky over ground with a skyline that moves against the camera's pan"
-    sky, ground, far = (np.array(c,np.float32)*rng.uniform(.7,1.1) for c in ((.55,.7,.9),(.35,.42,.3),(.4,.45,.5)))
-    y = np.linspace(-1,1,size,dtype=np.float32); az = np.linspace(-.5,.5,size)[None]+yaw[:,None]
-    ks, ps = rng.uniform(2,14,5), rng.uniform(0,6.3,5)
-    line = .12*np.sin(az[...,None]*ks+ps).mean(-1)+.05*np.sign(np.sin(az*rng.uniform(8,20)))   # (T, s)
-    depth = y[None,:,None]-.25
-    hill = np.clip((depth+line[:,None]+.2)*size/4,0,1)[...,None].astype(np.float32); soil = np.clip(depth*size/2,0,1)[...,None]
-    img = sky*(1-.25*y[None,:,None,None])*(1-hill)+far*hill
-    return (img*(1-soil)+ground*soil*(1+.1*np.sin(az*40)[:,None,:,None])).astype(np.float32)
+    sky, ground, far = (
+        np.array(c, np.float32) * rng.uniform(0.7, 1.1) for c in ((0.55, 0.7, 0.9), (0.35, 0.42, 0.3), (0.4, 0.45, 0.5))
+    )
+    y = np.linspace(-1, 1, size, dtype=np.float32)
+    az = np.linspace(-0.5, 0.5, size)[None] + yaw[:, None]
+    ks, ps = rng.uniform(2, 14, 5), rng.uniform(0, 6.3, 5)
+    line = 0.12 * np.sin(az[..., None] * ks + ps).mean(-1) + 0.05 * np.sign(np.sin(az * rng.uniform(8, 20)))  # (T, s)
+    depth = y[None, :, None] - 0.25
+    hill = np.clip((depth + line[:, None] + 0.2) * size / 4, 0, 1)[..., None].astype(np.float32)
+    soil = np.clip(depth * size / 2, 0, 1)[..., None]
+    img = sky * (1 - 0.25 * y[None, :, None, None]) * (1 - hill) + far * hill
+    return (img * (1 - soil) + ground * soil * (1 + 0.1 * np.sin(az * 40)[:, None, :, None])).astype(np.float32)
 
 # %% ../../nbs/data/10_passby.ipynb #1eb2b92c
-FOCAL = .9   # Focal length in picture widths: 58 degrees of view
+FOCAL = 0.9  # Focal length in picture widths: 58 degrees of view
 
-def project(d:Dials, m:Motion, t, yaw=None)->tuple: # u, v in picture widths from the centre, distance m, yaw rad
+
+def project(d: Dials, m: Motion, t, yaw=None) -> tuple:  # u, v in picture widths from the centre, distance m, yaw rad
     "Pinhole projection at camera times `t` (light needs no time), by the camera that follows the source or by one of the given `yaw`"
-    x, y, z = (m.at(t, m.pos[:,i]) for i in range(3))
-    az = np.arctan2(x, z); flat = np.hypot(x,z); el = np.arctan2(y, flat)
+    x, y, z = (m.at(t, m.pos[:, i]) for i in range(3))
+    az = np.arctan2(x, z)
+    flat = np.hypot(x, z)
+    el = np.arctan2(y, flat)
     if yaw is None:
         hold = np.minimum(t, d.leaves) if d.leaves is not None else t
-        yaw = d.tracking*np.interp(hold, t, az)
-        if d.leaves is not None: yaw = yaw-d.heading*np.clip(t-d.leaves,0,1)*.9      # the camera turns away
-    return FOCAL*np.tan(np.clip(az-yaw,-1.3,1.3)), FOCAL*np.tan(el*(1-d.tracking))+.02, np.sqrt(flat**2+y**2), yaw
+        yaw = d.tracking * np.interp(hold, t, az)
+        if d.leaves is not None:
+            yaw = yaw - d.heading * np.clip(t - d.leaves, 0, 1) * 0.9  # the camera turns away
+    return (
+        FOCAL * np.tan(np.clip(az - yaw, -1.3, 1.3)),
+        FOCAL * np.tan(el * (1 - d.tracking)) + 0.02,
+        np.sqrt(flat**2 + y**2),
+        yaw,
+    )
+
 
 def _f32(x):
     return np.asarray(x, np.float32)
+
 
 def _grid(size):
     "Pixel centres of a row and of a column"
     centre = np.arange(size, dtype=np.float32) + 0.5
     return centre[None, None, :], centre[None, :, None]
+
 
 def _paint_bystanders(img, d, yaw, t, rng):
     "Silent things at rest in the world"
@@ -347,6 +569,7 @@ def _paint_bystanders(img, d, yaw, t, rng):
         v = np.full_like(t, size * rng.uniform(0.6, 0.8))
         silent = np.zeros(len(t), np.float32)
         _paint(img, _grid(size), LOOKS[label], _f32(u), _f32(v), _f32(np.full_like(t, px)), 0.0, silent, t, 1)
+
 
 def _paint_source(img, d, m, t, yaw=None):
     "The source of `d`, and the wall that hides it; `yaw` of another source's camera, rad"
@@ -363,6 +586,7 @@ def _paint_source(img, d, m, t, yaw=None):
         middle, width = _f32(np.full_like(t, size * 0.5)), np.maximum(px * 1.6, 0.3 * size)
         _paint(img, _grid(size), [("box", 0, 0, 0.5, 1.4, (0.3, 0.27, 0.25), "")], wall, middle, width, 0.0, on, t, 1)
 
+
 def _developed(img, rng, supersample=1):
     "Camera noise, smaller pixels averaged, 8 bits"
     if supersample > 1:
@@ -370,6 +594,7 @@ def _developed(img, rng, supersample=1):
         img = img.reshape(n, side, supersample, side, supersample, 3).mean((2, 4))
     img = img + rng.standard_normal(img.shape[1:], dtype=np.float32) * 0.012
     return (np.clip(img, 0, 1) * 255 + 0.5).astype(np.uint8)
+
 
 def render_frames(
     d: Dials,
@@ -391,48 +616,76 @@ def render_frames(
 @dataclass
 class Scene:
     "A clip and everything that is true about it"
-    seed:int
-    label:str
-    dials:Dials
-    times:np.ndarray=None     # Frame times, s
-    frames:np.ndarray=None    # (T, size, size, 3) uint8
-    audio:np.ndarray=None     # (163840,) float32 at 16 kHz
-    truth:dict=field(default_factory=dict)  # Arrays on the 100 Hz timeline `t`
-    duration:float=DURATION   # s
-    sr:int=SR
+
+    seed: int
+    label: str
+    dials: Dials
+    times: np.ndarray = None  # Frame times, s
+    frames: np.ndarray = None  # (T, size, size, 3) uint8
+    audio: np.ndarray = None  # (163840,) float32 at 16 kHz
+    truth: dict = field(default_factory=dict)  # Arrays on the 100 Hz timeline `t`
+    duration: float = DURATION  # s
+    sr: int = SR
+
     @property
     def events(self):
         "Intervals (start s, stop s) in which the source is heard"
-        on = np.r_[0, self.truth['sounding'].astype(int), 0]; e = np.diff(on)
-        return [(float(a)/RATE, float(b)/RATE) for a,b in zip(np.where(e==1)[0], np.where(e==-1)[0])]
+        on = np.r_[0, self.truth["sounding"].astype(int), 0]
+        e = np.diff(on)
+        return [(float(a) / RATE, float(b) / RATE) for a, b in zip(np.where(e == 1)[0], np.where(e == -1)[0])]
 
-def truth_of(d:Dials, m:Motion, size:int=64, yaw=None)->dict:
+
+def truth_of(d: Dials, m: Motion, size: int = 64, yaw=None) -> dict:
     "The timeline: what is heard (`sounding`, `doppler`, `f0`) and seen (the rest) at each hundredth of a second"
-    t = np.arange(int(d.duration*RATE))/RATE
-    t_e = m.emitted(t); u, v, r, _ = project(d, m, t, None if yaw is None else np.interp(t, *yaw))
+    t = np.arange(int(d.duration * RATE)) / RATE
+    t_e = m.emitted(t)
+    u, v, r, _ = project(d, m, t, None if yaw is None else np.interp(t, *yaw))
     vr = np.gradient(m.r, m.t_e)
-    hidden = (t>=d.occluded[0])&(t<=d.occluded[1]) if d.occluded else np.zeros_like(t,bool)
-    sounding = gate(d.active, t_e, .02)>.3
-    tonal = d.label in TONAL or d.label=='civil defense siren'
-    doppler = m.at(t_e, 1/(1+vr/C))
-    return dict(t=t, sounding=sounding, emitting=gate(d.active, t, .01)>.5, width=size*FOCAL*SOURCES[d.label].size/r*d.shrink, visible=(np.abs(u)<.5)&(np.abs(v)<.5)&~hidden, u=size*(.5+u), v=size*(.5-v), distance=r, radial_speed=m.at(t, vr),
-                level=np.where(sounding, -20*np.log10(m.at(t_e, m.r)), np.nan), doppler=doppler, f0=np.where(sounding, pitch(d,t_e)*doppler, np.nan) if tonal else np.full_like(t,np.nan))
+    hidden = (t >= d.occluded[0]) & (t <= d.occluded[1]) if d.occluded else np.zeros_like(t, bool)
+    sounding = gate(d.active, t_e, 0.02) > 0.3
+    tonal = d.label in TONAL or d.label == "civil defense siren"
+    doppler = m.at(t_e, 1 / (1 + vr / C))
+    return dict(
+        t=t,
+        sounding=sounding,
+        emitting=gate(d.active, t, 0.01) > 0.5,
+        width=size * FOCAL * SOURCES[d.label].size / r * d.shrink,
+        visible=(np.abs(u) < 0.5) & (np.abs(v) < 0.5) & ~hidden,
+        u=size * (0.5 + u),
+        v=size * (0.5 - v),
+        distance=r,
+        radial_speed=m.at(t, vr),
+        level=np.where(sounding, -20 * np.log10(m.at(t_e, m.r)), np.nan),
+        doppler=doppler,
+        f0=np.where(sounding, pitch(d, t_e) * doppler, np.nan) if tonal else np.full_like(t, np.nan),
+    )
 
-def scene(seed:int,              # Which scene; train [0,1e6), val [1e6,2e6), test [2e6,3e6), judges [3e6,4e6)
-          split:str='passby',    # 'passby', 'passby_continuous' or 'passby_mixed'
-          fps:float=15.,         # Frames per second of the picture
-          size:int=64,           # Width and height, px
-          frames:bool=True,      # Render the picture?
-          audio:bool=True,       # Render the sound?
-          **dials)->Scene:       # Override any field of `Dials`
+
+def scene(
+    seed: int,  # Which scene; train [0,1e6), val [1e6,2e6), test [2e6,3e6), judges [3e6,4e6)
+    split: str = "passby",  # 'passby', 'passby_continuous' or 'passby_mixed'
+    fps: float = 15.0,  # Frames per second of the picture
+    size: int = 64,  # Width and height, px
+    frames: bool = True,  # Render the picture?
+    audio: bool = True,  # Render the sound?
+    **dials,
+) -> Scene:  # Override any field of `Dials`
     "Render scene number `seed`; the same seed gives the same bytes everywhere"
-    if not fps>0: raise FoleyError(f'fps: must be positive, got {fps}')
-    if size<8: raise FoleyError(f'size: at least 8 px are needed, got {size}')
-    if split=='passby_mixed': return mixed_scene(seed, fps, size, frames, audio, **dials)
-    d = draw_dials(seed, split, **dials); m = motion(d)
-    s = Scene(int(seed), d.label, d, np.arange(int(d.duration*fps))/fps, truth=truth_of(d,m,size), duration=d.duration)
-    if frames: s.frames = render_frames(d, m, seed, s.times, size)
-    if audio: s.audio = render_audio(d, m, seed)
+    if not fps > 0:
+        raise FoleyError(f"fps: must be positive, got {fps}")
+    if size < 8:
+        raise FoleyError(f"size: at least 8 px are needed, got {size}")
+    if split == "passby_mixed":
+        return mixed_scene(seed, fps, size, frames, audio, **dials)
+    d = draw_dials(seed, split, **dials)
+    m = motion(d)
+    s = Scene(
+        int(seed), d.label, d, np.arange(int(d.duration * fps)) / fps, truth=truth_of(d, m, size), duration=d.duration
+    )
+    if frames:
+        s.frames = render_frames(d, m, seed, s.times, size)
+    if audio:
+        s.audio = render_audio(d, m, seed)
     return s
 
 # %% ../../nbs/data/10_passby.ipynb #b8d2f002
@@ -484,7 +737,9 @@ def mixed_scene(
     yaw = clock, project(first, paths[0], clock)[3]
     truths = {d.label: truth_of(d, m, size, yaw) for d, m in zip(both, paths)}
     times = np.arange(int(first.duration * fps)) / fps
-    s = MixedScene(int(seed), first.label, first, times, truth=truths[first.label], duration=first.duration, truths=truths)
+    s = MixedScene(
+        int(seed), first.label, first, times, truth=truths[first.label], duration=first.duration, truths=truths
+    )
     if frames:
         s.frames = _mixed_frames(both, paths, seed, times, size)
     if audio:

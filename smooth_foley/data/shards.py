@@ -29,187 +29,285 @@ from .continuous import one_thread, read_continuous, read_heard
 from .vggsound import Item, folder_items, join_clips, read_vggsound
 
 # %% ../../nbs/data/15_shards.ipynb #7f63481f
-CONTENT = ('frames', 'clip', 'mel', 'latent')
-FAULT = ('id', 'path', 'reason', 'detail')   # Columns of every table of faults
+CONTENT = ("frames", "clip", "mel", "latent")
+FAULT = ("id", "path", "reason", "detail")  # Columns of every table of faults
+
 
 @dataclass(frozen=True)
 class ShardConfig:
     "What a shard holds of every clip"
-    content:tuple=('clip', 'mel', 'latent')   # Out of `CONTENT`
-    weights:str=None           # Folder of a pipeline, whose CLIP, mel and autoencoder are used; None is `mini`
-    fps:float=15.              # Frames per second
-    size:int=64                # Side of the pictures kept as `frames`, px
-    per_shard:int=256          # Clips per shard
-    peak:float=None            # Scale every waveform to this peak first, as Auffusion's training mels are (0.95); None leaves it
-    longest:float=60.          # Clips longer than this are refused, seconds; of shorter ones the first 10.24 s are used
+
+    content: tuple = ("clip", "mel", "latent")  # Out of `CONTENT`
+    weights: str = None  # Folder of a pipeline, whose CLIP, mel and autoencoder are used; None is `mini`
+    fps: float = 15.0  # Frames per second
+    size: int = 64  # Side of the pictures kept as `frames`, px
+    per_shard: int = 256  # Clips per shard
+    peak: float = (
+        None  # Scale every waveform to this peak first, as Auffusion's training mels are (0.95); None leaves it
+    )
+    longest: float = 60.0  # Clips longer than this are refused, seconds; of shorter ones the first 10.24 s are used
 
     def __post_init__(self):
-        object.__setattr__(self, 'content', tuple(c for c in CONTENT if c in self.content) if set(self.content) <= set(CONTENT) else self.content)
-        if bad := [c for c in self.content if c not in CONTENT]: raise FoleyError(f'content: no {", ".join(map(repr, bad))}; choose from {", ".join(CONTENT)}')
-        if not self.content: raise FoleyError(f'content: is empty; choose from {", ".join(CONTENT)}')
-        if self.per_shard < 1: raise FoleyError(f'per_shard={self.per_shard}: at least one clip goes into a shard')
-        if not self.fps > 0: raise FoleyError(f'fps={self.fps}: must be above 0; 15 is usual')
+        object.__setattr__(
+            self,
+            "content",
+            tuple(c for c in CONTENT if c in self.content) if set(self.content) <= set(CONTENT) else self.content,
+        )
+        if bad := [c for c in self.content if c not in CONTENT]:
+            raise FoleyError(f"content: no {', '.join(map(repr, bad))}; choose from {', '.join(CONTENT)}")
+        if not self.content:
+            raise FoleyError(f"content: is empty; choose from {', '.join(CONTENT)}")
+        if self.per_shard < 1:
+            raise FoleyError(f"per_shard={self.per_shard}: at least one clip goes into a shard")
+        if not self.fps > 0:
+            raise FoleyError(f"fps={self.fps}: must be above 0; 15 is usual")
 
 # %% ../../nbs/data/15_shards.ipynb #01ab764a
 def _folder(cfg):
     folder = Path(cfg.weights) if cfg.weights else mini_path()
-    if not (folder/'mel').is_dir(): raise FoleyError(f'weights {folder}: no `mel` in it; give the folder of a saved pipeline')
+    if not (folder / "mel").is_dir():
+        raise FoleyError(f"weights {folder}: no `mel` in it; give the folder of a saved pipeline")
     return folder
 
-def _parts(cfg): return [p for p, wanted in (('frame_encoder', 'clip'), ('vae', 'latent'), ('mel', 'mel')) if wanted in cfg.content or p=='mel']
+
+def _parts(cfg):
+    return [
+        p
+        for p, wanted in (("frame_encoder", "clip"), ("vae", "latent"), ("mel", "mel"))
+        if wanted in cfg.content or p == "mel"
+    ]
+
 
 def fingerprint(
-    cfg:ShardConfig,
-)->str:              # 16 hex digits
+    cfg: ShardConfig,
+) -> str:  # 16 hex digits
     "What tells one set of frozen networks from another: names and sizes of their files, their first and last 64 KB"
     digest = hashlib.sha256()
-    for f in sorted(f for part in _parts(cfg) for f in (_folder(cfg)/part).iterdir() if f.is_file()):
-        with open(f, 'rb') as h:
-            size = h.seek(0, 2); h.seek(0); first = h.read(2**16); h.seek(max(0, size-2**16))
-            digest.update(f'{f.parent.name}/{f.name} {size}'.encode()+first+h.read())
+    for f in sorted(f for part in _parts(cfg) for f in (_folder(cfg) / part).iterdir() if f.is_file()):
+        with open(f, "rb") as h:
+            size = h.seek(0, 2)
+            h.seek(0)
+            first = h.read(2**16)
+            h.seek(max(0, size - 2**16))
+            digest.update(f"{f.parent.name}/{f.name} {size}".encode() + first + h.read())
     return digest.hexdigest()[:16]
+
 
 @lru_cache(maxsize=2)
 def _networks(folder, parts, device):
     "The frozen networks by name, float32"
     from smooth_foley.mel import MelTransform
-    out = dict(mel=MelTransform.from_pretrained(folder/'mel').to(device))
-    if 'frame_encoder' in parts:
+
+    out = dict(mel=MelTransform.from_pretrained(folder / "mel").to(device))
+    if "frame_encoder" in parts:
         from smooth_foley.clip import FrameEncoder
-        out['frame_encoder'] = FrameEncoder.from_pretrained(folder/'frame_encoder').to(device).eval()
-    if 'vae' in parts:
+
+        out["frame_encoder"] = FrameEncoder.from_pretrained(folder / "frame_encoder").to(device).eval()
+    if "vae" in parts:
         from smooth_foley.backbone import load_vae
-        out['vae'] = load_vae(folder, torch_dtype=torch.float32).to(device).requires_grad_(False)
+
+        out["vae"] = load_vae(folder, torch_dtype=torch.float32).to(device).requires_grad_(False)
     return out
 
-def networks(cfg:ShardConfig, device='cpu')->dict: # name -> module
+
+def networks(cfg: ShardConfig, device="cpu") -> dict:  # name -> module
     "What looks at and listens to the clips"
     return _networks(_folder(cfg), tuple(_parts(cfg)), str(device))
 
 # %% ../../nbs/data/15_shards.ipynb #1fec6856
-SPLIT_OF = ('train', 'val', 'test', 'judges')   # Of Passby's seeds, a million each
+SPLIT_OF = ("train", "val", "test", "judges")  # Of Passby's seeds, a million each
+
 
 def passby_items(
-    seeds,                # Whole numbers
-    split:str='passby',   # 'passby' or 'passby_continuous'
-)->list:                  # One `Item` per scene, without a file
+    seeds,  # Whole numbers
+    split: str = "passby",  # 'passby' or 'passby_continuous'
+) -> list:  # One `Item` per scene, without a file
     "Scenes as clips; they are rendered when they are needed"
-    if bad := [s for s in seeds if not 0 <= s < 1_000_000*len(SPLIT_OF)]: raise FoleyError(f'seed {bad[0]}: Passby has the seeds 0 to {1_000_000*len(SPLIT_OF)-1}')
-    return [Item(f'{split}-{s:07d}', 0., passby.draw_dials(s, split).label, SPLIT_OF[s//1_000_000], duration=passby.DURATION) for s in seeds]
+    if bad := [s for s in seeds if not 0 <= s < 1_000_000 * len(SPLIT_OF)]:
+        raise FoleyError(f"seed {bad[0]}: Passby has the seeds 0 to {1_000_000 * len(SPLIT_OF) - 1}")
+    return [
+        Item(
+            f"{split}-{s:07d}",
+            0.0,
+            passby.draw_dials(s, split).label,
+            SPLIT_OF[s // 1_000_000],
+            duration=passby.DURATION,
+        )
+        for s in seeds
+    ]
+
 
 def _scene(item, **kw):
     "The scene that an item without a file means, or None"
-    m = re.fullmatch(r'(passby|passby_continuous)-(\d{7})', item.id)
+    m = re.fullmatch(r"(passby|passby_continuous)-(\d{7})", item.id)
     return passby.scene(int(m[2]), m[1], **kw) if m else None
 
 # %% ../../nbs/data/15_shards.ipynb #8fdd5dc2
 def read_item(
-    item:Item,
-    fps:float=15.,         # Frames per second
-    size:int=64,           # Side of the pictures, px
-    seconds:float=10.24,   # At most so much from the beginning
-    longest:float=60.,     # Refuse longer files, seconds
-    pictures:bool=True, sound:bool=True,   # What is needed
-)->tuple:                  # frames `(T, size, size, 3)` or None, waveform `(n,)` or None, the item with what is now known
+    item: Item,
+    fps: float = 15.0,  # Frames per second
+    size: int = 64,  # Side of the pictures, px
+    seconds: float = 10.24,  # At most so much from the beginning
+    longest: float = 60.0,  # Refuse longer files, seconds
+    pictures: bool = True,
+    sound: bool = True,  # What is needed
+) -> tuple:  # frames `(T, size, size, 3)` or None, waveform `(n,)` or None, the item with what is now known
     "Pictures, sound and timeline of one clip, whatever its source"
     if item.path is None:
         scene = _scene(item, fps=fps, size=size, frames=pictures, audio=sound)
-        if scene is None: raise FoleyError(f'{item.name}: has no file; join the list with a folder of clips first')
-        return scene.frames, scene.audio, replace(item, duration=scene.duration, events=[(a, b, scene.label) for a, b in scene.events])
+        if scene is None:
+            raise FoleyError(f"{item.name}: has no file; join the list with a folder of clips first")
+        return (
+            scene.frames,
+            scene.audio,
+            replace(item, duration=scene.duration, events=[(a, b, scene.label) for a, b in scene.events]),
+        )
     clip = read_clip(item.path, fps, size, max_duration=longest)
-    audio = read_audio(item.path)[:round(min(clip.duration, seconds)*16000)] if sound else None
-    frames = clip.frames[:max(1, round(min(clip.duration, seconds)*fps))]
+    audio = read_audio(item.path)[: round(min(clip.duration, seconds) * 16000)] if sound else None
+    frames = clip.frames[: max(1, round(min(clip.duration, seconds) * fps))]
     return frames if pictures else None, audio, replace(item, duration=round(min(clip.duration, seconds), 6))
 
 # %% ../../nbs/data/15_shards.ipynb #803cc10c
 def _passby_range(source):
     "Scenes of `passby:0-99`, or None if it is something else"
-    m = re.fullmatch(r'(passby|passby_continuous):(\d+)(?:-(\d+))?', str(source))
-    if m and int(m[3] or m[2]) < int(m[2]): raise FoleyError(f'{source}: ends before it starts; write the smaller seed first')
-    return m and passby_items(range(int(m[2]), int(m[3] or m[2])+1), m[1])
+    m = re.fullmatch(r"(passby|passby_continuous):(\d+)(?:-(\d+))?", str(source))
+    if m and int(m[3] or m[2]) < int(m[2]):
+        raise FoleyError(f"{source}: ends before it starts; write the smaller seed first")
+    return m and passby_items(range(int(m[2]), int(m[3] or m[2]) + 1), m[1])
+
 
 def _read_list(source, names, seconds, faults):
     "Items of a list; lines that can't be used are collected"
     wrong, path = [], Path(source)
-    if path.suffix.lower()=='.tsv':
-        if names is None: raise FoleyError(f'{source}: needs the names of its labels; give mid_to_display_name.tsv')
+    if path.suffix.lower() == ".tsv":
+        if names is None:
+            raise FoleyError(f"{source}: needs the names of its labels; give mid_to_display_name.tsv")
         items = read_strong(path, names, wrong, duration=seconds)
     else:
-        try: head = path.open(encoding='utf-8', errors='replace').readline()
-        except OSError as e: raise FoleyError(f'{path}: cannot be read ({(e.strerror or str(e)).lower()}); give a list, a folder of clips, or passby:0-99') from None
-        ours = head.startswith('id,start,label,split,')
-        items = [replace(i, duration=seconds) for i in read_continuous(path)] if ours else read_vggsound(path, wrong, duration=seconds)
-    faults += [dict(zip(FAULT, (w.get('id', ''), str(path), 'line', f"line {w['line']}: {w.get('detail') or w['reason']}"))) for w in wrong]
+        try:
+            head = path.open(encoding="utf-8", errors="replace").readline()
+        except OSError as e:
+            raise FoleyError(
+                f"{path}: cannot be read ({(e.strerror or str(e)).lower()}); give a list, a folder of clips, or passby:0-99"
+            ) from None
+        ours = head.startswith("id,start,label,split,")
+        items = (
+            [replace(i, duration=seconds) for i in read_continuous(path)]
+            if ours
+            else read_vggsound(path, wrong, duration=seconds)
+        )
+    faults += [
+        dict(zip(FAULT, (w.get("id", ""), str(path), "line", f"line {w['line']}: {w.get('detail') or w['reason']}")))
+        for w in wrong
+    ]
     return items
 
+
 def read_source(
-    source,              # `passby:0-99`, a folder of clips, AudioSet's `.tsv`, VGGSound's `.csv`
-    faults:list,         # Collects `{'id', 'path', 'reason', 'detail'}` of lines that can't be used
-    clips=None,          # Folder of the clips of a list
-    names=None,          # `mid_to_display_name.tsv` of a `.tsv`
-    seconds:float=10.,   # Length of the clips of a list
-    heard=None,          # Folder of `ground_clips`: take the timelines from there
-    threshold:float=.5,  # Probability above which a clip is heard
-)->list:                 # `Item`s, with a path where the clip is there
+    source,  # `passby:0-99`, a folder of clips, AudioSet's `.tsv`, VGGSound's `.csv`
+    faults: list,  # Collects `{'id', 'path', 'reason', 'detail'}` of lines that can't be used
+    clips=None,  # Folder of the clips of a list
+    names=None,  # `mid_to_display_name.tsv` of a `.tsv`
+    seconds: float = 10.0,  # Length of the clips of a list
+    heard=None,  # Folder of `ground_clips`: take the timelines from there
+    threshold: float = 0.5,  # Probability above which a clip is heard
+) -> list:  # `Item`s, with a path where the clip is there
     "Clips of any source"
     items = _passby_range(source)
-    if items is None and Path(source).is_dir(): items = folder_items(source)
+    if items is None and Path(source).is_dir():
+        items = folder_items(source)
     elif items is None:
-        if clips is None: raise FoleyError(f'{source}: is a list; give the folder of its clips, too')
+        if clips is None:
+            raise FoleyError(f"{source}: is a list; give the folder of its clips, too")
         items = join_clips(_read_list(source, names, seconds, faults), clips)
-    if heard is None: return items
+    if heard is None:
+        return items
     curves = [read_heard(i, heard) for i in items]
-    return [i if c is None else replace(i, events=[(a, b, i.label) for a, b in c.stretches(threshold)]) for i, c in zip(items, curves)]
+    return [
+        i if c is None else replace(i, events=[(a, b, i.label) for a, b in c.stretches(threshold)])
+        for i, c in zip(items, curves)
+    ]
 
 # %% ../../nbs/data/15_shards.ipynb #f9f44fb1
 def _told(item, cfg, frames):
     "What is known about a clip, as JSON"
-    events = None if item.events is None else [[round(float(a), 6), round(float(b), 6), name] for a, b, name in item.events]
-    return dict(id=item.id, start=float(item.start), label=item.label, split=item.split, duration=float(item.duration), fps=float(cfg.fps), frames=frames, events=events)
+    events = (
+        None if item.events is None else [[round(float(a), 6), round(float(b), 6), name] for a, b, name in item.events]
+    )
+    return dict(
+        id=item.id,
+        start=float(item.start),
+        label=item.label,
+        split=item.split,
+        duration=float(item.duration),
+        fps=float(cfg.fps),
+        frames=frames,
+        events=events,
+    )
 
 # %% ../../nbs/data/15_shards.ipynb #3ffa701c
 @torch.no_grad()
 def make_sample(
-    item:Item,
-    cfg:ShardConfig,
-    device='cpu',
-)->dict:               # Member suffix -> dict or array
+    item: Item,
+    cfg: ShardConfig,
+    device="cpu",
+) -> dict:  # Member suffix -> dict or array
     "All that a shard holds of one clip"
     net = networks(cfg, device)
-    c, pictures, sound = net['mel'].config, bool({'frames', 'clip'}&set(cfg.content)), bool({'mel', 'latent'}&set(cfg.content))
-    size = net['frame_encoder'].image_size if 'clip' in cfg.content else cfg.size
-    if {'frames', 'clip'} <= set(cfg.content) and size!=cfg.size: raise FoleyError(f'size={cfg.size}: this CLIP looks at {size} px; give that size, or keep only one of frames and clip')
-    frames, audio, item = read_item(item, cfg.fps, size, c.n_cols*c.hop_length/c.sample_rate, cfg.longest, pictures, sound)
-    out = {'json': _told(item, cfg, len(frames) if pictures else 0)}
-    if 'frames' in cfg.content: out['frames.npy'] = frames
-    if 'clip' in cfg.content: out['clip.npy'] = net['frame_encoder'].encode_frames(frames).cpu().numpy().astype(np.float16)
-    if sound: out |= _heard(audio, item, cfg, net, device)
+    c, pictures, sound = (
+        net["mel"].config,
+        bool({"frames", "clip"} & set(cfg.content)),
+        bool({"mel", "latent"} & set(cfg.content)),
+    )
+    size = net["frame_encoder"].image_size if "clip" in cfg.content else cfg.size
+    if {"frames", "clip"} <= set(cfg.content) and size != cfg.size:
+        raise FoleyError(
+            f"size={cfg.size}: this CLIP looks at {size} px; give that size, or keep only one of frames and clip"
+        )
+    frames, audio, item = read_item(
+        item, cfg.fps, size, c.n_cols * c.hop_length / c.sample_rate, cfg.longest, pictures, sound
+    )
+    out = {"json": _told(item, cfg, len(frames) if pictures else 0)}
+    if "frames" in cfg.content:
+        out["frames.npy"] = frames
+    if "clip" in cfg.content:
+        out["clip.npy"] = net["frame_encoder"].encode_frames(frames).cpu().numpy().astype(np.float16)
+    if sound:
+        out |= _heard(audio, item, cfg, net, device)
     return out
+
 
 def _heard(audio, item, cfg, net, device):
     "Mel and latents of a waveform"
     from smooth_foley.mel import peak_normalize
+
     wave = torch.from_numpy(audio)[None].to(device)
-    if not wave.numel(): raise FoleyError(f'{item.name}: its sound is empty')
-    mel, out = net['mel'].log_mel(peak_normalize(wave, cfg.peak) if cfg.peak else wave), {}
-    if 'mel' in cfg.content: out['mel.npy'] = mel[0].cpu().numpy().astype(np.float16)
-    if 'latent' in cfg.content:
+    if not wave.numel():
+        raise FoleyError(f"{item.name}: its sound is empty")
+    mel, out = net["mel"].log_mel(peak_normalize(wave, cfg.peak) if cfg.peak else wave), {}
+    if "mel" in cfg.content:
+        out["mel.npy"] = mel[0].cpu().numpy().astype(np.float16)
+    if "latent" in cfg.content:
         from smooth_foley.backbone import encode_latents
-        out['latent.npy'] = encode_latents(net['vae'], net['mel'].to_image(mel))[0].cpu().numpy().astype(np.float16)
+
+        out["latent.npy"] = encode_latents(net["vae"], net["mel"].to_image(mel))[0].cpu().numpy().astype(np.float16)
     return out
 
 # %% ../../nbs/data/15_shards.ipynb #6101842c
 def _key(text):
-    text = re.sub(r'[^A-Za-z0-9_-]', lambda m: ''.join(f'%{b:02X}' for b in m[0].encode('utf-8', 'surrogatepass')), text)
-    return text if len(text) <= 80 else f'{text[:60]}%{hashlib.sha256(text.encode()).hexdigest()[:16]}'
+    text = re.sub(
+        r"[^A-Za-z0-9_-]", lambda m: "".join(f"%{b:02X}" for b in m[0].encode("utf-8", "surrogatepass")), text
+    )
+    return text if len(text) <= 80 else f"{text[:60]}%{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
 
 def keys_of(
-    items:list,   # `Item`s
-)->list:          # One key per item, None where the same stood before
+    items: list,  # `Item`s
+) -> list:  # One key per item, None where the same stood before
     "Names inside the tar"
     n, seen, out = Counter(i.name for i in items), set(), []
     for i in items:
-        key = _key(i.name if n[i.name]==1 else f'{i.name}={i.label}')
+        key = _key(i.name if n[i.name] == 1 else f"{i.name}={i.label}")
         out.append(None if key in seen else key)
         seen.add(key)
     return out
@@ -217,101 +315,157 @@ def keys_of(
 # %% ../../nbs/data/15_shards.ipynb #ba3e04a8
 def _bytes(value):
     "A member as bytes, the same for the same value"
-    if isinstance(value, dict): return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(',', ':')).encode()
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
     out = io.BytesIO()
     np.lib.format.write_array(out, np.ascontiguousarray(value), version=(1, 0), allow_pickle=False)
     return out.getvalue()
 
+
 class _Hashed:
     "A file that knows the SHA-256 of what was written"
-    def __init__(self, f): self.f, self.sha = f, hashlib.sha256()
-    def write(self, b): self.sha.update(b); return self.f.write(b)
-    def tell(self): return self.f.tell()
+
+    def __init__(self, f):
+        self.f, self.sha = f, hashlib.sha256()
+
+    def write(self, b):
+        self.sha.update(b)
+        return self.f.write(b)
+
+    def tell(self):
+        return self.f.tell()
+
 
 def _add(tar, name, data):
     "Append a member that tells nothing of time, user or machine; return where its bytes begin"
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = len(data), 0o644, 0
-    at = tar.offset+tarfile.BLOCKSIZE
+    at = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(info, io.BytesIO(data))
     return at
 
 # %% ../../nbs/data/15_shards.ipynb #16cc47bc
-def _fault(item, reason, detail): return dict(zip(FAULT, (item.name, str(item.path or ''), reason, ' '.join(str(detail).split()))))
+def _fault(item, reason, detail):
+    return dict(zip(FAULT, (item.name, str(item.path or ""), reason, " ".join(str(detail).split()))))
+
 
 def _samples(pairs, cfg, device, faults, tick):
     "Key and members of every clip that can be used; the others are noted"
     for key, item in pairs:
         tick()
-        if key is None: faults.append(_fault(item, 'twice', 'stands in the list before, with the same label')); continue
-        if item.path is None and _scene(item, frames=False, audio=False) is None: faults.append(_fault(item, 'missing', 'has no file')); continue
-        try: yield key, make_sample(item, cfg, device)
-        except (FoleyError, OSError, ValueError, RuntimeError) as e: faults.append(_fault(item, 'unreadable', e))
+        if key is None:
+            faults.append(_fault(item, "twice", "stands in the list before, with the same label"))
+            continue
+        if item.path is None and _scene(item, frames=False, audio=False) is None:
+            faults.append(_fault(item, "missing", "has no file"))
+            continue
+        try:
+            yield key, make_sample(item, cfg, device)
+        except (FoleyError, OSError, ValueError, RuntimeError) as e:
+            faults.append(_fault(item, "unreadable", e))
+
 
 def _pack(f, samples):
     "Write samples as a tar; return what the index says about them"
     out, index = _Hashed(f), dict(fields=[], keys=[], offset=[], size=[], crc32=[])
-    with tarfile.open(fileobj=out, mode='w', format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, sample in samples:
             parts = {s: _bytes(v) for s, v in sample.items()}
-            index['fields'] = list(parts); index['keys'].append(key)
-            index['offset'].append([_add(tar, f'{key}.{s}', b) for s, b in parts.items()])
-            index['size'].append([len(b) for b in parts.values()])
-            index['crc32'].append([zlib.crc32(b) for b in parts.values()])
-    return dict(n=len(index['keys']), bytes=out.tell(), sha256=out.sha.hexdigest(), **index)
+            index["fields"] = list(parts)
+            index["keys"].append(key)
+            index["offset"].append([_add(tar, f"{key}.{s}", b) for s, b in parts.items()])
+            index["size"].append([len(b) for b in parts.values()])
+            index["crc32"].append([zlib.crc32(b) for b in parts.values()])
+    return dict(n=len(index["keys"]), bytes=out.tell(), sha256=out.sha.hexdigest(), **index)
 
 # %% ../../nbs/data/15_shards.ipynb #6f06786e
-def _names(k): return f'shard-{k:06d}.tar', f'shard-{k:06d}.json'
+def _names(k):
+    return f"shard-{k:06d}.tar", f"shard-{k:06d}.json"
+
 
 def _save_json(path, data):
-    with atomic_path(path) as tmp: tmp.write_text(json.dumps(data, ensure_ascii=False, separators=(',', ':'))+'\n', encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+
 
 def write_shard(
-    k:int,              # Number of the shard
-    pairs:list,         # `(key, item)`
-    out,                # Folder
-    cfg:ShardConfig,
-    device='cpu',
+    k: int,  # Number of the shard
+    pairs: list,  # `(key, item)`
+    out,  # Folder
+    cfg: ShardConfig,
+    device="cpu",
     tick=lambda: None,  # Called for every clip
 ):
     "One shard and its index, whole or not at all"
-    tar, side = (Path(out)/n for n in _names(k))
+    tar, side = (Path(out) / n for n in _names(k))
     side.unlink(missing_ok=True)
-    for junk in Path(out).glob(f'.{tar.stem}.*.part.*'): junk.unlink(missing_ok=True)
+    for junk in Path(out).glob(f".{tar.stem}.*.part.*"):
+        junk.unlink(missing_ok=True)
     faults, _ = [], networks(cfg, device)
-    with one_thread(), atomic_path(tar) as tmp, open(tmp, 'wb') as f: index = _pack(f, _samples(pairs, cfg, device, faults, tick))
+    with one_thread(), atomic_path(tar) as tmp, open(tmp, "wb") as f:
+        index = _pack(f, _samples(pairs, cfg, device, faults, tick))
     _save_json(side, dict(shard=tar.name, **index, faults=faults))
+
 
 def _read_index(tar):
     "The index beside a shard, or None if it is not there, broken or of another size"
     try:
-        index = json.loads(tar.with_suffix('.json').read_text(encoding='utf-8'))
-        return index if index['bytes']==tar.stat().st_size and index['shard']==tar.name else None
-    except (OSError, ValueError, KeyError, TypeError): return None
+        index = json.loads(tar.with_suffix(".json").read_text(encoding="utf-8"))
+        return index if index["bytes"] == tar.stat().st_size and index["shard"] == tar.name else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 # %% ../../nbs/data/15_shards.ipynb #b1cc867b
 def make_plan(
-    items:list, cfg:ShardConfig,
-)->dict:
+    items: list,
+    cfg: ShardConfig,
+) -> dict:
     "What decides the bytes of a set of shards"
     told = [(i.name, i.start, i.label, i.split, i.duration, i.events) for i in items]
-    digest = hashlib.sha256(json.dumps(told, ensure_ascii=False).encode('utf-8', 'surrogatepass')).hexdigest()
-    settings = {k: v for k, v in asdict(cfg).items() if k!='weights'}
-    return json.loads(json.dumps(dict(version=1, clips=len(items), shards=-(-len(items)//cfg.per_shard), list_sha256=digest, networks=fingerprint(cfg), settings=settings)))
+    digest = hashlib.sha256(json.dumps(told, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+    settings = {k: v for k, v in asdict(cfg).items() if k != "weights"}
+    return json.loads(
+        json.dumps(
+            dict(
+                version=1,
+                clips=len(items),
+                shards=-(-len(items) // cfg.per_shard),
+                list_sha256=digest,
+                networks=fingerprint(cfg),
+                settings=settings,
+            )
+        )
+    )
+
 
 def _keep_to_plan(out, plan, overwrite):
     "Make the folder, or see that what is in it belongs to the same plan"
     out.mkdir(parents=True, exist_ok=True)
-    path, ours = out/'plan.json', [f for pattern in ('shard-*.tar', 'shard-*.json', 'index.json', 'plan.json', 'faults.csv') for f in out.glob(pattern)]
+    path, ours = (
+        out / "plan.json",
+        [
+            f
+            for pattern in ("shard-*.tar", "shard-*.json", "index.json", "plan.json", "faults.csv")
+            for f in out.glob(pattern)
+        ],
+    )
     if overwrite:
-        for f in ours: f.unlink()
+        for f in ours:
+            f.unlink()
     elif path.exists():
-        try: old = json.loads(path.read_text())
-        except ValueError: old = {}
-        differs = [k for k in plan if old.get(k)!=plan[k]]
-        if differs: raise FoleyError(f'{out}: holds shards of another plan ({", ".join(differs)} differ); give another folder, or overwrite')
-    elif ours: raise FoleyError(f'{out}: holds shards without a plan.json, which are not ours; give another folder')
-    if not path.exists(): _save_json(path, plan)
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            old = {}
+        differs = [k for k in plan if old.get(k) != plan[k]]
+        if differs:
+            raise FoleyError(
+                f"{out}: holds shards of another plan ({', '.join(differs)} differ); give another folder, or overwrite"
+            )
+    elif ours:
+        raise FoleyError(f"{out}: holds shards without a plan.json, which are not ours; give another folder")
+    if not path.exists():
+        _save_json(path, plan)
 
 # %% ../../nbs/data/15_shards.ipynb #7e1caaa7
 def _begin_worker(counter):
@@ -322,334 +476,473 @@ def _begin_worker(counter):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
+
 def _count():
     "One more clip, of all workers"
-    with _counter.get_lock(): _counter.value += 1
+    with _counter.get_lock():
+        _counter.value += 1
 
-def _work(job): write_shard(*job, _count)
+
+def _work(job):
+    write_shard(*job, _count)
+
 
 def _follow(pool, jobs, counter, bar):
     "Wait for all jobs, and let the bar follow the clips"
     waiting = {pool.submit(_work, job) for job in jobs}
     while waiting:
-        done, waiting = wait(waiting, timeout=.5, return_when=FIRST_COMPLETED)
-        bar.update(counter.value-bar.n)
-        for d in done: d.result()
+        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+        bar.update(counter.value - bar.n)
+        for d in done:
+            d.result()
+
 
 def _each(jobs, processes, bar):
     "Run `write_shard` on every job"
-    if processes==1 or len(jobs)<2:
-        for job in jobs: write_shard(*job, bar.update)
+    if processes == 1 or len(jobs) < 2:
+        for job in jobs:
+            write_shard(*job, bar.update)
         return
-    spawn = multiprocessing.get_context('spawn')
-    counter = spawn.Value('q', 0)
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), mp_context=spawn, initializer=_begin_worker, initargs=(counter,))
-    try: _follow(pool, jobs, counter, bar)
-    except BrokenProcessPool: raise FoleyError('a writing process died, perhaps for want of memory; run again with fewer processes, finished shards are kept') from None
+    spawn = multiprocessing.get_context("spawn")
+    counter = spawn.Value("q", 0)
+    pool = ProcessPoolExecutor(
+        min(processes, len(jobs)), mp_context=spawn, initializer=_begin_worker, initargs=(counter,)
+    )
+    try:
+        _follow(pool, jobs, counter, bar)
+    except BrokenProcessPool:
+        raise FoleyError(
+            "a writing process died, perhaps for want of memory; run again with fewer processes, finished shards are kept"
+        ) from None
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children(): child.terminate()
+        for child in multiprocessing.active_children():
+            child.terminate()
         raise
-    finally: pool.shutdown()
+    finally:
+        pool.shutdown()
 
 # %% ../../nbs/data/15_shards.ipynb #5f2182ae
 def write_shards(
-    items:list,               # `Item`s of any source
-    out,                      # Folder
-    cfg:ShardConfig=ShardConfig(),
-    processes:int=1,          # How many write at once
-    device='cpu',             # Where the networks run; give a GPU one process
-    part:tuple=(0, 1),        # `(i, n)`: make every n-th shard from the i-th on, on node i of n
-    overwrite:bool=False,     # Replace the shards of another plan?
-)->dict|None:                 # The index, or None while other parts are missing
+    items: list,  # `Item`s of any source
+    out,  # Folder
+    cfg: ShardConfig = ShardConfig(),
+    processes: int = 1,  # How many write at once
+    device="cpu",  # Where the networks run; give a GPU one process
+    part: tuple = (0, 1),  # `(i, n)`: make every n-th shard from the i-th on, on node i of n
+    overwrite: bool = False,  # Replace the shards of another plan?
+) -> dict | None:  # The index, or None while other parts are missing
     "Write a set of shards, or go on with it"
     out, (i, n) = Path(out), part
-    if not items: raise FoleyError('items: none given; at least one clip is needed')
-    if not 0 <= i < n: raise FoleyError(f'part: {i} of {n}; count nodes from 0')
-    if processes < 1: raise FoleyError(f'processes={processes}: at least one is needed')
-    if overwrite and n > 1: raise FoleyError('overwrite: one node would delete what another writes; empty the folder first')
+    if not items:
+        raise FoleyError("items: none given; at least one clip is needed")
+    if not 0 <= i < n:
+        raise FoleyError(f"part: {i} of {n}; count nodes from 0")
+    if processes < 1:
+        raise FoleyError(f"processes={processes}: at least one is needed")
+    if overwrite and n > 1:
+        raise FoleyError("overwrite: one node would delete what another writes; empty the folder first")
     plan = make_plan(items, cfg)
     _keep_to_plan(out, plan, overwrite)
     pairs = list(zip(keys_of(items), items))
-    jobs = [(k, pairs[k*cfg.per_shard:(k+1)*cfg.per_shard], out, cfg, device) for k in range(i, plan['shards'], n) if _read_index(out/_names(k)[0]) is None]
-    with progress(None, desc=out.name, unit='clip', total=sum(len(j[1]) for j in jobs)) as bar: _each(jobs, processes, bar)
+    jobs = [
+        (k, pairs[k * cfg.per_shard : (k + 1) * cfg.per_shard], out, cfg, device)
+        for k in range(i, plan["shards"], n)
+        if _read_index(out / _names(k)[0]) is None
+    ]
+    with progress(None, desc=out.name, unit="clip", total=sum(len(j[1]) for j in jobs)) as bar:
+        _each(jobs, processes, bar)
     return write_index(out)
 
 # %% ../../nbs/data/15_shards.ipynb #ba5fbc44
 def write_index(
-    out,         # Folder with `plan.json`
-)->dict|None:    # The index, or None while a shard is missing
+    out,  # Folder with `plan.json`
+) -> dict | None:  # The index, or None while a shard is missing
     "List all shards in `index.json` and all faults in `faults.csv`"
     out = Path(out)
-    plan = json.loads((out/'plan.json').read_text())
-    shards = [_read_index(out/_names(k)[0]) for k in range(plan['shards'])]
-    if None in shards: return None
-    faults = [f for s in shards for f in s['faults']]
-    index = dict(plan=plan, clips=sum(s['n'] for s in shards), bytes=sum(s['bytes'] for s in shards), faults=len(faults), shards=[{k: s[k] for k in ('shard', 'n', 'bytes', 'sha256')} for s in shards])
-    write_faults(out/'faults.csv', faults)
-    _save_json(out/'index.json', index)
+    plan = json.loads((out / "plan.json").read_text())
+    shards = [_read_index(out / _names(k)[0]) for k in range(plan["shards"])]
+    if None in shards:
+        return None
+    faults = [f for s in shards for f in s["faults"]]
+    index = dict(
+        plan=plan,
+        clips=sum(s["n"] for s in shards),
+        bytes=sum(s["bytes"] for s in shards),
+        faults=len(faults),
+        shards=[{k: s[k] for k in ("shard", "n", "bytes", "sha256")} for s in shards],
+    )
+    write_faults(out / "faults.csv", faults)
+    _save_json(out / "index.json", index)
     return index
 
+
 def write_faults(
-    path,          # `.csv`
-    faults:list,   # `{'id', 'path', 'reason', 'detail'}`
+    path,  # `.csv`
+    faults: list,  # `{'id', 'path', 'reason', 'detail'}`
 ):
     "A table of what could not be used, and why"
-    with atomic_path(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-        w = csv.DictWriter(f, FAULT, lineterminator='\n'); w.writeheader(); w.writerows(faults)
+    with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+        w = csv.DictWriter(f, FAULT, lineterminator="\n")
+        w.writeheader()
+        w.writerows(faults)
 
 # %% ../../nbs/data/15_shards.ipynb #d8e144a8
 def _refused(m):
     "Why a member must not be used, or None"
-    if m.name.startswith(('/', '\\')) or re.match('[A-Za-z]:', m.name) or '..' in re.split(r'[/\\]', m.name): return 'climbs', 'leaves the folder; refused'
-    if m.issym() or m.islnk(): return 'link', f'is a link to {m.linkname!r}; refused'
-    if not (m.isreg() or m.isdir()): return 'device', 'is neither a file nor a folder; refused'
+    if m.name.startswith(("/", "\\")) or re.match("[A-Za-z]:", m.name) or ".." in re.split(r"[/\\]", m.name):
+        return "climbs", "leaves the folder; refused"
+    if m.issym() or m.islnk():
+        return "link", f"is a link to {m.linkname!r}; refused"
+    if not (m.isreg() or m.isdir()):
+        return "device", "is neither a file nor a folder; refused"
+
 
 def scan_tar(
-    path,      # Any tar
-)->tuple:      # `[(name, offset, size)]` and `[(name, reason, detail)]`
+    path,  # Any tar
+) -> tuple:  # `[(name, offset, size)]` and `[(name, reason, detail)]`
     "Members of a tar and all that is wrong with it, without trusting it"
     path, members, wrong, end = Path(path), [], [], 0
     size = path.stat().st_size
-    with open(path, 'rb') as f:
-        def zeros(a, b): f.seek(a); return not any(any(f.read(min(2**20, b-p))) for p in range(a, b, 2**20))
+    with open(path, "rb") as f:
+
+        def zeros(a, b):
+            f.seek(a)
+            return not any(any(f.read(min(2**20, b - p))) for p in range(a, b, 2**20))
+
         try:
-            with tarfile.open(path, 'r:', ignore_zeros=True) as tar:
+            with tarfile.open(path, "r:", ignore_zeros=True) as tar:
                 for m in tar:
-                    if m.offset > end and not zeros(end, m.offset): wrong.append(('', 'header', f'bytes {end} to {m.offset} are no member of a tar'))
-                    end = m.offset_data + (-(-m.size//tarfile.BLOCKSIZE)*tarfile.BLOCKSIZE if m.isreg() else 0)
-                    if why := _refused(m): wrong.append((m.name, *why))
-                    elif m.isreg() and m.offset_data+m.size > size: wrong.append((m.name, 'truncated', f'ends after {size-m.offset_data} of {m.size} bytes'))
-                    elif m.isreg(): members.append((m.name, m.offset_data, m.size))
-        except tarfile.TarError as e: wrong.append(('', 'header', f'cannot be read from byte {end} on ({e})'))
-        if end < size and not zeros(end, size): wrong.append(('', 'header', f'bytes {end} to {size} are no member of a tar'))
+                    if m.offset > end and not zeros(end, m.offset):
+                        wrong.append(("", "header", f"bytes {end} to {m.offset} are no member of a tar"))
+                    end = m.offset_data + (-(-m.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if m.isreg() else 0)
+                    if why := _refused(m):
+                        wrong.append((m.name, *why))
+                    elif m.isreg() and m.offset_data + m.size > size:
+                        wrong.append((m.name, "truncated", f"ends after {size - m.offset_data} of {m.size} bytes"))
+                    elif m.isreg():
+                        members.append((m.name, m.offset_data, m.size))
+        except tarfile.TarError as e:
+            wrong.append(("", "header", f"cannot be read from byte {end} on ({e})"))
+        if end < size and not zeros(end, size):
+            wrong.append(("", "header", f"bytes {end} to {size} are no member of a tar"))
     return members, wrong
 
 # %% ../../nbs/data/15_shards.ipynb #81f7f22a
 class BadMember(FoleyError):
     "A member of a shard that can't be used; `fault` is its line in the table"
+
     def __init__(self, shard, key, reason, detail):
-        super().__init__(f'{shard} {key}: {reason}, {detail}')
+        super().__init__(f"{shard} {key}: {reason}, {detail}")
         self.fault = dict(zip(FAULT, (key, str(shard), reason, detail)))
-    def __reduce__(self): return BadMember, (self.fault['path'], self.fault['id'], self.fault['reason'], self.fault['detail'])
+
+    def __reduce__(self):
+        return BadMember, (self.fault["path"], self.fault["id"], self.fault["reason"], self.fault["detail"])
+
 
 class Shard:
     "Which clip lies where in one tar"
+
     def __init__(self, path):
         self.path, index = Path(path), _read_index(Path(path))
         self.wrong, self.indexed = [], index is not None
-        if index is None: self._scan(); return
-        self.keys, self.fields = index['keys'], index['fields']
-        self.offset, self.size, self.crc = (np.array(index[k], np.int64).reshape(len(self.keys), len(self.fields)) for k in ('offset', 'size', 'crc32'))
+        if index is None:
+            self._scan()
+            return
+        self.keys, self.fields = index["keys"], index["fields"]
+        self.offset, self.size, self.crc = (
+            np.array(index[k], np.int64).reshape(len(self.keys), len(self.fields)) for k in ("offset", "size", "crc32")
+        )
 
     def _scan(self):
         "Find the clips of a tar that has no index"
         members, self.wrong = scan_tar(self.path)
         found = {}
         for name, at, size in members:
-            folder, _, base = name.rpartition('/')
-            key, _, field = base.partition('.')
-            if field: found.setdefault(f'{folder}/{key}' if folder else key, {}).setdefault(field.lower(), (at, size))
+            folder, _, base = name.rpartition("/")
+            key, _, field = base.partition(".")
+            if field:
+                found.setdefault(f"{folder}/{key}" if folder else key, {}).setdefault(field.lower(), (at, size))
         self.keys, self.fields = list(found), sorted({f for parts in found.values() for f in parts})
-        place = np.array([[parts.get(f, (-1, 0)) for f in self.fields] for parts in found.values()], np.int64).reshape(len(self.keys), len(self.fields), 2)
+        place = np.array([[parts.get(f, (-1, 0)) for f in self.fields] for parts in found.values()], np.int64).reshape(
+            len(self.keys), len(self.fields), 2
+        )
         self.offset, self.size, self.crc = place[..., 0], place[..., 1], None
-    def __len__(self): return len(self.keys)
+
+    def __len__(self):
+        return len(self.keys)
 
 # %% ../../nbs/data/15_shards.ipynb #94cfc333
 @lru_cache(maxsize=1024)
 def _npy_head(head):
     "Type and shape that the head of a .npy tells; the same heads come again and again"
     f = io.BytesIO(head)
-    if np.lib.format.read_magic(f)!=(1, 0): raise ValueError('not version 1.0')
+    if np.lib.format.read_magic(f) != (1, 0):
+        raise ValueError("not version 1.0")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-    if fortran or dtype.hasobject: raise ValueError('not a plain array')
+    if fortran or dtype.hasobject:
+        raise ValueError("not a plain array")
     return dtype, shape
+
 
 def _array(data):
     "An array out of the bytes of a .npy"
-    head = 10+int.from_bytes(data[8:10], 'little')
+    head = 10 + int.from_bytes(data[8:10], "little")
     dtype, shape = _npy_head(data[:head])
     return np.frombuffer(data, dtype, offset=head).reshape(shape).copy()
 
+
 def _value(field, data):
     "A member as a dict or an array; other kinds stay bytes"
-    if field.endswith('json'): return json.loads(data)
-    return _array(data) if field.endswith('npy') else data
+    if field.endswith("json"):
+        return json.loads(data)
+    return _array(data) if field.endswith("npy") else data
 
 # %% ../../nbs/data/15_shards.ipynb #e4d54b21
 def _list_shards(folder):
     "Paths of the shards of a set and how many clips each holds, if an index says so"
     folder = Path(folder)
-    if folder.is_file(): return [folder], None
-    if not folder.is_dir(): raise FoleyError(f'{folder}: no such folder; give one that holds shards')
-    if not (folder/'index.json').exists(): return sorted(folder.glob('*.tar')), None
-    try: rows = [(r['shard'], int(r['n'])) for r in json.loads((folder/'index.json').read_text())['shards']]
-    except (ValueError, KeyError, TypeError): raise FoleyError(f'{folder}/index.json: cannot be read; delete it to read the shards without it') from None
-    if bad := [s for s, _ in rows if Path(s).name!=s or s in ('.', '..') or '\\' in s]: raise FoleyError(f'{folder}/index.json: shard {bad[0]!r} lies outside the folder; refused')
-    return [folder/s for s, _ in rows], [n for _, n in rows]
+    if folder.is_file():
+        return [folder], None
+    if not folder.is_dir():
+        raise FoleyError(f"{folder}: no such folder; give one that holds shards")
+    if not (folder / "index.json").exists():
+        return sorted(folder.glob("*.tar")), None
+    try:
+        rows = [(r["shard"], int(r["n"])) for r in json.loads((folder / "index.json").read_text())["shards"]]
+    except (ValueError, KeyError, TypeError):
+        raise FoleyError(f"{folder}/index.json: cannot be read; delete it to read the shards without it") from None
+    if bad := [s for s, _ in rows if Path(s).name != s or s in (".", "..") or "\\" in s]:
+        raise FoleyError(f"{folder}/index.json: shard {bad[0]!r} lies outside the folder; refused")
+    return [folder / s for s, _ in rows], [n for _, n in rows]
 
 # %% ../../nbs/data/15_shards.ipynb #610922ad
 class Shards(Dataset):
     "Clips of a set of shards by number; a dataset for `torch.utils.data`"
-    def __init__(self,
-        folder,            # Folder of shards, or one tar
-        fields=None,       # Which members to read besides `json`, e.g. `('clip', 'latent')`; None reads all
-        report=None,       # `.csv` to which every member that can't be used is added, by all processes that read
+
+    def __init__(
+        self,
+        folder,  # Folder of shards, or one tar
+        fields=None,  # Which members to read besides `json`, e.g. `('clip', 'latent')`; None reads all
+        report=None,  # `.csv` to which every member that can't be used is added, by all processes that read
     ):
         self.folder, self.report, self.faults = Path(folder), report and Path(report), []
-        if self.report and not self.report.exists(): write_faults(self.report, [])
-        self.fields = fields if fields is None else ('json', *(f'{f}.npy' if f in CONTENT else f for f in fields if f!='json'))
+        if self.report and not self.report.exists():
+            write_faults(self.report, [])
+        self.fields = (
+            fields if fields is None else ("json", *(f"{f}.npy" if f in CONTENT else f for f in fields if f != "json"))
+        )
         self.paths, counts = _list_shards(folder)
-        if not self.paths: raise FoleyError(f'{folder}: no shard (*.tar) in it')
-        if gone := [p for p in self.paths if not p.exists()]: raise FoleyError(f'{gone[0]}: is listed and not there; run the command that wrote the shards again')
+        if not self.paths:
+            raise FoleyError(f"{folder}: no shard (*.tar) in it")
+        if gone := [p for p in self.paths if not p.exists()]:
+            raise FoleyError(f"{gone[0]}: is listed and not there; run the command that wrote the shards again")
         self._open, self._files = {}, {}
         self.counts = counts if counts is not None else [len(self.shard(k)) for k in range(len(self.paths))]
         self.ends = np.cumsum(self.counts)
-        if not len(self): raise FoleyError(f'{folder}: its shards hold no clip; see faults.csv')
+        if not len(self):
+            raise FoleyError(f"{folder}: its shards hold no clip; see faults.csv")
 
-    def __len__(self): return int(self.ends[-1])
-    def __getstate__(self): return {**self.__dict__, '_files': {}}     # a file stays with the process that opened it
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getstate__(self):
+        return {**self.__dict__, "_files": {}}  # a file stays with the process that opened it
 
     @property
-    def settings(self)->dict:
+    def settings(self) -> dict:
         "With what the shards were made, as far as an index tells"
-        try: return json.loads((self.folder/'index.json').read_text())['plan']['settings']
-        except (OSError, ValueError, KeyError, TypeError): return {}
+        try:
+            return json.loads((self.folder / "index.json").read_text())["plan"]["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
 # %% ../../nbs/data/15_shards.ipynb #27337da7
 @patch
-def shard(self:Shards, k)->Shard:
+def shard(self: Shards, k) -> Shard:
     "The index of shard `k`, read when it is first needed"
     if k not in self._open:
         self._open[k] = s = Shard(self.paths[k])
-        for name, reason, detail in s.wrong: self.note(BadMember(s.path, name, reason, detail))
+        for name, reason, detail in s.wrong:
+            self.note(BadMember(s.path, name, reason, detail))
     return self._open[k]
 
+
 @patch
-def note(self:Shards, e:BadMember):
+def note(self: Shards, e: BadMember):
     "Count and name a member that can't be used, once"
-    if e.fault in self.faults: return
+    if e.fault in self.faults:
+        return
     self.faults.append(e.fault)
     if self.report:
-        with open(self.report, 'a', newline='', encoding='utf-8') as f: csv.DictWriter(f, FAULT, lineterminator='\n').writerow(e.fault)
+        with open(self.report, "a", newline="", encoding="utf-8") as f:
+            csv.DictWriter(f, FAULT, lineterminator="\n").writerow(e.fault)
 
 # %% ../../nbs/data/15_shards.ipynb #3b7bba13
 @patch
-def _bytes_of(self:Shards, k, row, j):
+def _bytes_of(self: Shards, k, row, j):
     "Bytes of one member, held to its checksum"
     s = self.shard(k)
-    name, at, size = f'{s.keys[row]}.{s.fields[j]}', int(s.offset[row, j]), int(s.size[row, j])
-    if at < 0: raise BadMember(s.path, s.keys[row], 'missing', f'has no {s.fields[j]}')
+    name, at, size = f"{s.keys[row]}.{s.fields[j]}", int(s.offset[row, j]), int(s.size[row, j])
+    if at < 0:
+        raise BadMember(s.path, s.keys[row], "missing", f"has no {s.fields[j]}")
     if k not in self._files:
-        if len(self._files) >= 64: self._files.pop(next(iter(self._files))).close()
-        self._files[k] = open(s.path, 'rb', buffering=0)
+        if len(self._files) >= 64:
+            self._files.pop(next(iter(self._files))).close()
+        self._files[k] = open(s.path, "rb", buffering=0)
     data = os.pread(self._files[k].fileno(), size, at)
-    if len(data)!=size: raise BadMember(s.path, s.keys[row], 'truncated', f'{name} ends after {len(data)} of {size} bytes')
-    if s.crc is not None and zlib.crc32(data)!=s.crc[row, j]: raise BadMember(s.path, s.keys[row], 'checksum', f'{name} is not as it was written')
+    if len(data) != size:
+        raise BadMember(s.path, s.keys[row], "truncated", f"{name} ends after {len(data)} of {size} bytes")
+    if s.crc is not None and zlib.crc32(data) != s.crc[row, j]:
+        raise BadMember(s.path, s.keys[row], "checksum", f"{name} is not as it was written")
     return data
 
 # %% ../../nbs/data/15_shards.ipynb #20ab1115
 @patch
-def __getitem__(self:Shards,
-    i:int,     # Number of the clip
-)->dict:       # `key`, id, start, label, split, duration, fps, frames, events; arrays under `frames`, `clip`, `mel`, `latent`
+def __getitem__(
+    self: Shards,
+    i: int,  # Number of the clip
+) -> (
+    dict
+):  # `key`, id, start, label, split, duration, fps, frames, events; arrays under `frames`, `clip`, `mel`, `latent`
     "One clip"
-    if not 0 <= i < len(self): raise IndexError(i)
-    k = int(np.searchsorted(self.ends, i, 'right'))
-    s, row = self.shard(k), int(i-(self.ends[k]-self.counts[k]))
-    if row >= len(s): raise BadMember(s.path, f'clip {row}', 'missing', f'the shard holds {len(s)} clips that can be found, and {self.counts[k]} are listed')
+    if not 0 <= i < len(self):
+        raise IndexError(i)
+    k = int(np.searchsorted(self.ends, i, "right"))
+    s, row = self.shard(k), int(i - (self.ends[k] - self.counts[k]))
+    if row >= len(s):
+        raise BadMember(
+            s.path,
+            f"clip {row}",
+            "missing",
+            f"the shard holds {len(s)} clips that can be found, and {self.counts[k]} are listed",
+        )
     out = dict(key=s.keys[row])
     for field in self.fields or s.fields:
-        if field not in s.fields: raise BadMember(s.path, s.keys[row], 'missing', f'has no {field}')
+        if field not in s.fields:
+            raise BadMember(s.path, s.keys[row], "missing", f"has no {field}")
         data = self._bytes_of(k, row, s.fields.index(field))
-        try: value = _value(field, data)
-        except (ValueError, EOFError, KeyError) as e: raise BadMember(s.path, s.keys[row], 'unreadable', f'{field} ({e})') from None
-        if field=='json': out = {**value, **out}
-        else: out[field.removesuffix('.npy')] = value
+        try:
+            value = _value(field, data)
+        except (ValueError, EOFError, KeyError) as e:
+            raise BadMember(s.path, s.keys[row], "unreadable", f"{field} ({e})") from None
+        if field == "json":
+            out = {**value, **out}
+        else:
+            out[field.removesuffix(".npy")] = value
     return out
 
 # %% ../../nbs/data/15_shards.ipynb #26eec8fe
 @patch
-def order(self:Shards,
-    epoch:int=0, seed:int=0,
-    shuffle:bool=True,
-)->np.ndarray:   # `(len(self),)`
+def order(
+    self: Shards,
+    epoch: int = 0,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> np.ndarray:  # `(len(self),)`
     "The clips of an epoch, in the order of reading"
-    first = self.ends-self.counts
-    if not shuffle: return np.arange(len(self))
+    first = self.ends - self.counts
+    if not shuffle:
+        return np.arange(len(self))
     rng = np.random.default_rng([seed, epoch])
-    return np.concatenate([first[k]+rng.permutation(self.counts[k]) for k in rng.permutation(len(self.counts))])
+    return np.concatenate([first[k] + rng.permutation(self.counts[k]) for k in rng.permutation(len(self.counts))])
 
 # %% ../../nbs/data/15_shards.ipynb #f283242b
 def _node():
     "Which process of how many, as a launch tells it"
-    return int(os.environ.get('RANK', '0')), int(os.environ.get('WORLD_SIZE', '1'))
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
 
 class ShardStream(IterableDataset):
     "The clips that this node and this worker read; bad ones are skipped, counted and named"
-    def __init__(self,
-        shards:Shards,
-        transform=None,        # Of each clip, e.g. `TrainRows.example`
-        shuffle:bool=True, seed:int=0,
-        rank:int=None, world:int=None,   # Node and their number; default: what `accelerate launch` or `torchrun` says
+
+    def __init__(
+        self,
+        shards: Shards,
+        transform=None,  # Of each clip, e.g. `TrainRows.example`
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = None,
+        world: int = None,  # Node and their number; default: what `accelerate launch` or `torchrun` says
     ):
         r, w = _node()
         self.shards, self.transform, self.shuffle, self.seed, self.epoch = shards, transform, shuffle, seed, 0
         self.rank, self.world = r if rank is None else rank, w if world is None else world
 
-    def set_epoch(self, epoch:int): self.epoch = epoch
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
 
-    def mine(self)->np.ndarray:
+    def mine(self) -> np.ndarray:
         "Numbers of the clips to read here"
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         order = self.shards.order(self.epoch, self.seed, self.shuffle)
-        k, n = self.rank*workers+worker, self.world*workers
-        return order[len(order)*k//n:len(order)*(k+1)//n]
+        k, n = self.rank * workers + worker, self.world * workers
+        return order[len(order) * k // n : len(order) * (k + 1) // n]
 
     def __iter__(self):
         for i in self.mine():
-            try: sample = self.shards[int(i)]
-            except BadMember as e: self.shards.note(e); continue
+            try:
+                sample = self.shards[int(i)]
+            except BadMember as e:
+                self.shards.note(e)
+                continue
             yield self.transform(sample) if self.transform else sample
 
 # %% ../../nbs/data/15_shards.ipynb #ad454910
 def _verify_shard(path, listed):
     "Faults of one shard"
     bad = lambda key, reason, detail: dict(zip(FAULT, (key, str(path), reason, detail)))
-    if not path.exists(): return [bad('', 'missing', 'is listed and not there')]
+    if not path.exists():
+        return [bad("", "missing", "is listed and not there")]
     members, wrong = scan_tar(path)
     faults, index = [bad(*w) for w in wrong], _read_index(path)
-    with open(path, 'rb') as f: sha = hashlib.file_digest(f, 'sha256').hexdigest()
-    if index is None: faults.append(bad('', 'index', f'{path.stem}.json is missing, broken or of another size'))
-    if sha in (listed, index and index['sha256']) and (listed in (None, sha)): return faults
-    if listed or index: faults.append(bad('', 'checksum', f'is not as it was written (SHA-256 {sha[:16]}...)'))
+    with open(path, "rb") as f:
+        sha = hashlib.file_digest(f, "sha256").hexdigest()
+    if index is None:
+        faults.append(bad("", "index", f"{path.stem}.json is missing, broken or of another size"))
+    if sha in (listed, index and index["sha256"]) and (listed in (None, sha)):
+        return faults
+    if listed or index:
+        faults.append(bad("", "checksum", f"is not as it was written (SHA-256 {sha[:16]}...)"))
     set_ = Shards(path)
     for i in range(len(set_)):
-        try: set_[i]
-        except BadMember as e: faults.append(e.fault)
+        try:
+            set_[i]
+        except BadMember as e:
+            faults.append(e.fault)
     return faults
 
+
 def verify(
-    folder,        # Folder of shards
-)->list:           # `{'id', 'path', 'reason', 'detail'}` of all that is wrong; empty if nothing is
+    folder,  # Folder of shards
+) -> list:  # `{'id', 'path', 'reason', 'detail'}` of all that is wrong; empty if nothing is
     "Hold every byte of a set of shards to what its index says"
     folder, faults = Path(folder), []
     paths, _ = _list_shards(folder)
-    listed = {r['shard']: r['sha256'] for r in json.loads((folder/'index.json').read_text())['shards']} if (folder/'index.json').exists() else {}
-    if not listed: faults.append(dict(zip(FAULT, ('', str(folder), 'index', 'index.json is missing: writing is not finished'))))
-    for p in progress(paths, desc='verify', unit='shard'): faults += _verify_shard(p, listed.get(p.name))
-    surplus = sorted(set(folder.glob('*.tar'))-set(paths))
-    return faults + [dict(zip(FAULT, ('', str(p), 'surplus', 'is not listed'))) for p in surplus]
+    listed = (
+        {r["shard"]: r["sha256"] for r in json.loads((folder / "index.json").read_text())["shards"]}
+        if (folder / "index.json").exists()
+        else {}
+    )
+    if not listed:
+        faults.append(dict(zip(FAULT, ("", str(folder), "index", "index.json is missing: writing is not finished"))))
+    for p in progress(paths, desc="verify", unit="shard"):
+        faults += _verify_shard(p, listed.get(p.name))
+    surplus = sorted(set(folder.glob("*.tar")) - set(paths))
+    return faults + [dict(zip(FAULT, ("", str(p), "surplus", "is not listed"))) for p in surplus]
 
 # %% ../../nbs/data/15_shards.ipynb #e2de0588
 class TrainRows:
     "`batch_of` for the training loop, from shards"
-    def __init__(self,
-        shards:Shards,
-        tokenizer=None, text_encoder=None,   # For the prompt's ids; without them there are none
-        timeline:bool=False,                 # One row per clip and label, with the label's mask
-        n_cols:int=1024,                     # Mel columns of the mask
+
+    def __init__(
+        self,
+        shards: Shards,
+        tokenizer=None,
+        text_encoder=None,  # For the prompt's ids; without them there are none
+        timeline: bool = False,  # One row per clip and label, with the label's mask
+        n_cols: int = 1024,  # Mel columns of the mask
     ):
         self.shards, self.n_cols, self.timeline, self.ids = shards, n_cols, timeline, {}
         self.tokenize = (lambda label: _tokens(tokenizer, text_encoder, label)) if tokenizer else None
@@ -659,99 +952,128 @@ class TrainRows:
         "Number and label of every row; reads only what is told about the clips"
         told, rows = Shards(self.shards.folder, fields=()), []
         for i in range(len(told)):
-            try: item = item_of(told[i])
-            except BadMember as e: self.shards.note(e); continue
-            if item.events is None: raise FoleyError(f'{item.name}: has no timeline; take clips with events, or ground them first')
+            try:
+                item = item_of(told[i])
+            except BadMember as e:
+                self.shards.note(e)
+                continue
+            if item.events is None:
+                raise FoleyError(f"{item.name}: has no timeline; take clips with events, or ground them first")
             rows += [(i, r.label) for r in per_label([item])]
         return rows
-    def __len__(self): return len(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
+
 
 def _tokens(tokenizer, text_encoder, label):
     from smooth_foley.backbone import tokenize_prompt
+
     return tokenize_prompt(tokenizer, text_encoder, [label])[0]
 
+
 def item_of(
-    sample:dict,   # A clip of `Shards`
-)->Item:
+    sample: dict,  # A clip of `Shards`
+) -> Item:
     "What is told about a clip, as an `Item`"
-    events = sample['events'] if sample['events'] is None else [tuple(e) for e in sample['events']]
-    return Item(sample['id'], sample['start'], sample['label'], sample['split'], duration=sample['duration'], events=events)
+    events = sample["events"] if sample["events"] is None else [tuple(e) for e in sample["events"]]
+    return Item(
+        sample["id"], sample["start"], sample["label"], sample["split"], duration=sample["duration"], events=events
+    )
 
 # %% ../../nbs/data/15_shards.ipynb #16a53149
 def fit_frames(
-    x:np.ndarray,   # `(T, ...)`
-    n:int,          # Frames wanted
-)->np.ndarray:      # `(n, ...)`
+    x: np.ndarray,  # `(T, ...)`
+    n: int,  # Frames wanted
+) -> np.ndarray:  # `(n, ...)`
     "Cut, or fill with zeros"
-    return x[:n] if len(x) >= n else np.concatenate([x, np.zeros((n-len(x), *x.shape[1:]), x.dtype)])
+    return x[:n] if len(x) >= n else np.concatenate([x, np.zeros((n - len(x), *x.shape[1:]), x.dtype)])
+
 
 @patch
-def example(self:TrainRows,
-    sample:dict,       # A clip of `Shards`
-    label:str=None,    # Whose prompt and mask; None takes the clip's own label
-)->dict:               # `z`, `ids`, `ids_long`, `sounding`, `emb`, `times`: as far as the shards hold them
+def example(
+    self: TrainRows,
+    sample: dict,  # A clip of `Shards`
+    label: str = None,  # Whose prompt and mask; None takes the clip's own label
+) -> dict:  # `z`, `ids`, `ids_long`, `sounding`, `emb`, `times`: as far as the shards hold them
     "One clip as a training stage reads it"
-    out, label = {}, label or sample['label']
-    if 'latent' in sample: out['z'] = torch.from_numpy(sample['latent']).float()
+    out, label = {}, label or sample["label"]
+    if "latent" in sample:
+        out["z"] = torch.from_numpy(sample["latent"]).float()
     if self.tokenize:
-        if label not in self.ids: self.ids[label] = self.tokenize(label)
-        out['ids'] = out['ids_long'] = self.ids[label]
-    if self.timeline: out['sounding'] = torch.from_numpy(sounding(item_of(sample), label, self.n_cols))
-    if 'clip' in sample:
-        n = int(self.n_cols/COLUMNS_PER_SECOND*sample['fps'])
-        out |= dict(emb=torch.from_numpy(fit_frames(sample['clip'], n)).float(), times=torch.arange(n)/sample['fps'])
+        if label not in self.ids:
+            self.ids[label] = self.tokenize(label)
+        out["ids"] = out["ids_long"] = self.ids[label]
+    if self.timeline:
+        out["sounding"] = torch.from_numpy(sounding(item_of(sample), label, self.n_cols))
+    if "clip" in sample:
+        n = int(self.n_cols / COLUMNS_PER_SECOND * sample["fps"])
+        out |= dict(emb=torch.from_numpy(fit_frames(sample["clip"], n)).float(), times=torch.arange(n) / sample["fps"])
     return out
 
 # %% ../../nbs/data/15_shards.ipynb #f3e92ac4
 @patch
-def _read(self:TrainRows, row):
+def _read(self: TrainRows, row):
     "The clip of a row and its label; a damaged clip is replaced by the next"
     for step in range(len(self)):
-        i, label = self.rows[(int(row)+step)%len(self)]
-        try: return self.shards[i], label
-        except BadMember as e: self.shards.note(e)
-    raise FoleyError(f'{self.shards.folder}: no clip in it can be read; run `verify`')
+        i, label = self.rows[(int(row) + step) % len(self)]
+        try:
+            return self.shards[i], label
+        except BadMember as e:
+            self.shards.note(e)
+    raise FoleyError(f"{self.shards.folder}: no clip in it can be read; run `verify`")
+
 
 @patch
-def __call__(self:TrainRows,
-    indices,   # Numbers of rows, `(b,)`
-)->dict:       # Tensors, `(b, ...)`
+def __call__(
+    self: TrainRows,
+    indices,  # Numbers of rows, `(b,)`
+) -> dict:  # Tensors, `(b, ...)`
     "Rows for the diffusion stages: base, temporal adapter, frame adapter"
     rows = [self.example(*self._read(i)) for i in indices]
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
 # %% ../../nbs/data/15_shards.ipynb #06fa04bd
 @patch
-def projection(self:TrainRows,
-    indices,        # Numbers of rows, `(b,)`
-    labels:list,    # All labels, in the order of the stage's text embeddings
-)->dict:            # `emb (b, T, D)`, `sounding (b, T)`, `label (b,)`
+def projection(
+    self: TrainRows,
+    indices,  # Numbers of rows, `(b,)`
+    labels: list,  # All labels, in the order of the stage's text embeddings
+) -> dict:  # `emb (b, T, D)`, `sounding (b, T)`, `label (b,)`
     "Rows for the label-frame projection"
     out = []
     for sample, label in (self._read(i) for i in indices):
-        item, label, n = item_of(sample), label or sample['label'], int(self.n_cols/COLUMNS_PER_SECOND*sample['fps'])
-        on = np.zeros(n, bool); on[:] = frame_sounding(item, label, sample['fps'], n)
-        out.append((torch.from_numpy(fit_frames(sample['clip'], n)).float(), torch.from_numpy(on), labels.index(label)))
+        item, label, n = (
+            item_of(sample),
+            label or sample["label"],
+            int(self.n_cols / COLUMNS_PER_SECOND * sample["fps"]),
+        )
+        on = np.zeros(n, bool)
+        on[:] = frame_sounding(item, label, sample["fps"], n)
+        out.append((torch.from_numpy(fit_frames(sample["clip"], n)).float(), torch.from_numpy(on), labels.index(label)))
     emb, on, label = zip(*out)
     return dict(emb=torch.stack(emb), sounding=torch.stack(on), label=torch.tensor(label))
 
+
 @patch
-def images(self:TrainRows,
-    indices,   # Numbers of rows, `(b,)`
-    mel,       # `MelTransform` of the shards
-)->dict:       # `image (b, C, h, w)` in [-1, 1]
+def images(
+    self: TrainRows,
+    indices,  # Numbers of rows, `(b,)`
+    mel,  # `MelTransform` of the shards
+) -> dict:  # `image (b, C, h, w)` in [-1, 1]
     "Rows for the autoencoder"
-    return dict(image=mel.to_image(torch.from_numpy(np.stack([self._read(i)[0]['mel'] for i in indices])).float()))
+    return dict(image=mel.to_image(torch.from_numpy(np.stack([self._read(i)[0]["mel"] for i in indices])).float()))
 
 # %% ../../nbs/data/15_shards.ipynb #483896d8
 def clips_per_second(
-    batch_of,             # Called with indices
-    n:int,                # How many rows there are
-    batch_size:int=16,
-    seconds:float=1.,     # How long to measure
-)->float:
+    batch_of,  # Called with indices
+    n: int,  # How many rows there are
+    batch_size: int = 16,
+    seconds: float = 1.0,  # How long to measure
+) -> float:
     "How fast batches come, over random rows"
     rng, done, start = np.random.default_rng(0), 0, time.perf_counter()
-    while done==0 or time.perf_counter()-start < seconds:
-        batch_of(rng.integers(0, n, batch_size)); done += batch_size
-    return done/(time.perf_counter()-start)
+    while done == 0 or time.perf_counter() - start < seconds:
+        batch_of(rng.integers(0, n, batch_size))
+        done += batch_size
+    return done / (time.perf_counter() - start)

@@ -22,353 +22,527 @@ import av, numpy as np
 from av.video.reformatter import Interpolation
 
 from ..core import FoleyError, atomic_path, mini_path, progress, suggest
-from ..media import SR, _add_picture, _add_sound, _by_time, _open_file, _picture, _picture_packets, _sound_packets, _why, write_video
+from smooth_foley.media import (
+    SR,
+    _add_picture,
+    _add_sound,
+    _by_time,
+    _open_file,
+    _picture,
+    _picture_packets,
+    _sound_packets,
+    _why,
+    write_video,
+)
 
 # %% ../../nbs/data/11_vggsound.ipynb #fcbf6f10
 @dataclass
 class Item:
     "One clip of a data set: what is known about it, and where its file lies if it is there"
-    id:str               # YouTube id, or any name that is unique within its source
-    start:float          # Where the clip begins in the video, seconds
-    label:str            # In VGGSound's spelling
-    split:str            # 'train', 'val' or 'test'
-    path:Path=None       # The file, if there is one
-    duration:float=10.   # Seconds
-    events:list=None     # `(start_s, end_s, name)` within the clip, if known
+
+    id: str  # YouTube id, or any name that is unique within its source
+    start: float  # Where the clip begins in the video, seconds
+    label: str  # In VGGSound's spelling
+    split: str  # 'train', 'val' or 'test'
+    path: Path = None  # The file, if there is one
+    duration: float = 10.0  # Seconds
+    events: list = None  # `(start_s, end_s, name)` within the clip, if known
 
     @property
-    def name(self)->str: return f'{self.id}_{int(self.start):06d}'
+    def name(self) -> str:
+        return f"{self.id}_{int(self.start):06d}"
 
 # %% ../../nbs/data/11_vggsound.ipynb #b0ec9192
 @cache
-def vggsound_labels()->dict: # label -> `{'clips_total', 'clips_test', 'category'}`
+def vggsound_labels() -> dict:  # label -> `{'clips_total', 'clips_test', 'category'}`
     "VGGSound's labels with the numbers of clips of the published list"
-    table = mini_path().parents[1]/'assets'/'vggsound_labels.tsv'
-    rows = csv.DictReader(table.open(encoding='utf-8'), delimiter='\t')
-    return {r['label']: dict(clips_total=int(r['clips_total']), clips_test=int(r['clips_test']), category=r['category']) for r in rows}
+    table = mini_path().parents[1] / "assets" / "vggsound_labels.tsv"
+    rows = csv.DictReader(table.open(encoding="utf-8"), delimiter="\t")
+    return {
+        r["label"]: dict(clips_total=int(r["clips_total"]), clips_test=int(r["clips_test"]), category=r["category"])
+        for r in rows
+    }
+
 
 def check_vggsound_label(
-    label:str,   # Any text
-)->str:          # The same, without spaces around it
+    label: str,  # Any text
+) -> str:  # The same, without spaces around it
     "A label of VGGSound, or the names near to it"
     label = label.strip()
-    if label in vggsound_labels(): return label
+    if label in vggsound_labels():
+        return label
     near = suggest(label, vggsound_labels())
-    raise FoleyError(f'label {label!r}: not one of VGGSound\'s {len(vggsound_labels())}' + (f'; did you mean {" or ".join(map(repr, near))}?' if near else '; see vggsound_labels()'))
+    raise FoleyError(
+        f"label {label!r}: not one of VGGSound's {len(vggsound_labels())}"
+        + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "; see vggsound_labels()")
+    )
 
 # %% ../../nbs/data/11_vggsound.ipynb #2cc4bf2a
-SPLITS = ('train', 'val', 'test')
-ID = re.compile(r'[A-Za-z0-9_-]{11}')
+SPLITS = ("train", "val", "test")
+ID = re.compile(r"[A-Za-z0-9_-]{11}")
+
 
 def _start(text):
     "Seconds out of a cell"
-    try: start = float(text)
-    except ValueError: start = math.nan
-    if not 0 <= start < 1e6: raise FoleyError(f'start {text!r}: must be seconds from 0')
+    try:
+        start = float(text)
+    except ValueError:
+        start = math.nan
+    if not 0 <= start < 1e6:
+        raise FoleyError(f"start {text!r}: must be seconds from 0")
     return start
+
 
 def _from_name(name):
     "Id and start out of a file name of either convention"
-    m = re.fullmatch(r'(.{11})_(?:(\d{6})|(\d+)_\d+)(?:\.\w+)?', name)
-    if not m: raise FoleyError(f'file name {name!r}: neither ID_000030.mp4 nor ID_30000_40000.mp4')
-    return m[1], int(m[2]) if m[2] else int(m[3])/1000
+    m = re.fullmatch(r"(.{11})_(?:(\d{6})|(\d+)_\d+)(?:\.\w+)?", name)
+    if not m:
+        raise FoleyError(f"file name {name!r}: neither ID_000030.mp4 nor ID_30000_40000.mp4")
+    return m[1], int(m[2]) if m[2] else int(m[3]) / 1000
 
 # %% ../../nbs/data/11_vggsound.ipynb #3b7c8767
 def _item(row, split):
     "An `Item` out of the cells of one line"
-    if len(row)==2: row = [*_from_name(row[0]), row[1], split or '']
-    if len(row)!=4: raise FoleyError(f'{len(row)} columns, and 4 (id, start, label, split) or 2 (file, label) are needed' + ('; a label with a comma needs quotes' if len(row)>4 else ''))
+    if len(row) == 2:
+        row = [*_from_name(row[0]), row[1], split or ""]
+    if len(row) != 4:
+        raise FoleyError(
+            f"{len(row)} columns, and 4 (id, start, label, split) or 2 (file, label) are needed"
+            + ("; a label with a comma needs quotes" if len(row) > 4 else "")
+        )
     id, start, label, split = row[0], _start(row[1]), row[2], row[3]
-    if not ID.fullmatch(id): raise FoleyError(f'id {id!r}: not 11 characters out of A-Z a-z 0-9 - _')
-    if split not in SPLITS: raise FoleyError(f'split {split!r}: must be one of {", ".join(SPLITS)}')
+    if not ID.fullmatch(id):
+        raise FoleyError(f"id {id!r}: not 11 characters out of A-Z a-z 0-9 - _")
+    if split not in SPLITS:
+        raise FoleyError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
     return Item(id, start, check_vggsound_label(label), split)
 
 # %% ../../nbs/data/11_vggsound.ipynb #7ba79340
 def _rows(line):
     "The cells of one line"
-    try: text = line.decode('utf-8-sig').rstrip('\r\n')
-    except UnicodeDecodeError: raise FoleyError('is not UTF-8; save the file with that encoding') from None
-    if text.count('"') % 2: raise FoleyError('quotes that do not match')
+    try:
+        text = line.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise FoleyError("is not UTF-8; save the file with that encoding") from None
+    if text.count('"') % 2:
+        raise FoleyError("quotes that do not match")
     return [cell.strip() for cell in next(csv.reader([text], skipinitialspace=True), [])]
 
-def _is_header(row): return len(row) in (2, 4) and row[0].lower().lstrip('# ') in ('id', 'youtube_id', 'ytid', 'video_id', 'file', 'filename')
+
+def _is_header(row):
+    return len(row) in (2, 4) and row[0].lower().lstrip("# ") in (
+        "id",
+        "youtube_id",
+        "ytid",
+        "video_id",
+        "file",
+        "filename",
+    )
 
 # %% ../../nbs/data/11_vggsound.ipynb #edc959d0
 def read_vggsound(
-    path,               # `vggsound.csv`, or the two-column `train.csv` or `test.csv`
-    faults:list=None,   # Collects `{'line', 'reason'}` of lines that can't be used; None raises at the first
-    split:str=None,     # Split of a two-column list; by default told from its name
-    duration:float=10., # Length of every clip, seconds
-)->list:                # `Item`s, in the list's order
+    path,  # `vggsound.csv`, or the two-column `train.csv` or `test.csv`
+    faults: list = None,  # Collects `{'line', 'reason'}` of lines that can't be used; None raises at the first
+    split: str = None,  # Split of a two-column list; by default told from its name
+    duration: float = 10.0,  # Length of every clip, seconds
+) -> list:  # `Item`s, in the list's order
     "Read a list of clips"
     path = Path(path)
     split = split or next((s for s in SPLITS if s in path.stem), None)
     items = []
-    try: lines = path.open('rb')
-    except OSError as e: raise FoleyError(f'{path}: cannot be read ({(e.strerror or str(e)).lower()}); give a list like vggsound.csv') from None
+    try:
+        lines = path.open("rb")
+    except OSError as e:
+        raise FoleyError(
+            f"{path}: cannot be read ({(e.strerror or str(e)).lower()}); give a list like vggsound.csv"
+        ) from None
     with lines:
         for k, line in enumerate(lines, 1):
             try:
                 row = _rows(line)
-                if row and not (k==1 and _is_header(row)): items.append(replace(_item(row, split), duration=duration))
+                if row and not (k == 1 and _is_header(row)):
+                    items.append(replace(_item(row, split), duration=duration))
             except FoleyError as e:
-                if faults is None: raise FoleyError(f'{path} line {k}: {e}') from None
+                if faults is None:
+                    raise FoleyError(f"{path} line {k}: {e}") from None
                 faults.append(dict(line=k, reason=str(e)))
-    if not items: raise FoleyError(f'{path}: ' + (f'none of its lines can be used, line {faults[0]["line"]}: {faults[0]["reason"]}' if faults else 'no line in it; give a list like vggsound.csv'))
+    if not items:
+        raise FoleyError(
+            f"{path}: "
+            + (
+                f"none of its lines can be used, line {faults[0]['line']}: {faults[0]['reason']}"
+                if faults
+                else "no line in it; give a list like vggsound.csv"
+            )
+        )
     return items
 
 # %% ../../nbs/data/11_vggsound.ipynb #e57e26f5
-VIDEOS = ('.mp4', '.mkv', '.webm', '.mov', '.m4v', '.avi', '.flv', '.3gp')
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".flv", ".3gp")
+
 
 def _names(item):
     "The names a clip may lie under, without suffix"
-    ms = round(item.start*1000)
-    return item.name, f'{item.id}_{ms}_{ms+round(item.duration*1000)}'
+    ms = round(item.start * 1000)
+    return item.name, f"{item.id}_{ms}_{ms + round(item.duration * 1000)}"
+
 
 def _files(folder):
     "All videos in a folder and below, in a fixed order"
     folder = Path(folder)
-    if not folder.is_dir(): raise FoleyError(f'{folder}: no such folder; give the one that holds the clips')
-    found = [Path(root)/f for root, _, names in os.walk(folder) for f in names if f.lower().endswith(VIDEOS) and f[0]!='.']
+    if not folder.is_dir():
+        raise FoleyError(f"{folder}: no such folder; give the one that holds the clips")
+    found = [
+        Path(root) / f
+        for root, _, names in os.walk(folder)
+        for f in names
+        if f.lower().endswith(VIDEOS) and f[0] != "."
+    ]
     return sorted(found, key=lambda p: (VIDEOS.index(p.suffix.lower()), str(p)))
+
 
 class Clips(list):
     "`Item`s of a list, joined with a folder"
-    surplus = ()    # Files that no item asks for
+
+    surplus = ()  # Files that no item asks for
+
     @property
-    def present(self)->list: return [i for i in self if i.path is not None]
+    def present(self) -> list:
+        return [i for i in self if i.path is not None]
+
     @property
-    def missing(self)->list: return [i for i in self if i.path is None]
+    def missing(self) -> list:
+        return [i for i in self if i.path is None]
 
 # %% ../../nbs/data/11_vggsound.ipynb #b6384d53
 def join_clips(
-    items:list,    # `Item`s
-    folder,        # Holds the clips, under either kind of name
-)->Clips:          # The items, with `path` where a file is there; `.present`, `.missing`, `.surplus`
+    items: list,  # `Item`s
+    folder,  # Holds the clips, under either kind of name
+) -> Clips:  # The items, with `path` where a file is there; `.present`, `.missing`, `.surplus`
     "Find the file of every item"
     files, free = {}, {}
-    for f in _files(folder): files.setdefault(f.stem, f); free[f] = None
+    for f in _files(folder):
+        files.setdefault(f.stem, f)
+        free[f] = None
     joined = Clips()
     for item in items:
         path = next((files[n] for n in _names(item) if n in files), None)
         joined.append(replace(item, path=path))
-        if path: free.pop(path, None)
+        if path:
+            free.pop(path, None)
     joined.surplus = tuple(free)
     return joined
 
 # %% ../../nbs/data/11_vggsound.ipynb #989c2b91
-def _table(path, rows, header=None, delimiter=','):
+def _table(path, rows, header=None, delimiter=","):
     "Write rows as CSV or TSV, whole or not at all"
-    with atomic_path(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
-        w = csv.writer(f, delimiter=delimiter, lineterminator='\n')
-        if header: w.writerow(header)
+    with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
+        w = csv.writer(f, delimiter=delimiter, lineterminator="\n")
+        if header:
+            w.writerow(header)
         w.writerows(rows)
 
 # %% ../../nbs/data/11_vggsound.ipynb #b7bce872
 def select_items(
-    items:list,           # `Item`s
-    split:str=None,       # Only of this split
-    labels:tuple=(),      # Only of these labels
-    n:int=None,           # At most so many, the first ones
-)->list:
+    items: list,  # `Item`s
+    split: str = None,  # Only of this split
+    labels: tuple = (),  # Only of these labels
+    n: int = None,  # At most so many, the first ones
+) -> list:
     "A part of a list"
     wanted = {check_vggsound_label(l) for l in labels}
-    return [i for i in items if (not split or i.split==split) and (not wanted or i.label in wanted)][:n]
+    return [i for i in items if (not split or i.split == split) and (not wanted or i.label in wanted)][:n]
+
 
 def write_state(
-    joined:Clips,       # From `join_clips`
-    out,                # Folder; gets present.csv, missing.csv, faults.csv (id, start, split, path, reason, detail)
-    faults:list=(),     # From `read_vggsound`
-)->Path:
+    joined: Clips,  # From `join_clips`
+    out,  # Folder; gets present.csv, missing.csv, faults.csv (id, start, split, path, reason, detail)
+    faults: list = (),  # From `read_vggsound`
+) -> Path:
     "Write down what is there, what is not, and which lines and files can't be used"
     out = Path(out)
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise FoleyError(f'{out}: cannot be made ({_why(e)}); write elsewhere') from None
-    row = lambda i: (i.id, f'{i.start:g}', i.label, i.split)
-    _table(out/'present.csv', map(row, joined.present))
-    _table(out/'missing.csv', map(row, joined.missing))
-    bad = [('', '', '', '', 'line', f'line {f["line"]}: {f["reason"]}') for f in faults]
-    bad += [(i.id, f'{i.start:g}', i.split, '', 'missing', 'in no form in the folder') for i in joined.missing]
-    _table(out/'faults.csv', bad + [('', '', '', f, 'surplus', 'not on the list') for f in joined.surplus], ('id', 'start', 'split', 'path', 'reason', 'detail'))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FoleyError(f"{out}: cannot be made ({_why(e)}); write elsewhere") from None
+    row = lambda i: (i.id, f"{i.start:g}", i.label, i.split)
+    _table(out / "present.csv", map(row, joined.present))
+    _table(out / "missing.csv", map(row, joined.missing))
+    bad = [("", "", "", "", "line", f"line {f['line']}: {f['reason']}") for f in faults]
+    bad += [(i.id, f"{i.start:g}", i.split, "", "missing", "in no form in the folder") for i in joined.missing]
+    _table(
+        out / "faults.csv",
+        bad + [("", "", "", f, "surplus", "not on the list") for f in joined.surplus],
+        ("id", "start", "split", "path", "reason", "detail"),
+    )
     return out
 
 # %% ../../nbs/data/11_vggsound.ipynb #d51c20ee
 def _id(seed, k):
     "Eleven characters like YouTube's; every eighth begins with a dash, the one after it with an underscore"
-    text = base64.urlsafe_b64encode(hashlib.sha256(f'passby {seed}'.encode()).digest())[:11].decode()
-    return {0: '-', 1: '_'}.get(k%8, text[0]) + text[1:]
+    text = base64.urlsafe_b64encode(hashlib.sha256(f"passby {seed}".encode()).digest())[:11].decode()
+    return {0: "-", 1: "_"}.get(k % 8, text[0]) + text[1:]
+
 
 def _cut(scene, seconds):
     "Start of the most telling part of a scene, seconds: its closest approach, or else its first sound"
     centre = scene.dials.t_nearest
-    if not any(a < centre+seconds/2 and b > centre-seconds/2 for a, b in scene.events): centre = scene.events[0][0] + seconds/4 if scene.events else 0.
-    return round(min(max(centre-seconds/2, 0.), scene.duration-seconds), 2)
+    if not any(a < centre + seconds / 2 and b > centre - seconds / 2 for a, b in scene.events):
+        centre = scene.events[0][0] + seconds / 4 if scene.events else 0.0
+    return round(min(max(centre - seconds / 2, 0.0), scene.duration - seconds), 2)
+
 
 def _within(events, start, seconds, name):
     "The part of the events that lies in the cut, in its own time"
-    inside = [(max(a-start, 0.), min(b-start, seconds)) for a, b in events]
-    return [(round(a, 3), round(b, 3), name) for a, b in inside if b-a > .01]
+    inside = [(max(a - start, 0.0), min(b - start, seconds)) for a, b in events]
+    return [(round(a, 3), round(b, 3), name) for a, b in inside if b - a > 0.01]
 
 # %% ../../nbs/data/11_vggsound.ipynb #cac77c7d
 def _swaps(items, wrong, seed):
     "`{index: (kind, index of the sound)}` for a fraction `wrong` of the items"
     rng = np.random.default_rng([seed, 15])
-    chosen = rng.permutation(len(items))[:round(wrong*len(items))]
+    chosen = rng.permutation(len(items))[: round(wrong * len(items))]
     swaps = {}
-    for k, kind in zip(map(int, chosen), cycle(('other', 'silence', 'other', 'noise'))):
-        others = [j for j, it in enumerate(items) if it.label!=items[k].label]
-        if kind=='other' and not others: kind = 'silence'
-        swaps[k] = kind, int(rng.choice(others)) if kind=='other' else None
+    for k, kind in zip(map(int, chosen), cycle(("other", "silence", "other", "noise"))):
+        others = [j for j, it in enumerate(items) if it.label != items[k].label]
+        if kind == "other" and not others:
+            kind = "silence"
+        swaps[k] = kind, int(rng.choice(others)) if kind == "other" else None
     return swaps
+
 
 def _sound(seed, split, kind, start, seconds):
     "The waveform of a scene's cut, as it is or spoilt"
     from smooth_foley.data.passby import scene
-    n, a = round(seconds*SR), round(start*SR)
-    if kind=='silence': return np.zeros(n, np.float32)
-    return scene(seed, split, frames=False, **(dict(active=()) if kind=='noise' else {})).audio[a:a+n]
+
+    n, a = round(seconds * SR), round(start * SR)
+    if kind == "silence":
+        return np.zeros(n, np.float32)
+    return scene(seed, split, frames=False, **(dict(active=()) if kind == "noise" else {})).audio[a : a + n]
 
 # %% ../../nbs/data/11_vggsound.ipynb #0353b64d
 def _plan(n, seed, seconds, split, test):
     "Seeds and items of a folder, without rendering anything"
     from smooth_foley.data.passby import scene
-    seeds = [seed+k + (2_000_000 if k >= n-round(test*n) else 0) for k in range(n)]
+
+    seeds = [seed + k + (2_000_000 if k >= n - round(test * n) else 0) for k in range(n)]
     items, cuts = [], []
     for k, s in enumerate(seeds):
         sc = scene(s, split, frames=False, audio=False)
         cuts.append(_cut(sc, seconds))
-        items.append(Item(_id(s, k), float(int(np.random.default_rng([s, 11]).integers(0, 300))), sc.label, 'test' if s >= 2_000_000 else 'train',
-                          duration=seconds, events=_within(sc.events, cuts[-1], seconds, sc.label)))
+        items.append(
+            Item(
+                _id(s, k),
+                float(int(np.random.default_rng([s, 11]).integers(0, 300))),
+                sc.label,
+                "test" if s >= 2_000_000 else "train",
+                duration=seconds,
+                events=_within(sc.events, cuts[-1], seconds, sc.label),
+            )
+        )
     return seeds, cuts, items
+
 
 def _film(path, seed, cut, seconds, split, size, fps, audio):
     "Write one clip"
     from smooth_foley.data.passby import draw_dials, motion, render_frames
+
     d = draw_dials(seed, split)
-    times = cut + np.arange(round(seconds*fps))/fps
+    times = cut + np.arange(round(seconds * fps)) / fps
     write_video(path, render_frames(d, motion(d), seed, times, size), fps, audio)
 
 # %% ../../nbs/data/11_vggsound.ipynb #c9cd369a
 def _write_lists(out, items, truth):
     "The list, the strong labels and the truth of a folder"
     from smooth_foley.data.passby import LABELS
-    mids = {l: f'/m/passby{k:02d}' for k, l in enumerate(LABELS)}
-    events = [(f'{i.id}_{round(i.start*1000)}', f'{a:.3f}', f'{b:.3f}', mids[name]) for i in items for a, b, name in i.events]
-    _table(out/'audioset_strong.tsv', events, ('segment_id', 'start_time_seconds', 'end_time_seconds', 'label'), '\t')
-    _table(out/'mid_to_display_name.tsv', [(m, l) for l, m in mids.items()], delimiter='\t')
-    _table(out/'truth.csv', truth, ('id', 'wrong', 'seed', 'cut', 'sound_seed', 'label', 'sound_label'))
-    _table(out/'vggsound.csv', [(i.id, int(i.start), i.label, i.split) for i in items])
+
+    mids = {l: f"/m/passby{k:02d}" for k, l in enumerate(LABELS)}
+    events = [
+        (f"{i.id}_{round(i.start * 1000)}", f"{a:.3f}", f"{b:.3f}", mids[name])
+        for i in items
+        for a, b, name in i.events
+    ]
+    _table(out / "audioset_strong.tsv", events, ("segment_id", "start_time_seconds", "end_time_seconds", "label"), "\t")
+    _table(out / "mid_to_display_name.tsv", [(m, l) for l, m in mids.items()], delimiter="\t")
+    _table(out / "truth.csv", truth, ("id", "wrong", "seed", "cut", "sound_seed", "label", "sound_label"))
+    _table(out / "vggsound.csv", [(i.id, int(i.start), i.label, i.split) for i in items])
 
 # %% ../../nbs/data/11_vggsound.ipynb #500151eb
 def passby_folder(
-    out,                      # Folder to make; gets video/, vggsound.csv, audioset_strong.tsv, mid_to_display_name.tsv, truth.csv
-    n:int,                    # Clips
-    seed:int=0,               # Passby seed of the first one
-    seconds:float=4.,         # Length of a clip, at most 10.24
-    split:str='passby',       # 'passby' or 'passby_continuous'
-    wrong:float=0.,           # Fraction of clips whose sound does not belong to them
-    test:float=.25,           # Fraction of clips in the test split, the last ones; they use test seeds
-    size:int=64,              # Width and height, px
-    fps:float=15.,            # Frames per second
-    ms_names:bool=False,      # Name files by milliseconds?
-)->Path:                      # The folder
+    out,  # Folder to make; gets video/, vggsound.csv, audioset_strong.tsv, mid_to_display_name.tsv, truth.csv
+    n: int,  # Clips
+    seed: int = 0,  # Passby seed of the first one
+    seconds: float = 4.0,  # Length of a clip, at most 10.24
+    split: str = "passby",  # 'passby' or 'passby_continuous'
+    wrong: float = 0.0,  # Fraction of clips whose sound does not belong to them
+    test: float = 0.25,  # Fraction of clips in the test split, the last ones; they use test seeds
+    size: int = 64,  # Width and height, px
+    fps: float = 15.0,  # Frames per second
+    ms_names: bool = False,  # Name files by milliseconds?
+) -> Path:  # The folder
     "Write Passby clips as if they were a download of VGGSound"
     from smooth_foley.data.passby import DURATION
-    if not 0 < seconds <= DURATION: raise FoleyError(f'seconds={seconds}: must be above 0 and at most {DURATION}')
-    if not 0 <= wrong <= 1 or not 0 <= test <= 1: raise FoleyError(f'wrong={wrong}, test={test}: are fractions from 0 to 1')
-    if n < 1 or seed+n > 1_000_000: raise FoleyError(f'n={n}, seed={seed}: at least one clip, and training seeds end at 1000000')
-    out = Path(out); (out/'video').mkdir(parents=True, exist_ok=True)
-    if any((out/'video').iterdir()): raise FoleyError(f'{out}: holds clips already; give a new folder')
+
+    if not 0 < seconds <= DURATION:
+        raise FoleyError(f"seconds={seconds}: must be above 0 and at most {DURATION}")
+    if not 0 <= wrong <= 1 or not 0 <= test <= 1:
+        raise FoleyError(f"wrong={wrong}, test={test}: are fractions from 0 to 1")
+    if n < 1 or seed + n > 1_000_000:
+        raise FoleyError(f"n={n}, seed={seed}: at least one clip, and training seeds end at 1000000")
+    out = Path(out)
+    (out / "video").mkdir(parents=True, exist_ok=True)
+    if any((out / "video").iterdir()):
+        raise FoleyError(f"{out}: holds clips already; give a new folder")
     seeds, cuts, items = _plan(n, seed, seconds, split, test)
     swaps, truth, heard = _swaps(items, wrong, seed), [], []
-    for k, item in enumerate(progress(items, 'passby clips', 'clip')):
-        kind, j = swaps.get(k, ('', k))
+    for k, item in enumerate(progress(items, "passby clips", "clip")):
+        kind, j = swaps.get(k, ("", k))
         j = k if j is None else j
         sound = _sound(seeds[j], split, kind, cuts[j], seconds)
-        _film(out/'video'/f'{_names(item)[ms_names]}.mp4', seeds[k], cuts[k], seconds, split, size, fps, sound)
-        spoilt = kind in ('silence', 'noise')
+        _film(out / "video" / f"{_names(item)[ms_names]}.mp4", seeds[k], cuts[k], seconds, split, size, fps, sound)
+        spoilt = kind in ("silence", "noise")
         heard.append(replace(item, events=[] if spoilt else items[j].events))
-        truth.append((item.id, kind, seeds[k], cuts[k], '' if spoilt else seeds[j], item.label, '' if spoilt else items[j].label))
+        truth.append(
+            (item.id, kind, seeds[k], cuts[k], "" if spoilt else seeds[j], item.label, "" if spoilt else items[j].label)
+        )
     _write_lists(out, heard, truth)
     return out
 
 # %% ../../nbs/data/11_vggsound.ipynb #08703c24
-SHORT = (errno.ENOMEM, errno.EAGAIN)    # how a shortage of memory shows
+SHORT = (errno.ENOMEM, errno.EAGAIN)  # how a shortage of memory shows
 
-def _hash(sha): return sha.hexdigest()[:32]
+
+def _hash(sha):
+    return sha.hexdigest()[:32]
+
 
 class _Track:
     "One stream of a file while its packets go by"
+
     def __init__(self, stream):
         self.stream, self.sha, self.packets, self.bad, self.start, self.end = stream, hashlib.sha256(), 0, 0, None, None
-        stream.thread_type = 'NONE'
+        stream.thread_type = "NONE"
+
     def frames(self, packet):
         "Frames of a packet; what can't be decoded is counted"
-        if packet.size: self.packets += 1; self.sha.update(packet)
-        try: frames = packet.decode()
+        if packet.size:
+            self.packets += 1
+            self.sha.update(packet)
+        try:
+            frames = packet.decode()
         except (av.error.FFmpegError, ValueError) as e:
-            if getattr(e, 'errno', None) in SHORT: raise
-            self.bad += 1; return []
+            if getattr(e, "errno", None) in SHORT:
+                raise
+            self.bad += 1
+            return []
         self.bad += sum(f.is_corrupt for f in frames)
         return [f for f in frames if f.pts is not None]
+
     def lasts(self, start, length):
         "A frame begins at `start` and lasts `length`, seconds"
         self.start = start if self.start is None else min(start, self.start)
-        self.end = max(start+length, self.end or start)
+        self.end = max(start + length, self.end or start)
 
 # %% ../../nbs/data/11_vggsound.ipynb #bb5754fb
-AREA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT     # the same cells on every machine
+AREA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same cells on every machine
+
 
 class _Picture(_Track):
     "The picture: the largest change of a cell, out of 32 x 32, from the first look or the one before"
-    every = .25    # seconds between two looks
+
+    every = 0.25  # seconds between two looks
+
     def __init__(self, stream):
         super().__init__(stream)
         self.seen, self.motion, self.next = [], None, -math.inf
+
     def take(self, packet):
         for frame in self.frames(packet):
-            t = float(frame.pts*frame.time_base)
-            self.lasts(t, float((frame.duration or 0)*frame.time_base) or 1/float(self.stream.average_rate or 25))
-            if t >= self.next: self.look(frame); self.next = t + self.every - 1e-3
+            t = float(frame.pts * frame.time_base)
+            self.lasts(t, float((frame.duration or 0) * frame.time_base) or 1 / float(self.stream.average_rate or 25))
+            if t >= self.next:
+                self.look(frame)
+                self.next = t + self.every - 1e-3
+
     def look(self, frame):
-        small = frame.reformat(32, 32, 'gray', interpolation=AREA, threads=1).to_ndarray().astype(np.float32)
-        changes = [float(np.abs(small-old).max()) for old in self.seen]
-        if changes: self.motion = max(changes + [self.motion or 0.])
-        self.seen = [self.seen[0] if self.seen else small, small]    # the first and the latest
+        small = frame.reformat(32, 32, "gray", interpolation=AREA, threads=1).to_ndarray().astype(np.float32)
+        changes = [float(np.abs(small - old).max()) for old in self.seen]
+        if changes:
+            self.motion = max(changes + [self.motion or 0.0])
+        self.seen = [self.seen[0] if self.seen else small, small]  # the first and the latest
 
 # %% ../../nbs/data/11_vggsound.ipynb #b6eed22e
 class _Sound(_Track):
     "The sound: how loud it is"
-    block = SR//10
+
+    block = SR // 10
+
     def __init__(self, stream):
         super().__init__(stream)
-        self.to_mono, self.rest, self.loudest, self.blocks, self.sounding = av.AudioResampler('flt', 'mono', SR), np.zeros(0, np.float32), 0., 0, 0
+        self.to_mono, self.rest, self.loudest, self.blocks, self.sounding = (
+            av.AudioResampler("flt", "mono", SR),
+            np.zeros(0, np.float32),
+            0.0,
+            0,
+            0,
+        )
+
     def take(self, packet):
         for frame in self.frames(packet):
-            self.lasts(float(frame.pts*frame.time_base), frame.samples/frame.sample_rate)
-            try: self.hear(np.concatenate([self.rest] + [b.to_ndarray()[0] for b in self.to_mono.resample(frame)]))
-            except (av.error.FFmpegError, ValueError): self.bad += 1
+            self.lasts(float(frame.pts * frame.time_base), frame.samples / frame.sample_rate)
+            try:
+                self.hear(np.concatenate([self.rest] + [b.to_ndarray()[0] for b in self.to_mono.resample(frame)]))
+            except (av.error.FFmpegError, ValueError):
+                self.bad += 1
+
     def hear(self, x):
-        n = len(x)//self.block
-        power = np.nan_to_num(x[:n*self.block].reshape(n, self.block).var(1, dtype=np.float64))
-        self.rest, self.blocks, self.sounding = x[n*self.block:], self.blocks+n, self.sounding + int((power > 1e-6).sum())
-        if n: self.loudest = max(self.loudest, float(power.max()))
+        n = len(x) // self.block
+        power = np.nan_to_num(x[: n * self.block].reshape(n, self.block).var(1, dtype=np.float64))
+        self.rest, self.blocks, self.sounding = (
+            x[n * self.block :],
+            self.blocks + n,
+            self.sounding + int((power > 1e-6).sum()),
+        )
+        if n:
+            self.loudest = max(self.loudest, float(power.max()))
 
 # %% ../../nbs/data/11_vggsound.ipynb #f276978b
-def _round(x, digits=4): return None if x is None else round(x, digits)
+def _round(x, digits=4):
+    return None if x is None else round(x, digits)
+
 
 def _facts(f, picture, sound):
     "What was measured, in plain numbers"
-    facts = dict(seconds=_round(f.duration and f.duration/1e6))
+    facts = dict(seconds=_round(f.duration and f.duration / 1e6))
     if picture:
         v = picture.stream
-        facts |= dict(picture=v.codec_context.name, width=v.width, height=v.height, claimed=v.frames, frames=picture.packets, picture_start=_round(picture.start),
-                      picture_end=_round(picture.end), motion=_round(picture.motion, 2), picture_bad=picture.bad, picture_hash=_hash(picture.sha))
+        facts |= dict(
+            picture=v.codec_context.name,
+            width=v.width,
+            height=v.height,
+            claimed=v.frames,
+            frames=picture.packets,
+            picture_start=_round(picture.start),
+            picture_end=_round(picture.end),
+            motion=_round(picture.motion, 2),
+            picture_bad=picture.bad,
+            picture_hash=_hash(picture.sha),
+        )
     if sound:
         a = sound.stream
-        facts |= dict(sound=a.codec_context.name, sound_rate=a.sample_rate, channels=a.channels, sound_start=_round(sound.start), sound_end=_round(sound.end),
-                      loudest_db=round(10*math.log10(sound.loudest+1e-12), 1), sounding=_round(sound.sounding/max(sound.blocks, 1)), sound_bad=sound.bad, sound_hash=_hash(sound.sha))
+        facts |= dict(
+            sound=a.codec_context.name,
+            sound_rate=a.sample_rate,
+            channels=a.channels,
+            sound_start=_round(sound.start),
+            sound_end=_round(sound.end),
+            loudest_db=round(10 * math.log10(sound.loudest + 1e-12), 1),
+            sounding=_round(sound.sounding / max(sound.blocks, 1)),
+            sound_bad=sound.bad,
+            sound_hash=_hash(sound.sha),
+        )
     return facts
+
 
 def _read_through(f):
     "Demux a file to its end"
@@ -378,78 +552,104 @@ def _read_through(f):
     tracks = {s.index: kind(s) for s, kind in ((v, _Picture), (a, _Sound)) if s is not None}
     broken = None
     try:
-        for packet in f.demux([t.stream for t in tracks.values()]) if tracks else (): tracks[packet.stream.index].take(packet)
+        for packet in f.demux([t.stream for t in tracks.values()]) if tracks else ():
+            tracks[packet.stream.index].take(packet)
     except (av.error.FFmpegError, OSError) as e:
-        if e.errno in SHORT: raise
+        if e.errno in SHORT:
+            raise
         broken = _why(e)
     facts = _facts(f, tracks.get(v.index if v else None), tracks.get(a.index if a else None))
     return facts | (dict(broken=broken) if broken else {})
 
 # %% ../../nbs/data/11_vggsound.ipynb #f9b817f1
 def inspect_clip(
-    path,     # A video file
-)->dict:      # Numbers about it, or `error` and `detail`
+    path,  # A video file
+) -> dict:  # Numbers about it, or `error` and `detail`
     "Read a file once and measure it; nothing in the file makes this raise"
     try:
-        if not os.stat(path).st_size: return dict(error='empty', detail='zero bytes')
-        with _open_file(path) as f: return _read_through(f)
-    except FileNotFoundError: return dict(error='missing', detail='no such file')
-    except MemoryError: return dict(error='memory', detail='more memory than a worker may have')
-    except (av.error.FFmpegError, OSError) as e: return dict(error='memory' if e.errno in SHORT else 'unreadable', detail=_why(e))
-    except Exception as e: return dict(error='unreadable', detail=' '.join(f'{type(e).__name__}: {e}'.split()))
+        if not os.stat(path).st_size:
+            return dict(error="empty", detail="zero bytes")
+        with _open_file(path) as f:
+            return _read_through(f)
+    except FileNotFoundError:
+        return dict(error="missing", detail="no such file")
+    except MemoryError:
+        return dict(error="memory", detail="more memory than a worker may have")
+    except (av.error.FFmpegError, OSError) as e:
+        return dict(error="memory" if e.errno in SHORT else "unreadable", detail=_why(e))
+    except Exception as e:
+        return dict(error="unreadable", detail=" ".join(f"{type(e).__name__}: {e}".split()))
 
 # %% ../../nbs/data/11_vggsound.ipynb #940daaf2
 @dataclass(frozen=True)
 class Limits:
     "When a number is a fault"
-    length:float=.5       # Deviation from the duration of the item, seconds
-    offset:float=.1       # Between the beginnings of picture and sound, seconds
-    silence:float=-60.    # Of the loudest tenth of a second, dB below full scale
-    still:float=12.       # Largest change of a cell of the picture, grey levels of 255
+
+    length: float = 0.5  # Deviation from the duration of the item, seconds
+    offset: float = 0.1  # Between the beginnings of picture and sound, seconds
+    silence: float = -60.0  # Of the loudest tenth of a second, dB below full scale
+    still: float = 12.0  # Largest change of a cell of the picture, grey levels of 255
+
 
 def _incomplete(x):
     "Why a file is not whole, or None"
-    if x.get('broken'): return f'reading stopped: {x["broken"]}'
-    if x.get('frames', 0) < x.get('claimed', 0): return f'{x["frames"]} of {x["claimed"]} frames'
-    end = max(x.get('picture_end') or 0, x.get('sound_end') or 0)
-    if x['seconds'] and end and end < x['seconds']-.5: return f'{end:.2f} of {x["seconds"]:.2f} s'
+    if x.get("broken"):
+        return f"reading stopped: {x['broken']}"
+    if x.get("frames", 0) < x.get("claimed", 0):
+        return f"{x['frames']} of {x['claimed']} frames"
+    end = max(x.get("picture_end") or 0, x.get("sound_end") or 0)
+    if x["seconds"] and end and end < x["seconds"] - 0.5:
+        return f"{end:.2f} of {x['seconds']:.2f} s"
 
 # %% ../../nbs/data/11_vggsound.ipynb #819c3735
 def _lengths(x):
-    return {k: x[f'{k}_end']-x[f'{k}_start'] for k in ('picture', 'sound') if x.get(f'{k}_start') is not None}
+    return {k: x[f"{k}_end"] - x[f"{k}_start"] for k in ("picture", "sound") if x.get(f"{k}_start") is not None}
+
 
 def judge(
-    facts:dict,              # From `inspect_clip`
-    duration:float=None,     # How long the clip should last, seconds; None if any length will do
-    limits:Limits=Limits(),  # When a number is a fault
-)->list:                     # `(reason, detail)`
+    facts: dict,  # From `inspect_clip`
+    duration: float = None,  # How long the clip should last, seconds; None if any length will do
+    limits: Limits = Limits(),  # When a number is a fault
+) -> list:  # `(reason, detail)`
     "The faults of one file"
     x = facts
-    if 'error' in x: return [(x['error'], x['detail'])]
+    if "error" in x:
+        return [(x["error"], x["detail"])]
     faults, lasts, cut = [], _lengths(x), _incomplete(x)
-    bad = x.get('picture_bad', 0) + x.get('sound_bad', 0)
-    if cut: faults.append(('truncated', cut))
-    elif bad: faults.append(('damaged', f'{bad} packets or frames cannot be decoded'))
-    faults += [(f'no_{k}', 'no such stream' if k not in x else 'nothing in it can be decoded') for k in ('picture', 'sound') if k not in lasts]
-    if 'sound' in lasts and x['loudest_db'] <= limits.silence: faults.append(('silent', f'loudest tenth of a second {x["loudest_db"]:g} dB'))
-    if x.get('motion') is not None and x['motion'] < limits.still: faults.append(('still', f'largest change {x["motion"]:g} of 255'))
-    if duration and not cut and any(abs(s-duration) > limits.length for s in lasts.values()):
-        faults.append(('length', ', '.join(f'{k} {s:.2f} s' for k, s in lasts.items()) + f', {duration:g} s wanted'))
-    if len(lasts)==2 and abs(late := x['sound_start']-x['picture_start']) > limits.offset: faults.append(('offset', f'sound begins {late:+.3f} s after the picture'))
+    bad = x.get("picture_bad", 0) + x.get("sound_bad", 0)
+    if cut:
+        faults.append(("truncated", cut))
+    elif bad:
+        faults.append(("damaged", f"{bad} packets or frames cannot be decoded"))
+    faults += [
+        (f"no_{k}", "no such stream" if k not in x else "nothing in it can be decoded")
+        for k in ("picture", "sound")
+        if k not in lasts
+    ]
+    if "sound" in lasts and x["loudest_db"] <= limits.silence:
+        faults.append(("silent", f"loudest tenth of a second {x['loudest_db']:g} dB"))
+    if x.get("motion") is not None and x["motion"] < limits.still:
+        faults.append(("still", f"largest change {x['motion']:g} of 255"))
+    if duration and not cut and any(abs(s - duration) > limits.length for s in lasts.values()):
+        faults.append(("length", ", ".join(f"{k} {s:.2f} s" for k, s in lasts.items()) + f", {duration:g} s wanted"))
+    if len(lasts) == 2 and abs(late := x["sound_start"] - x["picture_start"]) > limits.offset:
+        faults.append(("offset", f"sound begins {late:+.3f} s after the picture"))
     return faults
 
 # %% ../../nbs/data/11_vggsound.ipynb #6248397f
 def _serve(
-    seconds:float,      # Time for one file
-    gigabytes:float,    # Address space for all of a worker
+    seconds: float,  # Time for one file
+    gigabytes: float,  # Address space for all of a worker
 ):
     "A worker: a path on every line of standard input, facts on every line of standard output"
     import resource
-    out = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)                                                    # libraries may print; that is no answer
+
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print; that is no answer
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(ValueError, OSError): resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes*2**30),)*2)     # not every system has it
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)  # not every system has it
     print('"ready"', file=out, flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -458,142 +658,229 @@ def _serve(
         print(json.dumps(facts), file=out, flush=True)
 
 # %% ../../nbs/data/11_vggsound.ipynb #9fcf0ce5
-def _doubtful(facts): return facts.get('error') in ('crash', 'memory') or any(facts.get(k) for k in ('broken', 'picture_bad', 'sound_bad'))
+def _doubtful(facts):
+    return facts.get("error") in ("crash", "memory") or any(
+        facts.get(k) for k in ("broken", "picture_bad", "sound_bad")
+    )
+
 
 class _Worker:
     "Asks a process about files, and starts another one when it dies"
-    def __init__(self, seconds, gigabytes): self.seconds, self.call, self.process = seconds, f'from smooth_foley.data.vggsound import _serve; _serve({seconds!r}, {gigabytes!r})', None
+
+    def __init__(self, seconds, gigabytes):
+        self.seconds, self.call, self.process = (
+            seconds,
+            f"from smooth_foley.data.vggsound import _serve; _serve({seconds!r}, {gigabytes!r})",
+            None,
+        )
+
     def start(self):
-        env = {**os.environ, **{k: '1' for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')}}
-        self.process = subprocess.Popen([sys.executable, '-c', self.call], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
-        if self.process.stdout.readline() != '"ready"\n': raise FoleyError(f'audit: {sys.executable} cannot start a worker; does `import smooth_foley.data.vggsound` work?')
+        env = {**os.environ, **{k: "1" for k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.call],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=env,
+        )
+        if self.process.stdout.readline() != '"ready"\n':
+            raise FoleyError(
+                f"audit: {sys.executable} cannot start a worker; does `import smooth_foley.data.vggsound` work?"
+            )
+
     def ask(self, path):
         facts = self.once(path)
-        if not _doubtful(facts): return facts
+        if not _doubtful(facts):
+            return facts
         self.stop()
         return self.once(path)
+
     def once(self, path):
-        if self.process is None: self.start()
+        if self.process is None:
+            self.start()
         try:
             print(json.dumps(str(path)), file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline()
-        except BrokenPipeError: answer = ''
-        return json.loads(answer) if answer.endswith('\n') else self.mourn()
+        except BrokenPipeError:
+            answer = ""
+        return json.loads(answer) if answer.endswith("\n") else self.mourn()
+
     def mourn(self):
         "What the death of a worker says about the file"
         code = self.stop(kill=False)
-        if code == -signal.SIGALRM: return dict(error='hang', detail=f'not read in {self.seconds:g} s')
-        return dict(error='crash', detail=f'the decoder ended with {signal.Signals(-code).name if code < 0 else f"exit code {code}"}')
+        if code == -signal.SIGALRM:
+            return dict(error="hang", detail=f"not read in {self.seconds:g} s")
+        return dict(
+            error="crash",
+            detail=f"the decoder ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}",
+        )
+
     def stop(self, kill=True):
         p, self.process = self.process, None
-        if p is None: return 0
-        if kill: p.kill()
+        if p is None:
+            return 0
+        if kill:
+            p.kill()
         for pipe in (p.stdin, p.stdout):
-            with suppress(OSError): pipe.close()
+            with suppress(OSError):
+                pipe.close()
         return p.wait()
 
 # %% ../../nbs/data/11_vggsound.ipynb #0dd78ce9
 def inspect_clips(
-    paths,                  # Files
-    workers:int=None,       # Processes; default: one per core
-    seconds:float=60.,      # Time for one file
-    gigabytes:float=4.,     # Memory (address space) for one process
-):                          # Yields `(path, facts)` as they come
+    paths,  # Files
+    workers: int = None,  # Processes; default: one per core
+    seconds: float = 60.0,  # Time for one file
+    gigabytes: float = 4.0,  # Memory (address space) for one process
+):  # Yields `(path, facts)` as they come
     "Measure many files, each in a process that may die of it"
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     mine, all_ = threading.local(), []
+
     def ask(path):
-        if not hasattr(mine, 'worker'): mine.worker = _Worker(seconds, gigabytes); all_.append(mine.worker)
+        if not hasattr(mine, "worker"):
+            mine.worker = _Worker(seconds, gigabytes)
+            all_.append(mine.worker)
         return path, mine.worker.ask(path)
+
     with ThreadPool(workers) as pool:
-        try: yield from pool.imap_unordered(ask, paths)
+        try:
+            yield from pool.imap_unordered(ask, paths)
         finally:
             pool.terminate()
-            for w in all_: w.stop()
+            for w in all_:
+                w.stop()
 
 # %% ../../nbs/data/11_vggsound.ipynb #4475f3b7
 class _Log:
     "Lines of JSON that survive a kill; one writer at a time"
-    def __init__(self, path): self.path = Path(path)
+
+    def __init__(self, path):
+        self.path = Path(path)
+
     def __enter__(self):
         import fcntl
-        try: self.file = open(self.path, 'ab', buffering=0)
-        except OSError as e: raise FoleyError(f'{self.path}: cannot be written ({_why(e)}); write elsewhere') from None
-        try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: self.file.close(); raise FoleyError(f'{self.path}: another run is writing it; wait for its end, or write elsewhere') from None
+
+        try:
+            self.file = open(self.path, "ab", buffering=0)
+        except OSError as e:
+            raise FoleyError(f"{self.path}: cannot be written ({_why(e)}); write elsewhere") from None
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.close()
+            raise FoleyError(f"{self.path}: another run is writing it; wait for its end, or write elsewhere") from None
         return self
-    def __exit__(self, *_): self.file.close()
+
+    def __exit__(self, *_):
+        self.file.close()
+
     def lines(self):
         "`(offset, row)` of every whole line; a torn end is cut off"
         offset = 0
-        with open(self.path, 'rb') as f:
+        with open(self.path, "rb") as f:
             for line in f:
-                if not line.endswith(b'\n'): self.file.truncate(offset); return
-                with suppress(ValueError): yield offset, json.loads(line)
+                if not line.endswith(b"\n"):
+                    self.file.truncate(offset)
+                    return
+                with suppress(ValueError):
+                    yield offset, json.loads(line)
                 offset += len(line)
+
     def append(self, row):
         "Write a line and return its offset"
-        data, offset = json.dumps(row).encode()+b'\n', os.path.getsize(self.path)
+        data, offset = json.dumps(row).encode() + b"\n", os.path.getsize(self.path)
         try:
-            while data: data = data[self.file.write(data):]
-        except OSError as e: raise FoleyError(f'{self.path}: cannot be written ({_why(e)}); make room and run the same again: what is done is kept') from None
+            while data:
+                data = data[self.file.write(data) :]
+        except OSError as e:
+            raise FoleyError(
+                f"{self.path}: cannot be written ({_why(e)}); make room and run the same again: what is done is kept"
+            ) from None
         return offset
 
 # %% ../../nbs/data/11_vggsound.ipynb #84150627
 def _stamp(path):
     "What tells that a file is still the same"
-    try: s = os.stat(path)
-    except OSError: return None
+    try:
+        s = os.stat(path)
+    except OSError:
+        return None
     return [s.st_size, s.st_mtime_ns]
+
 
 def _measure(log, paths, **options):
     "Bring the log up to date with the files; returns `{path: offset}`"
-    last = {row['path']: (offset, row['stamp']) for offset, row in log.lines()}
+    last = {row["path"]: (offset, row["stamp"]) for offset, row in log.lines()}
     paths = list(dict.fromkeys(map(str, paths)))
-    known = {p: last[p][0] for p in paths if p in last and last[p][1]==_stamp(p)}
+    known = {p: last[p][0] for p in paths if p in last and last[p][1] == _stamp(p)}
     todo = [p for p in paths if p not in known]
-    for path, facts in progress(inspect_clips(todo, **options), 'audit', 'clip', len(todo)) if todo else ():
+    for path, facts in progress(inspect_clips(todo, **options), "audit", "clip", len(todo)) if todo else ():
         known[path] = log.append(dict(path=path, stamp=_stamp(path), facts=facts))
     return known
 
 # %% ../../nbs/data/11_vggsound.ipynb #d71a8aa6
 def _first(items, members):
     "The one of several equal clips that is kept"
-    return min(members, key=lambda k: (('test', 'val', 'train').index(items[k].split) if items[k].split in SPLITS else 3, k))
+    return min(
+        members, key=lambda k: (("test", "val", "train").index(items[k].split) if items[k].split in SPLITS else 3, k)
+    )
+
 
 def _copies(items, hashes):
     "`{index: (reason, detail)}` from `{index: (picture, sound)}`; a sound of None is silence and equals nothing"
     whole, heard, found = {}, {}, {}
     for k, (picture, sound) in hashes.items():
         whole.setdefault((picture, sound), []).append(k)
-        if sound: heard.setdefault(sound, []).append(k)
-    same = lambda k: f'same as {items[k].path.name}' + (f' ({items[k].split})' if items[k].split else '')
-    for groups, reason in ((heard, lambda a, b: 'same_sound'), (whole, lambda a, b: 'duplicate' if a.split==b.split else 'duplicate_across_splits')):
+        if sound:
+            heard.setdefault(sound, []).append(k)
+    same = lambda k: f"same as {items[k].path.name}" + (f" ({items[k].split})" if items[k].split else "")
+    for groups, reason in (
+        (heard, lambda a, b: "same_sound"),
+        (whole, lambda a, b: "duplicate" if a.split == b.split else "duplicate_across_splits"),
+    ):
         for members in groups.values():
             keep = _first(items, members)
-            found |= {k: (reason(items[k], items[keep]), same(keep)) for k in members if k!=keep}
+            found |= {k: (reason(items[k], items[keep]), same(keep)) for k in members if k != keep}
     return found
 
 # %% ../../nbs/data/11_vggsound.ipynb #8c4f55fe
 class _Facts:
     "Facts of items, read from the log when they are asked for"
-    def __init__(self, log, offsets): self.file, self.offsets = open(log.path, 'rb'), offsets
-    def __enter__(self): return self
-    def __exit__(self, *_): self.file.close()
+
+    def __init__(self, log, offsets):
+        self.file, self.offsets = open(log.path, "rb"), offsets
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
     def __call__(self, item):
-        if item.path is None: return dict(error='missing', detail='in no form in the folder')
+        if item.path is None:
+            return dict(error="missing", detail="in no form in the folder")
         self.file.seek(self.offsets[str(item.path)])
-        return json.loads(self.file.readline())['facts']
+        return json.loads(self.file.readline())["facts"]
+
 
 def _hashes(items, facts, limits):
     "`{index: (picture, sound)}` of what can be compared, and `{index: first index}` of those that name a clip again"
     hashes, seen, again = {}, {}, {}
     for k, item in enumerate(items):
         first = seen.setdefault(item.path or item.name, k)
-        if first != k: again[k] = first; continue
+        if first != k:
+            again[k] = first
+            continue
         x = facts(item)
-        if x.get('frames'): hashes[k] = x['picture_hash'], x.get('sound_hash') if x.get('loudest_db', limits.silence) > limits.silence else None
+        if x.get("frames"):
+            hashes[k] = (
+                x["picture_hash"],
+                x.get("sound_hash") if x.get("loudest_db", limits.silence) > limits.silence else None,
+            )
     return hashes, again
+
 
 def _faults(items, facts, limits):
     "Yields `(item, facts, [(reason, detail)])` in the order of the list"
@@ -601,279 +888,411 @@ def _faults(items, facts, limits):
     copies = _copies(items, hashes)
     for k, item in enumerate(items):
         x = facts(item)
-        more = [copies[k]] if k in copies else [('listed_twice', f'in {items[again[k]].split or "no split"} already')] if k in again else []
+        more = (
+            [copies[k]]
+            if k in copies
+            else [("listed_twice", f"in {items[again[k]].split or 'no split'} already")]
+            if k in again
+            else []
+        )
         yield item, x, judge(x, item.duration, limits) + more
 
 # %% ../../nbs/data/11_vggsound.ipynb #aa0cb157
-FACTS = ('seconds', 'picture', 'width', 'height', 'frames', 'claimed', 'picture_start', 'picture_end', 'motion', 'picture_bad', 'sound', 'sound_rate', 'channels', 'sound_start',
-         'sound_end', 'loudest_db', 'sounding', 'sound_bad', 'picture_hash', 'sound_hash')
+FACTS = (
+    "seconds",
+    "picture",
+    "width",
+    "height",
+    "frames",
+    "claimed",
+    "picture_start",
+    "picture_end",
+    "motion",
+    "picture_bad",
+    "sound",
+    "sound_rate",
+    "channels",
+    "sound_start",
+    "sound_end",
+    "loudest_db",
+    "sounding",
+    "sound_bad",
+    "picture_hash",
+    "sound_hash",
+)
+
 
 @dataclass
 class AuditReport:
     "What an audit found"
-    folder:Path          # Holds audit.csv (all), faults.csv (id, start, split, path, reason, detail), clean.csv (the list without faulty clips)
-    clips:int            # Items looked at
-    clean:int            # Items without a fault
-    faults:Counter       # Items (and surplus files) by fault
-    def rows(self)->list:
+
+    folder: Path  # Holds audit.csv (all), faults.csv (id, start, split, path, reason, detail), clean.csv (the list without faulty clips)
+    clips: int  # Items looked at
+    clean: int  # Items without a fault
+    faults: Counter  # Items (and surplus files) by fault
+
+    def rows(self) -> list:
         "The table of faults"
-        with open(self.folder/'faults.csv', newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
+        with open(self.folder / "faults.csv", newline="", encoding="utf-8") as f:
+            return list(csv.DictReader(f))
 
 # %% ../../nbs/data/11_vggsound.ipynb #aaa3bddd
 def _writer(stack, path):
     "A CSV that appears when `stack` ends well"
     tmp = stack.enter_context(atomic_path(path))
-    file = stack.enter_context(open(tmp, 'w', newline='', encoding='utf-8', errors='backslashreplace'))
-    return file, csv.writer(file, lineterminator='\n')
+    file = stack.enter_context(open(tmp, "w", newline="", encoding="utf-8", errors="backslashreplace"))
+    return file, csv.writer(file, lineterminator="\n")
+
 
 def _report(out, items, facts, limits, surplus):
     "Write the tables of an audit, streaming from the log"
     report = AuditReport(out, len(items), 0, Counter())
     with ExitStack() as stack:
-        files, (every, bad, clean) = zip(*[_writer(stack, out/f) for f in ('audit.csv', 'faults.csv', 'clean.csv')])
-        every.writerow(('id', 'start', 'label', 'split', 'path', 'faults') + FACTS)
-        bad.writerow(('id', 'start', 'split', 'path', 'reason', 'detail'))
+        files, (every, bad, clean) = zip(*[_writer(stack, out / f) for f in ("audit.csv", "faults.csv", "clean.csv")])
+        every.writerow(("id", "start", "label", "split", "path", "faults") + FACTS)
+        bad.writerow(("id", "start", "split", "path", "reason", "detail"))
         for item, x, faults in _faults(items, facts, limits):
-            start = f'{item.start:g}'
-            every.writerow([item.id, start, item.label, item.split, item.path, ' '.join(r for r, _ in faults)] + [x.get(k) for k in FACTS])
+            start = f"{item.start:g}"
+            every.writerow(
+                [item.id, start, item.label, item.split, item.path, " ".join(r for r, _ in faults)]
+                + [x.get(k) for k in FACTS]
+            )
             bad.writerows([item.id, start, item.split, item.path, *fault] for fault in faults)
-            if not faults: clean.writerow([item.id, start, item.label, item.split]); report.clean += 1
+            if not faults:
+                clean.writerow([item.id, start, item.label, item.split])
+                report.clean += 1
             report.faults.update({r for r, _ in faults})
-        for f in surplus: bad.writerow(['', '', '', f, 'surplus', 'not on the list']); report.faults['surplus'] += 1
-        for file in files: file.flush()     # a disk that is full shows before any table is replaced
+        for f in surplus:
+            bad.writerow(["", "", "", f, "surplus", "not on the list"])
+            report.faults["surplus"] += 1
+        for file in files:
+            file.flush()  # a disk that is full shows before any table is replaced
     return report
 
 # %% ../../nbs/data/11_vggsound.ipynb #6b6944ed
 def folder_items(
-    folder,                  # Holds clips
-    duration:float=None,     # How long each should last, seconds; None if any length will do
-)->list:                     # An `Item` per file, named by it
+    folder,  # Holds clips
+    duration: float = None,  # How long each should last, seconds; None if any length will do
+) -> list:  # An `Item` per file, named by it
     "The clips of a folder without a list"
-    return [Item(f.stem, 0., '', '', f, duration) for f in _files(folder)]
+    return [Item(f.stem, 0.0, "", "", f, duration) for f in _files(folder)]
+
 
 def audit(
-    items:list,                # `Item`s with paths, as from `join_clips` or `folder_items`
-    out,                       # Folder for the log and the tables
-    workers:int=None,          # Processes; default: one per core
-    limits:Limits=Limits(),    # When a number is a fault
-    seconds:float=60.,         # Time for one file
-    gigabytes:float=4.,        # Memory (address space) for one process
-)->AuditReport:
+    items: list,  # `Item`s with paths, as from `join_clips` or `folder_items`
+    out,  # Folder for the log and the tables
+    workers: int = None,  # Processes; default: one per core
+    limits: Limits = Limits(),  # When a number is a fault
+    seconds: float = 60.0,  # Time for one file
+    gigabytes: float = 4.0,  # Memory (address space) for one process
+) -> AuditReport:
     "Measure every clip and write down what is wrong with it; the same command again goes on where it stopped"
     out = Path(out)
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise FoleyError(f'{out}: cannot be made ({_why(e)}); write elsewhere') from None
-    if not items: raise FoleyError('audit: no clip to look at; give a list with clips, or a folder with videos')
-    with _Log(out/'audit.jsonl') as log:
-        offsets = _measure(log, (i.path for i in items if i.path is not None), workers=workers, seconds=seconds, gigabytes=gigabytes)
-        with _Facts(log, offsets) as facts: return _report(out, items, facts, limits, getattr(items, 'surplus', ()))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FoleyError(f"{out}: cannot be made ({_why(e)}); write elsewhere") from None
+    if not items:
+        raise FoleyError("audit: no clip to look at; give a list with clips, or a folder with videos")
+    with _Log(out / "audit.jsonl") as log:
+        offsets = _measure(
+            log, (i.path for i in items if i.path is not None), workers=workers, seconds=seconds, gigabytes=gigabytes
+        )
+        with _Facts(log, offsets) as facts:
+            return _report(out, items, facts, limits, getattr(items, "surplus", ()))
 
 # %% ../../nbs/data/11_vggsound.ipynb #355e4771
 def _sound_cut(path, start, seconds, sr):
     "`(n,)` waveform of a part of a file, or None if it has no sound"
     with _open_file(path) as f:
-        if not f.streams.audio: return None
-        stream, to_mono, audio = f.streams.audio[0], av.AudioResampler('flt', 'mono', sr), np.zeros(round(seconds*sr), np.float32)
-        f.seek(int(max(start-1, 0)/stream.time_base), stream=stream)
+        if not f.streams.audio:
+            return None
+        stream, to_mono, audio = (
+            f.streams.audio[0],
+            av.AudioResampler("flt", "mono", sr),
+            np.zeros(round(seconds * sr), np.float32),
+        )
+        f.seek(int(max(start - 1, 0) / stream.time_base), stream=stream)
         for frame in f.decode(stream):
-            if frame.pts is None or float(frame.pts*frame.time_base) > start+seconds: break
+            if frame.pts is None or float(frame.pts * frame.time_base) > start + seconds:
+                break
             for block in to_mono.resample(frame):
-                x, k = block.to_ndarray()[0], round((float(block.pts*block.time_base)-start)*sr)
-                part = x[max(-k, 0):max(len(audio)-k, 0)]
-                audio[max(k, 0):max(k, 0)+len(part)] = part
+                x, k = block.to_ndarray()[0], round((float(block.pts * block.time_base) - start) * sr)
+                part = x[max(-k, 0) : max(len(audio) - k, 0)]
+                audio[max(k, 0) : max(k, 0) + len(part)] = part
     return audio
+
 
 def _shown(path, start, seconds):
     "`(time, frame)` of the pictures that appear in a part of a file"
     with _open_file(path) as f:
         stream = _picture(f, path)
-        f.seek(int(max(start-1, 0)/stream.time_base), stream=stream)
+        f.seek(int(max(start - 1, 0) / stream.time_base), stream=stream)
         for frame in f.decode(stream):
-            t = float(frame.pts*frame.time_base) - start if frame.pts is not None else -1
-            if t >= seconds-1e-3: return
-            if t > -1e-3: yield t, frame
+            t = float(frame.pts * frame.time_base) - start if frame.pts is not None else -1
+            if t >= seconds - 1e-3:
+                return
+            if t > -1e-3:
+                yield t, frame
 
 # %% ../../nbs/data/11_vggsound.ipynb #e44bb02c
 def cut_clip(
-    source,            # A longer video
-    out,               # The clip, `.mp4`
-    start:float,       # Where it begins, seconds
-    seconds:float=10., # Its length
-    sound=None,        # File with the sound, if it is another one
-    sr:int=48000,      # Sample rate of the sound, Hz
-)->Path:
+    source,  # A longer video
+    out,  # The clip, `.mp4`
+    start: float,  # Where it begins, seconds
+    seconds: float = 10.0,  # Its length
+    sound=None,  # File with the sound, if it is another one
+    sr: int = 48000,  # Sample rate of the sound, Hz
+) -> Path:
     "Cut a part out of a video, to the frame and to the sample"
     times = [t for t, _ in _shown(source, start, seconds)]
-    if len(times) < 2: raise FoleyError(f'{source}: too short, nothing is shown from {start:g} to {start+seconds:g} s')
-    times[0] = 0.
+    if len(times) < 2:
+        raise FoleyError(f"{source}: too short, nothing is shown from {start:g} to {start + seconds:g} s")
+    times[0] = 0.0
     audio = _sound_cut(sound or source, start, seconds, sr)
-    with atomic_path(out) as tmp, av.open(str(tmp), 'w') as f:
+    with atomic_path(out) as tmp, av.open(str(tmp), "w") as f:
         shown = _shown(source, start, seconds)
         first = next(shown)[1]
-        picture = _add_picture(f, first.height, first.width, 1/np.median(np.diff(times)))
+        picture = _add_picture(f, first.height, first.width, 1 / np.median(np.diff(times)))
         frames = chain([first], (frame for _, frame in shown))
-        streams = [_picture_packets(picture, (x.to_ndarray(format='rgb24') for x in frames), times, seconds)]
-        if audio is not None: streams.append(_sound_packets(_add_sound(f, sr), audio, sr))
-        for packet in _by_time(*streams): f.mux(packet)
+        streams = [_picture_packets(picture, (x.to_ndarray(format="rgb24") for x in frames), times, seconds)]
+        if audio is not None:
+            streams.append(_sound_packets(_add_sound(f, sr), audio, sr))
+        for packet in _by_time(*streams):
+            f.mux(packet)
     return Path(out)
 
 # %% ../../nbs/data/11_vggsound.ipynb #709c6461
 REASONS = dict(
-    disk=r'no space left|disk quota|file too large',
-    rate_limited=r'http error 429|too many requests|rate.?limited|try again later|not a bot|unusual traffic',
-    private=r'private video|video is private',
-    age=r'confirm your age|age.restricted|inappropriate for some users',
-    region=r'in your country|your (location|region)|geo.?restrict',
-    members=r'members.only|join this channel|requires payment|rental|premium',
-    removed=r'removed|terminated|no longer available|video unavailable|not available|does not exist|deleted|copyright|http error 4(04|10)',
-    live=r'live event|premieres? in|live stream',
-    forbidden=r'http error 40[13]|forbidden',
-    network=r'timed? ?out|resolve|connect|refused|reset|unreachable|transport|ssl|proxy|http error 5\d\d|incomplete|bytes read|retries|getaddrinfo|network',
-    format=r'requested format|no video formats|unsupported url|drm',
-    short=r'too short',
-    unreadable=r'cannot be read|no picture|cannot be decoded',
+    disk=r"no space left|disk quota|file too large",
+    rate_limited=r"http error 429|too many requests|rate.?limited|try again later|not a bot|unusual traffic",
+    private=r"private video|video is private",
+    age=r"confirm your age|age.restricted|inappropriate for some users",
+    region=r"in your country|your (location|region)|geo.?restrict",
+    members=r"members.only|join this channel|requires payment|rental|premium",
+    removed=r"removed|terminated|no longer available|video unavailable|not available|does not exist|deleted|copyright|http error 4(04|10)",
+    live=r"live event|premieres? in|live stream",
+    forbidden=r"http error 40[13]|forbidden",
+    network=r"timed? ?out|resolve|connect|refused|reset|unreachable|transport|ssl|proxy|http error 5\d\d|incomplete|bytes read|retries|getaddrinfo|network",
+    format=r"requested format|no video formats|unsupported url|drm",
+    short=r"too short",
+    unreadable=r"cannot be read|no picture|cannot be decoded",
 )
-FOR_GOOD = ('private', 'age', 'region', 'members', 'removed', 'format', 'short')
+FOR_GOOD = ("private", "age", "region", "members", "removed", "format", "short")
+
 
 def why_failed(
-    message:str,    # What yt-dlp said
-)->str:             # A key of `REASONS`, or 'other'
+    message: str,  # What yt-dlp said
+) -> str:  # A key of `REASONS`, or 'other'
     "The kind of a failure"
-    return next((k for k, words in REASONS.items() if re.search(words, message, re.I)), 'other')
+    return next((k for k, words in REASONS.items() if re.search(words, message, re.I)), "other")
+
 
 def _plain(message):
     "One line without colours, repetition and the advice to report a bug"
-    text = ' '.join(re.sub(r'\x1b\[[0-9;]*m', '', str(message)).split())
-    return re.sub(r'^(ERROR: )?(\[[\w:+]+\] (\S+: )?)?|;? please report this issue.*$| \(caused by .*$', '', text).strip()[:300]
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(message)).split())
+    return re.sub(
+        r"^(ERROR: )?(\[[\w:+]+\] (\S+: )?)?|;? please report this issue.*$| \(caused by .*$", "", text
+    ).strip()[:300]
 
 # %% ../../nbs/data/11_vggsound.ipynb #dc2cd4c2
 @dataclass(frozen=True)
 class Fetching:
     "How to fetch"
-    cookies:Path=None         # Netscape cookie file of a browser that is signed in
-    rate:float=None           # Bytes per second; None is as fast as it goes
-    pause:float=0.            # Seconds to wait between two requests for data about videos
-    retries:int=5             # Of a request, and of a clip that the network spoilt
-    timeout:float=20.         # Seconds without an answer
-    height:int=360            # Of the picture, px, at most
-    proxy:str=None            # Address of a proxy
-    sections:bool=None        # Fetch only the ten seconds, by ffmpeg; None: if there is one
-    address:str='https://www.youtube.com/watch?v={id}'    # Where a video is
+
+    cookies: Path = None  # Netscape cookie file of a browser that is signed in
+    rate: float = None  # Bytes per second; None is as fast as it goes
+    pause: float = 0.0  # Seconds to wait between two requests for data about videos
+    retries: int = 5  # Of a request, and of a clip that the network spoilt
+    timeout: float = 20.0  # Seconds without an answer
+    height: int = 360  # Of the picture, px, at most
+    proxy: str = None  # Address of a proxy
+    sections: bool = None  # Fetch only the ten seconds, by ffmpeg; None: if there is one
+    address: str = "https://www.youtube.com/watch?v={id}"  # Where a video is
+
 
 class _Silent:
-    def debug(self, message): pass
+    def debug(self, message):
+        pass
+
     info = warning = error = debug
 
+
 def _yt_dlp():
-    try: import yt_dlp
-    except ImportError: raise FoleyError('yt-dlp is not installed; pip install "yt-dlp[default]"') from None
+    try:
+        import yt_dlp
+    except ImportError:
+        raise FoleyError('yt-dlp is not installed; pip install "yt-dlp[default]"') from None
     return yt_dlp
 
 # %% ../../nbs/data/11_vggsound.ipynb #425caf09
 def _cookies(how):
     "The text of the cookie file, tried before anything is asked for"
-    if how.cookies is None: return None
-    try: text = Path(how.cookies).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e: raise FoleyError(f'{how.cookies}: cookies cannot be read ({_why(e)}); export them in Netscape format') from None
-    if not any(len(l.split('\t'))==7 for l in text.splitlines()): raise FoleyError(f'{how.cookies}: no cookie in it; export them in Netscape format (tabs between seven columns)')
+    if how.cookies is None:
+        return None
+    try:
+        text = Path(how.cookies).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise FoleyError(f"{how.cookies}: cookies cannot be read ({_why(e)}); export them in Netscape format") from None
+    if not any(len(l.split("\t")) == 7 for l in text.splitlines()):
+        raise FoleyError(f"{how.cookies}: no cookie in it; export them in Netscape format (tabs between seven columns)")
     return text
+
 
 def _options(how, item, parts, cookies):
     "yt-dlp's options for one clip"
-    sections = bool(shutil.which('ffmpeg')) if how.sections is None else how.sections
-    name = str(parts/item.name).replace('%', '%%')
-    options = dict(quiet=True, no_warnings=True, noprogress=True, logger=_Silent(), color='never', noplaylist=True, cachedir=False, outtmpl=dict(default=name+'.%(format_id)s.%(ext)s'),
-                   format=f'b[height<=?{how.height}]/(bv[height<=?{how.height}],ba)/w', retries=how.retries, fragment_retries=how.retries, extractor_retries=how.retries, socket_timeout=how.timeout,
-                   ratelimit=how.rate, sleep_interval_requests=how.pause, proxy=how.proxy, cookiefile=io.StringIO(cookies) if cookies else None)
-    if sections: options |= dict(download_ranges=_yt_dlp().utils.download_range_func(None, [(item.start, item.start+item.duration)]), force_keyframes_at_cuts=True)
-    return options, 0. if sections else item.start
+    sections = bool(shutil.which("ffmpeg")) if how.sections is None else how.sections
+    name = str(parts / item.name).replace("%", "%%")
+    options = dict(
+        quiet=True,
+        no_warnings=True,
+        noprogress=True,
+        logger=_Silent(),
+        color="never",
+        noplaylist=True,
+        cachedir=False,
+        outtmpl=dict(default=name + ".%(format_id)s.%(ext)s"),
+        format=f"b[height<=?{how.height}]/(bv[height<=?{how.height}],ba)/w",
+        retries=how.retries,
+        fragment_retries=how.retries,
+        extractor_retries=how.retries,
+        socket_timeout=how.timeout,
+        ratelimit=how.rate,
+        sleep_interval_requests=how.pause,
+        proxy=how.proxy,
+        cookiefile=io.StringIO(cookies) if cookies else None,
+    )
+    if sections:
+        options |= dict(
+            download_ranges=_yt_dlp().utils.download_range_func(None, [(item.start, item.start + item.duration)]),
+            force_keyframes_at_cuts=True,
+        )
+    return options, 0.0 if sections else item.start
 
 # %% ../../nbs/data/11_vggsound.ipynb #d12cc536
 def _has(path, kind):
-    with _open_file(path) as f: return bool(getattr(f.streams, kind))
+    with _open_file(path) as f:
+        return bool(getattr(f.streams, kind))
+
 
 def fetch_clip(
-    item:Item,                 # What to fetch
-    folder,                    # Where to
-    how:Fetching=Fetching(),
-    cookies:str=None,          # Text of a cookie file
-)->Path:
+    item: Item,  # What to fetch
+    folder,  # Where to
+    how: Fetching = Fetching(),
+    cookies: str = None,  # Text of a cookie file
+) -> Path:
     "Fetch one clip; raises what went wrong"
-    if not ID.fullmatch(item.id): raise FoleyError(f'id {item.id!r}: not 11 characters out of A-Z a-z 0-9 - _')
-    folder, out = Path(folder), Path(folder)/f'{item.name}.mp4'
-    parts = folder/'.parts'; parts.mkdir(parents=True, exist_ok=True)
+    if not ID.fullmatch(item.id):
+        raise FoleyError(f"id {item.id!r}: not 11 characters out of A-Z a-z 0-9 - _")
+    folder, out = Path(folder), Path(folder) / f"{item.name}.mp4"
+    parts = folder / ".parts"
+    parts.mkdir(parents=True, exist_ok=True)
     options, start = _options(how, item, parts, cookies)
-    with _yt_dlp().YoutubeDL(options) as ydl: info = ydl.extract_info(how.address.format(id=item.id))
-    files = [Path(d['filepath']) for d in info['requested_downloads']]
+    with _yt_dlp().YoutubeDL(options) as ydl:
+        info = ydl.extract_info(how.address.format(id=item.id))
+    files = [Path(d["filepath"]) for d in info["requested_downloads"]]
     try:
-        film = next((f for f in files if _has(f, 'video')), files[0])
-        return cut_clip(film, out, start, item.duration, next((f for f in files if _has(f, 'audio')), film))
+        film = next((f for f in files if _has(f, "video")), files[0])
+        return cut_clip(film, out, start, item.duration, next((f for f in files if _has(f, "audio")), film))
     finally:
-        for f in files: f.unlink(missing_ok=True)
+        for f in files:
+            f.unlink(missing_ok=True)
 
 # %% ../../nbs/data/11_vggsound.ipynb #6c02def3
 def _try_fetch(item, folder, how, cookies):
     "`(reason, detail)`, both empty if all went well; what the network spoils is tried again, after a while"
-    for k in range(how.retries+1):
-        try: fetch_clip(item, folder, how, cookies); return '', ''
-        except Exception as e:              # a download may fail in any way, and the next one is tried all the same
-            detail = _plain(e).replace(f'{Path(folder)/".parts"}{os.sep}', '')
+    for k in range(how.retries + 1):
+        try:
+            fetch_clip(item, folder, how, cookies)
+            return "", ""
+        except Exception as e:  # a download may fail in any way, and the next one is tried all the same
+            detail = _plain(e).replace(f"{Path(folder) / '.parts'}{os.sep}", "")
             reason = why_failed(detail)
-        if reason!='network': break
-        if k < how.retries: time.sleep(min(.5*2**k, 30))
+        if reason != "network":
+            break
+        if k < how.retries:
+            time.sleep(min(0.5 * 2**k, 30))
     return reason, detail
+
 
 @dataclass
 class DownloadReport:
     "What a download brought"
-    folder:Path         # Holds the clips and download.csv (id, start, label, split, path, reason, detail of every failure)
-    fetched:int         # Clips that arrived
-    failed:Counter      # Clips by reason, earlier runs included
-    left:int            # Clips that were not tried
+
+    folder: Path  # Holds the clips and download.csv (id, start, label, split, path, reason, detail of every failure)
+    fetched: int  # Clips that arrived
+    failed: Counter  # Clips by reason, earlier runs included
+    left: int  # Clips that were not tried
 
 # %% ../../nbs/data/11_vggsound.ipynb #9aab51ee
-def _failures(log): return {row['name']: row for _, row in log.lines()}
+def _failures(log):
+    return {row["name"]: row for _, row in log.lines()}
+
 
 def _todo(items, failures, again):
     "Items worth another try"
-    return [i for i in items if again or failures.get(i.name, {}).get('reason') not in FOR_GOOD]
+    return [i for i in items if again or failures.get(i.name, {}).get("reason") not in FOR_GOOD]
+
 
 def _fetch_all(items, folder, how, workers, patience):
     "Yields `(item, reason, detail)`; stops asking after `patience` refusals in a row"
     cookies, refused = _cookies(how), 0
+
     def fetch(item):
         nonlocal refused
-        if refused >= patience: return item, 'stopped', ''
+        if refused >= patience:
+            return item, "stopped", ""
         reason, detail = _try_fetch(item, folder, how, cookies)
-        refused = refused+1 if reason in ('rate_limited', 'network') else refused if refused >= patience else 0
+        refused = refused + 1 if reason in ("rate_limited", "network") else refused if refused >= patience else 0
         return item, reason, detail
+
     with ThreadPool(workers) as pool:
         for item, reason, detail in pool.imap_unordered(fetch, items):
-            if reason=='disk': raise FoleyError(f'{folder}: {detail}; make room and run the same again: what is done is kept')
-            if reason!='stopped': yield item, reason, detail
+            if reason == "disk":
+                raise FoleyError(f"{folder}: {detail}; make room and run the same again: what is done is kept")
+            if reason != "stopped":
+                yield item, reason, detail
 
 # %% ../../nbs/data/11_vggsound.ipynb #250b5e8c
 def download(
-    items:list,                # `Item`s, as in `join_clips(...).missing`
-    folder,                    # Where the clips go
-    how:Fetching=Fetching(),   # Cookies, rate, retries ...
-    workers:int=1,             # Clips at once
-    patience:int=5,            # Refusals (rate limit, bot check) or failures of the network in a row after which to stop
-    again:bool=False,          # Try also what failed for good in an earlier run?
-)->DownloadReport:
+    items: list,  # `Item`s, as in `join_clips(...).missing`
+    folder,  # Where the clips go
+    how: Fetching = Fetching(),  # Cookies, rate, retries ...
+    workers: int = 1,  # Clips at once
+    patience: int = 5,  # Refusals (rate limit, bot check) or failures of the network in a row after which to stop
+    again: bool = False,  # Try also what failed for good in an earlier run?
+) -> DownloadReport:
     "Fetch clips; the reason of every failure goes into download.csv"
-    folder = Path(folder); _yt_dlp(); _cookies(how)
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise FoleyError(f'{folder}: cannot be made ({_why(e)}); write elsewhere') from None
-    with _Log(folder/'.download.jsonl') as log:
+    folder = Path(folder)
+    _yt_dlp()
+    _cookies(how)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FoleyError(f"{folder}: cannot be made ({_why(e)}); write elsewhere") from None
+    with _Log(folder / ".download.jsonl") as log:
         failures = _failures(log)
         todo = _todo(items, failures, again)
         report, tried = DownloadReport(folder, 0, Counter(), 0), 0
-        for item, reason, detail in progress(_fetch_all(todo, folder, how, workers, patience), 'download', 'clip', len(todo)):
+        for item, reason, detail in progress(
+            _fetch_all(todo, folder, how, workers, patience), "download", "clip", len(todo)
+        ):
             failures[item.name] = row = dict(name=item.name, reason=reason, detail=detail)
             log.append(row)
-            report.fetched, tried = report.fetched + (not reason), tried+1
-    rows = [(i.id, f'{i.start:g}', i.label, i.split, folder/f'{i.name}.mp4', failures[i.name]['reason'], failures[i.name]['detail']) for i in items if failures.get(i.name, {}).get('reason')]
-    _table(folder/'download.csv', rows, ('id', 'start', 'label', 'split', 'path', 'reason', 'detail'))
-    report.failed, report.left = Counter(r[5] for r in rows), len(todo)-tried
+            report.fetched, tried = report.fetched + (not reason), tried + 1
+    rows = [
+        (
+            i.id,
+            f"{i.start:g}",
+            i.label,
+            i.split,
+            folder / f"{i.name}.mp4",
+            failures[i.name]["reason"],
+            failures[i.name]["detail"],
+        )
+        for i in items
+        if failures.get(i.name, {}).get("reason")
+    ]
+    _table(folder / "download.csv", rows, ("id", "start", "label", "split", "path", "reason", "detail"))
+    report.failed, report.left = Counter(r[5] for r in rows), len(todo) - tried
     return report

@@ -13,49 +13,72 @@ from .frechet import embedding_rows
 # %% ../../nbs/metrics/43_clip_score.ipynb #a2d09074
 def _unit(x, name):
     n = np.linalg.norm(x, axis=-1, keepdims=True)
-    if (n==0).any(): raise FoleyError(f'{name}: an embedding is all zeros and has no direction; look at what made it')
-    return x/n
+    if (n == 0).any():
+        raise FoleyError(f"{name}: an embedding is all zeros and has no direction; look at what made it")
+    return x / n
+
 
 def clip_cosine(
-    audio,             # Embedding of the sound, `(d,)`
-    frames,            # Embeddings of the frames, `(T, d)`, not normalised
-    over:str='raw',    # 'raw': cosine with the mean frame; 'unit': with the mean of unit-length frames; 'cosine': mean of the frames' cosines
-)->float:              # In [-1, 1]
+    audio,  # Embedding of the sound, `(d,)`
+    frames,  # Embeddings of the frames, `(T, d)`, not normalised
+    over: str = "raw",  # 'raw': cosine with the mean frame; 'unit': with the mean of unit-length frames; 'cosine': mean of the frames' cosines
+) -> float:  # In [-1, 1]
     "Cosine between a sound and the frames of its video"
-    a, f = embedding_rows(audio[None] if hasattr(audio, 'ndim') else [audio], 'audio', 1), embedding_rows(frames, 'frames', 1)
-    if a.shape[1]!=f.shape[1]: raise FoleyError(f'audio has {a.shape[1]} numbers and frames {f.shape[1]}; use the image network that the audio network was trained to agree with')
-    ways = dict(raw=lambda: _unit(f.mean(0), 'frames'), unit=lambda: _unit(_unit(f, 'frames').mean(0), 'frames'), cosine=lambda: _unit(f, 'frames').mean(0))
-    if over not in ways: raise FoleyError(f"over: there is no '{over}'; choose one of {', '.join(ways)}")
-    return float((_unit(a, 'audio')[0]*ways[over]()).sum())
+    a, f = (
+        embedding_rows(audio[None] if hasattr(audio, "ndim") else [audio], "audio", 1),
+        embedding_rows(frames, "frames", 1),
+    )
+    if a.shape[1] != f.shape[1]:
+        raise FoleyError(
+            f"audio has {a.shape[1]} numbers and frames {f.shape[1]}; use the image network that the audio network was trained to agree with"
+        )
+    ways = dict(
+        raw=lambda: _unit(f.mean(0), "frames"),
+        unit=lambda: _unit(_unit(f, "frames").mean(0), "frames"),
+        cosine=lambda: _unit(f, "frames").mean(0),
+    )
+    if over not in ways:
+        raise FoleyError(f"over: there is no '{over}'; choose one of {', '.join(ways)}")
+    return float((_unit(a, "audio")[0] * ways[over]()).sum())
 
 # %% ../../nbs/metrics/43_clip_score.ipynb #03019ff1
 def clip_score(
-    audio,           # Embeddings of the sounds, `(n, d)`, each made on its own
-    frames,          # Embeddings of the frames, n arrays `(T_i, d)`, or `(n, T, d)`
-    over:str='raw',  # As `clip_cosine`
-)->dict:             # cosine `(n,)`; 100cos and 50+50cos, means over clips; clips
+    audio,  # Embeddings of the sounds, `(n, d)`, each made on its own
+    frames,  # Embeddings of the frames, n arrays `(T_i, d)`, or `(n, T, d)`
+    over: str = "raw",  # As `clip_cosine`
+) -> dict:  # cosine `(n,)`; 100cos and 50+50cos, means over clips; clips
     "Mean CLIP score over clips, in both scalings"
-    if len(audio)!=len(frames): raise FoleyError(f'audio has {len(audio)} clips and frames {len(frames)}; give the same clips in the same order')
-    if not len(audio): raise FoleyError('audio: there are no clips; give at least one')
-    c = np.array([clip_cosine(a, f, over) for a,f in zip(audio, frames)])
-    return {'cosine':c, '100cos':float(100*c.mean()), '50+50cos':float(50+50*c.mean()), 'clips':len(c)}
+    if len(audio) != len(frames):
+        raise FoleyError(
+            f"audio has {len(audio)} clips and frames {len(frames)}; give the same clips in the same order"
+        )
+    if not len(audio):
+        raise FoleyError("audio: there are no clips; give at least one")
+    c = np.array([clip_cosine(a, f, over) for a, f in zip(audio, frames)])
+    return {"cosine": c, "100cos": float(100 * c.mean()), "50+50cos": float(50 + 50 * c.mean()), "clips": len(c)}
 
 # %% ../../nbs/metrics/43_clip_score.ipynb #58db8fa5
 def ib_score(
-    video,      # ImageBind's embeddings of the videos, `(n, d)`
-    audio,      # And of the sounds, `(n, d)`, in the same order
-)->np.ndarray:  # Cosine of each clip, `(n,)`; papers print its mean, often times 100
+    video,  # ImageBind's embeddings of the videos, `(n, d)`
+    audio,  # And of the sounds, `(n, d)`, in the same order
+) -> np.ndarray:  # Cosine of each clip, `(n,)`; papers print its mean, often times 100
     "ImageBind score of each clip"
-    v, a = embedding_rows(video, 'video', 1), embedding_rows(audio, 'audio', 1)
-    if v.shape!=a.shape: raise FoleyError(f'video has shape {v.shape} and audio {a.shape}; give the same clips in the same order')
-    return (_unit(v, 'video')*_unit(a, 'audio')).sum(-1)
+    v, a = embedding_rows(video, "video", 1), embedding_rows(audio, "audio", 1)
+    if v.shape != a.shape:
+        raise FoleyError(f"video has shape {v.shape} and audio {a.shape}; give the same clips in the same order")
+    return (_unit(v, "video") * _unit(a, "audio")).sum(-1)
+
 
 def desync(
-    *logits,           # Synchformer's, each `(n, 21)`: of the first and of the last 14 segments, or any number of windows
-    limit:float=2.,    # Offsets run from -limit to limit, s
-)->np.ndarray:         # Seconds out of step, `(n,)`, mean over the windows; 0 is best
+    *logits,  # Synchformer's, each `(n, 21)`: of the first and of the last 14 segments, or any number of windows
+    limit: float = 2.0,  # Offsets run from -limit to limit, s
+) -> np.ndarray:  # Seconds out of step, `(n,)`, mean over the windows; 0 is best
     "DeSync of each clip"
-    if not logits: raise FoleyError('logits: give one array (n, 21) per window')
-    rows = [embedding_rows(l, 'logits', 1) for l in logits]
-    if len({r.shape for r in rows})>1: raise FoleyError(f"logits: have shapes {', '.join(str(r.shape) for r in rows)}; give the same clips and offsets for every window")
+    if not logits:
+        raise FoleyError("logits: give one array (n, 21) per window")
+    rows = [embedding_rows(l, "logits", 1) for l in logits]
+    if len({r.shape for r in rows}) > 1:
+        raise FoleyError(
+            f"logits: have shapes {', '.join(str(r.shape) for r in rows)}; give the same clips and offsets for every window"
+        )
     return np.mean([np.abs(np.linspace(-limit, limit, r.shape[1])[r.argmax(1)]) for r in rows], 0)

@@ -13,57 +13,74 @@ from ..core import FoleyError, progress
 from ..media import Clip, SR, read_audio, write_wav
 from ..data import passby
 from .doppler import MODULATION, f0_range, f0_track
-from .evaluate import TEST, Take, _load, build, check_systems, claim, processes, read_rows, write_rows
+from smooth_foley.metrics.evaluate import (
+    TEST,
+    Take,
+    _load,
+    build,
+    check_systems,
+    claim,
+    processes,
+    read_rows,
+    write_rows,
+)
 from .physics import as_heard, level_track, loudest, same_shift, share_interval, turned
 from .temporal import bootstrap_interval
 
 # %% ../../nbs/metrics/46a_counterfactual.ipynb #a9c91c4b
 FILMS = ("reversed", "moved", "distance")
-FARTHER = 2.5    # The film called distance is so many times as far away, or as near
-STEADY = tuple(l for l in passby.TONAL if l not in MODULATION)   # The source keeps its pitch: it moves by Doppler alone
+FARTHER = 2.5  # The film called distance is so many times as far away, or as near
+STEADY = tuple(l for l in passby.TONAL if l not in MODULATION)  # The source keeps its pitch: it moves by Doppler alone
+
 
 def _other_dials(d, last):
     "What each film changes; `last` is the time of the last frame, s"
     near, far = passby.SOURCES[d.label].nearest
-    scale = 1 / FARTHER if d.nearest > (near * far) ** .5 else FARTHER
+    scale = 1 / FARTHER if d.nearest > (near * far) ** 0.5 else FARTHER
     return dict(
         reversed=dict(heading=-d.heading, t_nearest=last - d.t_nearest),
         moved=dict(t_nearest=d.t_nearest + (3 if d.t_nearest < passby.DURATION / 2 else -3)),
-        distance=dict(nearest=scale * d.nearest, height=scale * d.height))
+        distance=dict(nearest=scale * d.nearest, height=scale * d.height),
+    )
+
 
 def films(
-    seed:int,          # Of the scene
-    split:str,         # 'passby' or 'passby_continuous'
-    fps:float=15.,     # Frames per second
-    size:int=64,       # Side of the picture, px
-    frames:bool=True,  # Render the pictures? The truth needs none
-)->dict:               # 'film' and each of `FILMS` -> `Scene` whose audio and truth belong to what is shown
+    seed: int,  # Of the scene
+    split: str,  # 'passby' or 'passby_continuous'
+    fps: float = 15.0,  # Frames per second
+    size: int = 64,  # Side of the picture, px
+    frames: bool = True,  # Render the pictures? The truth needs none
+) -> dict:  # 'film' and each of `FILMS` -> `Scene` whose audio and truth belong to what is shown
     "A scene, and the same scene with one thing changed"
-    plain = dict(active=((-9., 99.),), occluded=None, leaves=None)
+    plain = dict(active=((-9.0, 99.0),), occluded=None, leaves=None)
     film = passby.scene(seed, split, fps, size, frames, **plain)
-    if not passby.SOURCES[film.label].mover: raise FoleyError(f"seed {seed}: {film.label} does not move; choose a scene of a mover")
+    if not passby.SOURCES[film.label].mover:
+        raise FoleyError(f"seed {seed}: {film.label} does not move; choose a scene of a mover")
     out = dict(film=film)
     for name, change in _other_dials(film.dials, film.times[-1]).items():
         shown = frames and name != "reversed"
         out[name] = passby.scene(seed, split, fps, size, shown, **plain, **change)
-    if frames: out["reversed"].frames = film.frames[::-1]
+    if frames:
+        out["reversed"].frames = film.frames[::-1]
     return out
 
 # %% ../../nbs/metrics/46a_counterfactual.ipynb #e3be73b5
 def _tracks(audio, label):
     "Level (dB), pitch (cents, or None), and the loudest moment (s) of a sound"
     cents = 1200 * np.log2(f0_track(audio, SR, *f0_range(label))) if label in STEADY else None
-    return dict(level=level_track(audio, SR), pitch=cents, loudest=loudest(level_track(audio, SR, win=.4)))
+    return dict(level=level_track(audio, SR), pitch=cents, loudest=loudest(level_track(audio, SR, win=0.4)))
+
 
 def _true_tracks(scene):
     "The same, from the distance"
     law, ratio = as_heard(scene.truth["distance"])
     return dict(level=law, pitch=1200 * np.log2(ratio), loudest=loudest(law))
 
+
 def outcomes(
-    sounds:dict,    # 'film' and each of `FILMS` -> waveform, `(n,)` at 16 kHz
-    scenes:dict,    # From `films`
-)->list:            # Dicts: film, level, level_slope, pitch, pitch_slope, loudest
+    sounds: dict,  # 'film' and each of `FILMS` -> waveform, `(n,)` at 16 kHz
+    scenes: dict,  # From `films`
+) -> list:  # Dicts: film, level, level_slope, pitch, pitch_slope, loudest
     "Did the sound turn with the film? One row per film"
     found = {k: _tracks(x, scenes[k].label) for k, x in sounds.items()}
     true = {k: _true_tracks(s) for k, s in scenes.items()}
@@ -72,7 +89,8 @@ def outcomes(
         b, q = found[name], true[name]
         level = turned(a["level"], b["level"], p["level"], q["level"])
         row = dict(film=name, level=level["right"], level_slope=level["slope"])
-        if name != "distance": row["loudest"] = same_shift(a["loudest"], b["loudest"], p["loudest"], q["loudest"])
+        if name != "distance":
+            row["loudest"] = same_shift(a["loudest"], b["loudest"], p["loudest"], q["loudest"])
         if a["pitch"] is not None:
             pitch = turned(a["pitch"], b["pitch"], p["pitch"], q["pitch"], least=20, tie=1)
             row |= dict(pitch=pitch["right"], pitch_slope=pitch["slope"])
@@ -83,39 +101,51 @@ def outcomes(
 COLUMNS = ["film", "split", "clip", "label", "system", "level", "level_slope", "pitch", "pitch_slope", "loudest"]
 _NO_MODEL = ("truth-vocoded", "truth-vae", "other")
 
+
 def mover_seeds(
-    split:str,     # 'passby' or 'passby_continuous'
-    n:int,         # How many
-)->list:           # Seeds of test scenes
+    split: str,  # 'passby' or 'passby_continuous'
+    n: int,  # How many
+) -> list:  # Seeds of test scenes
     "The first test scenes in which something moves"
-    if split not in passby.SPLITS: raise FoleyError(f"split {split!r}: films are rendered by Passby; choose from {', '.join(passby.SPLITS)}")
-    if n < 1: raise FoleyError(f"n is {n}: give the number of scenes, 1 or more")
+    if split not in passby.SPLITS:
+        raise FoleyError(f"split {split!r}: films are rendered by Passby; choose from {', '.join(passby.SPLITS)}")
+    if n < 1:
+        raise FoleyError(f"n is {n}: give the number of scenes, 1 or more")
     seeds, seed = [], TEST
     while len(seeds) < n:
-        if passby.draw_dials(seed, split).label in passby.MOVERS: seeds.append(seed)
+        if passby.draw_dials(seed, split).label in passby.MOVERS:
+            seeds.append(seed)
         seed += 1
     return seeds
 
+
 def _always_on(spec, pipe, seed, steps):
     "A system that is told nothing about when it sounds"
-    if spec.base not in _NO_MODEL: spec = type(spec)(spec.name, spec.base, spec.parts, {**spec.options, "condition": "always"})
+    if spec.base not in _NO_MODEL:
+        spec = type(spec)(spec.name, spec.base, spec.parts, {**spec.options, "condition": "always"})
     return build(spec, pipe, seed, steps)
 
-def _sound_of(folder, name): return {k: folder / k / f"{name}.wav" for k in ("film", *FILMS)}
+
+def _sound_of(folder, name):
+    return {k: folder / k / f"{name}.wav" for k in ("film", *FILMS)}
 
 # %% ../../nbs/metrics/46a_counterfactual.ipynb #0d17eae1
 def generate_films(
-    systems:dict,             # Name -> `sound(takes)`
-    split:str, seeds:list,    # Scenes
-    out,                      # Folder of the sounds
-    fps:float=15., size:int=64,
-    rank:int=0, world:int=1,  # This process, and how many there are
+    systems: dict,  # Name -> `sound(takes)`
+    split: str,
+    seeds: list,  # Scenes
+    out,  # Folder of the sounds
+    fps: float = 15.0,
+    size: int = 64,
+    rank: int = 0,
+    world: int = 1,  # This process, and how many there are
 ):
     "Every sound that is missing"
     for seed in progress(seeds[rank::world], desc="films", unit="scene"):
         name = f"{split}-{seed}"
         todo = [s for s in systems if not all(p.exists() for p in _sound_of(Path(out) / s, name).values())]
-        if not todo: continue
+        if not todo:
+            continue
         scenes = films(seed, split, fps, size)
         takes = [Take(Clip(s.frames, s.times, s.duration, name), s.label, s.audio) for s in scenes.values()]
         for s in todo:
@@ -126,24 +156,27 @@ def generate_films(
 
 # %% ../../nbs/metrics/46a_counterfactual.ipynb #c6de6614
 def measure_films(
-    systems,                  # Names
-    split:str, seeds:list,    # Scenes
-    out,                      # Folder of the sounds
-)->list:                      # Rows with `COLUMNS`
+    systems,  # Names
+    split: str,
+    seeds: list,  # Scenes
+    out,  # Folder of the sounds
+) -> list:  # Rows with `COLUMNS`
     "Outcomes of all sounds, the truth's own among them"
     rows = []
     for seed in progress(seeds, desc="outcomes", unit="scene"):
         name, scenes = f"{split}-{seed}", films(seed, split, frames=False)
         for s in ("truth", *systems):
             sounds = {k: v.audio for k, v in scenes.items()}
-            if s != "truth": sounds = {k: read_audio(p, SR) for k, p in _sound_of(Path(out) / s, name).items()}
+            if s != "truth":
+                sounds = {k: read_audio(p, SR) for k, p in _sound_of(Path(out) / s, name).items()}
             about = dict(split=split, clip=name, label=scenes["film"].label, system=s)
             rows += [about | r for r in outcomes(sounds, scenes)]
     return rows
 
+
 def summarise_films(
-    rows:list,     # Of `measure_films`
-)->list:           # Dicts: split, film, measure, system, n, value, low, high
+    rows: list,  # Of `measure_films`
+) -> list:  # Dicts: split, film, measure, system, n, value, low, high
     "Shares and mean slopes over scenes"
     out = []
     for split, film, system in dict.fromkeys((r["split"], r["film"], r["system"]) for r in rows):
@@ -151,17 +184,27 @@ def summarise_films(
         for m in COLUMNS[5:]:
             x = np.array([r.get(m, np.nan) for r in mine], float)
             x = x[np.isfinite(x)]
-            if not len(x): continue
+            if not len(x):
+                continue
             interval = bootstrap_interval(x) if m.endswith("slope") else share_interval(x)
-            out.append(dict(split=split, film=film, measure=m, system=system, n=len(x), **dict(zip(("value", "low", "high"), interval))))
+            out.append(
+                dict(
+                    split=split,
+                    film=film,
+                    measure=m,
+                    system=system,
+                    n=len(x),
+                    **dict(zip(("value", "low", "high"), interval)),
+                )
+            )
     return out
 
 # %% ../../nbs/metrics/46a_counterfactual.ipynb #f7a800f0
 def films_table(
-    out,                 # Folder of the run
+    out,  # Folder of the run
     measures=("level", "level_slope", "loudest", "pitch", "pitch_slope"),
-    names:dict={},       # System -> what the table calls it
-)->str:                  # Markdown
+    names: dict = {},  # System -> what the table calls it
+) -> str:  # Markdown
     "Systems down, films and measures across"
     rows, text = read_rows(Path(out) / "counterfactual" / "summary.csv"), []
     for split in dict.fromkeys(r["split"] for r in rows):
@@ -170,49 +213,88 @@ def films_table(
         head = "| | " + " | ".join(f"{f}: {m.replace('_', ' ')}" for f, m in columns) + " |"
         text += [f"**{split}**", "", head, "|---" * (len(columns) + 1) + "|"]
         for system in dict.fromkeys(k[2] for k in cells):
-            text.append(f"| {names.get(system, system)} | " + " | ".join(_cell(cells.get((f, m, system))) for f, m in columns) + " |")
+            text.append(
+                f"| {names.get(system, system)} | "
+                + " | ".join(_cell(cells.get((f, m, system))) for f, m in columns)
+                + " |"
+            )
         text.append("")
     return "\n".join(text).strip()
 
+
 def _cell(r):
     "Value, interval and number of scenes"
-    return "–" if r is None else "{:.2f} [{:.2f}, {:.2f}] ({})".format(*(float(r[k]) for k in ("value", "low", "high")), r["n"])
+    return (
+        "–"
+        if r is None
+        else "{:.2f} [{:.2f}, {:.2f}] ({})".format(*(float(r[k]) for k in ("value", "low", "high")), r["n"])
+    )
 
 # %% ../../nbs/metrics/46a_counterfactual.ipynb #f12f7590
 def counterfactual(
-    systems="ours,ours-clipwise",      # Comma-separated, see `evaluate.parse_system`
-    split:str="passby_continuous",     # Passby's splits, comma-separated
-    out="evaluation",                  # Folder of the run; everything is under `out/counterfactual`
-    n:int=None,                        # Scenes of movers per split; None: 60
-    seed:int=0,                        # Of the noise
-    steps:int=None,                    # Diffusion steps; None for the model's own
-    pipe=None, model=None,             # A pipeline, or the name of one; None for the small model of the package
-    device:str=None,                   # None for the best there is
-)->list:                               # Rows of summary.csv
+    systems="ours,ours-clipwise",  # Comma-separated, see `evaluate.parse_system`
+    split: str = "passby_continuous",  # Passby's splits, comma-separated
+    out="evaluation",  # Folder of the run; everything is under `out/counterfactual`
+    n: int = None,  # Scenes of movers per split; None: 60
+    seed: int = 0,  # Of the noise
+    steps: int = None,  # Diffusion steps; None for the model's own
+    pipe=None,
+    model=None,  # A pipeline, or the name of one; None for the small model of the package
+    device: str = None,  # None for the best there is
+) -> list:  # Rows of summary.csv
     "Show every system the same scenes reversed, moved and at another distance, and count the right turns"
     specs, state = check_systems(systems), processes(device)
     out, splits = Path(out) / "counterfactual", [s.strip() for s in split.split(",") if s.strip()]
     seeds = {s: mover_seeds(s, 60 if n is None else n) for s in splits}
-    if not seeds: raise FoleyError(f"split is empty: choose from {', '.join(passby.SPLITS)}")
+    if not seeds:
+        raise FoleyError(f"split is empty: choose from {', '.join(passby.SPLITS)}")
     pipe, made, rows = _load(pipe, model, device or str(state.device)), {}, []
     for s in specs:
         made[s.name], about = _always_on(s, pipe, seed, steps)
         claim(out / s.name, about)
     for s in splits:
-        generate_films(made, s, seeds[s], out, pipe.config.fps, pipe.frame_encoder.image_size, state.process_index, state.num_processes)
+        generate_films(
+            made,
+            s,
+            seeds[s],
+            out,
+            pipe.config.fps,
+            pipe.frame_encoder.image_size,
+            state.process_index,
+            state.num_processes,
+        )
     state.wait_for_everyone()
     if state.is_main_process:
-        for s in splits: rows += measure_films(made, s, seeds[s], out)
+        for s in splits:
+            rows += measure_films(made, s, seeds[s], out)
         write_rows(out / "clips.csv", rows, COLUMNS)
-        write_rows(out / "summary.csv", summarise_films(rows), ["split", "film", "measure", "system", "n", "value", "low", "high"])
+        write_rows(
+            out / "summary.csv",
+            summarise_films(rows),
+            ["split", "film", "measure", "system", "n", "value", "low", "high"],
+        )
     state.wait_for_everyone()
     return read_rows(out / "summary.csv")
 
 # %% ../../nbs/metrics/46a_counterfactual.ipynb #aea27ddb
-def run_command(args)->str: # What is to be printed
+def run_command(args) -> str:  # What is to be printed
     "`smooth-foley evaluate --counterfactual`"
     wrong = [f"--{k}" for k in ("only", "generated", "reference", "metrics") if getattr(args, k)]
-    if wrong: raise FoleyError(f"--counterfactual: does not go with {', '.join(wrong)}; leave one of them out")
+    if wrong:
+        raise FoleyError(f"--counterfactual: does not go with {', '.join(wrong)}; leave one of them out")
     out, model = args.out or "evaluation", None if args.model == "mini" else args.model
-    counterfactual(args.systems or "ours,ours-clipwise", args.split or "passby_continuous", out, args.n, args.seed, args.steps, model=model, device=args.device)
-    return f"{films_table(out)}\nwritten: {out}/counterfactual/clips.csv, summary.csv" if processes().is_main_process else ""
+    counterfactual(
+        args.systems or "ours,ours-clipwise",
+        args.split or "passby_continuous",
+        out,
+        args.n,
+        args.seed,
+        args.steps,
+        model=model,
+        device=args.device,
+    )
+    return (
+        f"{films_table(out)}\nwritten: {out}/counterfactual/clips.csv, summary.csv"
+        if processes().is_main_process
+        else ""
+    )

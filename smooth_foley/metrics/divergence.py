@@ -12,44 +12,56 @@ from .frechet import embedding_rows
 
 # %% ../../nbs/metrics/42_divergence.ipynb #82a340ca
 def log_softmax(
-    logits,     # `(n, classes)`
-)->np.ndarray:  # Logarithms of the probabilities, float64
+    logits,  # `(n, classes)`
+) -> np.ndarray:  # Logarithms of the probabilities, float64
     "Logits to log-probabilities over the last axis"
-    x = np.asarray(logits, np.float64); x = x-x.max(-1, keepdims=True)
-    return x-np.log(np.exp(x).sum(-1, keepdims=True))
+    x = np.asarray(logits, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 # %% ../../nbs/metrics/42_divergence.ipynb #f6992eb0
 def kl_per_clip(
-    real,               # Logits of the real sounds, `(n, classes)`
-    generated,          # Logits of the generated ones, `(k*n, classes)`, k rows per clip in a row
-    eps:float=0.,       # Added to the generated probability before the logarithm; 0: exact
-)->np.ndarray:          # KL(real || generated) of each clip in nats, `(n,)`, mean of its k samples
+    real,  # Logits of the real sounds, `(n, classes)`
+    generated,  # Logits of the generated ones, `(k*n, classes)`, k rows per clip in a row
+    eps: float = 0.0,  # Added to the generated probability before the logarithm; 0: exact
+) -> np.ndarray:  # KL(real || generated) of each clip in nats, `(n,)`, mean of its k samples
     "How surprising the generated sound is to one who expects the real one"
-    real, generated = embedding_rows(real, 'real', 1), embedding_rows(generated, 'generated', 1)
-    if real.shape[1]!=generated.shape[1]: raise FoleyError(f'real has {real.shape[1]} classes and generated {generated.shape[1]}; use the same classifier for both')
-    if len(generated)%len(real): raise FoleyError(f'real has {len(real)} rows and generated {len(generated)}; give the same clips in the same order, or k generated rows per clip')
-    if eps<0: raise FoleyError(f'eps={eps:g}: is added to a probability; give 0 or a small positive number')
-    log_p, log_q = log_softmax(real)[:,None], log_softmax(generated).reshape(len(real), -1, real.shape[1])
-    if eps: log_q = np.log(np.exp(log_q)+eps)
-    return (np.exp(log_p)*(log_p-log_q)).sum(-1).mean(-1)
+    real, generated = embedding_rows(real, "real", 1), embedding_rows(generated, "generated", 1)
+    if real.shape[1] != generated.shape[1]:
+        raise FoleyError(
+            f"real has {real.shape[1]} classes and generated {generated.shape[1]}; use the same classifier for both"
+        )
+    if len(generated) % len(real):
+        raise FoleyError(
+            f"real has {len(real)} rows and generated {len(generated)}; give the same clips in the same order, or k generated rows per clip"
+        )
+    if eps < 0:
+        raise FoleyError(f"eps={eps:g}: is added to a probability; give 0 or a small positive number")
+    log_p, log_q = log_softmax(real)[:, None], log_softmax(generated).reshape(len(real), -1, real.shape[1])
+    if eps:
+        log_q = np.log(np.exp(log_q) + eps)
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean(-1)
+
 
 def mean_kl(
-    real, generated,    # As `kl_per_clip`
-)->dict:                # kl (exact), kl_eps (1e-6, as SpecVQGAN and audioldm_eval), clips, samples
+    real,
+    generated,  # As `kl_per_clip`
+) -> dict:  # kl (exact), kl_eps (1e-6, as SpecVQGAN and audioldm_eval), clips, samples
     "Mean KL(real || generated) in both variants"
     kl, kl_eps = kl_per_clip(real, generated), kl_per_clip(real, generated, 1e-6)
-    return dict(kl=float(kl.mean()), kl_eps=float(kl_eps.mean()), clips=len(kl), samples=len(generated)//len(kl))
+    return dict(kl=float(kl.mean()), kl_eps=float(kl_eps.mean()), clips=len(kl), samples=len(generated) // len(kl))
 
 # %% ../../nbs/metrics/42_divergence.ipynb #e9d73b5e
 def inception_score(
-    logits,             # Of generated sounds, `(n, classes)`
-    splits:int=10,      # Parts whose scores are averaged
-    seed:int=2020,      # Of the shuffle, as av-benchmark and audioldm_eval; None: leave the order
-)->tuple:               # mean, standard deviation over the parts
+    logits,  # Of generated sounds, `(n, classes)`
+    splits: int = 10,  # Parts whose scores are averaged
+    seed: int = 2020,  # Of the shuffle, as av-benchmark and audioldm_eval; None: leave the order
+) -> tuple:  # mean, standard deviation over the parts
     "Clear clips, many classes: between 1 and the number of classes"
-    x = embedding_rows(logits, 'logits', 1)
-    if not 1<=splits<=len(x): raise FoleyError(f'splits={splits}: there are {len(x)} clips; choose from 1 to {len(x)}')
+    x = embedding_rows(logits, "logits", 1)
+    if not 1 <= splits <= len(x):
+        raise FoleyError(f"splits={splits}: there are {len(x)} clips; choose from 1 to {len(x)}")
     log_p = log_softmax(x if seed is None else x[np.random.RandomState(seed).permutation(len(x))])
-    parts = [log_p[i*len(x)//splits:(i+1)*len(x)//splits] for i in range(splits)]
-    v = [np.exp((np.exp(l)*(l-np.log(np.exp(l).mean(0)))).sum(1).mean()) for l in parts]
+    parts = [log_p[i * len(x) // splits : (i + 1) * len(x) // splits] for i in range(splits)]
+    v = [np.exp((np.exp(l) * (l - np.log(np.exp(l).mean(0)))).sum(1).mean()) for l in parts]
     return float(np.mean(v)), float(np.std(v))

@@ -15,181 +15,226 @@ from .temporal import activity
 
 # %% ../../nbs/metrics/45_doppler.ipynb #764a5830
 def spectra(
-    audio,             # Waveform, `(n,)`
-    sr:int,            # Hz
-    win:float=.064,    # Hann window, s
-    hop:float=.01,     # s
-    n_fft:int=4096,    # At least the window
-)->np.ndarray:         # `(round(n/sr/hop), n_fft//2+1)` float32
+    audio,  # Waveform, `(n,)`
+    sr: int,  # Hz
+    win: float = 0.064,  # Hann window, s
+    hop: float = 0.01,  # s
+    n_fft: int = 4096,  # At least the window
+) -> np.ndarray:  # `(round(n/sr/hop), n_fft//2+1)` float32
     "Root of the magnitude around each multiple of `hop`"
-    n, m = int(win*sr), round(len(audio)/sr/hop)
-    padded = np.pad(np.asarray(audio, np.float32), (n//2, n))
-    start = np.round(np.arange(m)*hop*sr).astype(int)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, n)[start]*np.hanning(n).astype(np.float32)
+    n, m = int(win * sr), round(len(audio) / sr / hop)
+    padded = np.pad(np.asarray(audio, np.float32), (n // 2, n))
+    start = np.round(np.arange(m) * hop * sr).astype(int)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, n)[start] * np.hanning(n).astype(np.float32)
     return np.sqrt(np.abs(np.fft.rfft(frames, n_fft)), dtype=np.float32)
 
-def candidates(fmin:float, fmax:float, cents:float=10.)->np.ndarray: # Hz
+
+def candidates(fmin: float, fmax: float, cents: float = 10.0) -> np.ndarray:  # Hz
     "Fundamentals that are tried"
-    if not 0<fmin<fmax: raise FoleyError(f'fmin={fmin:g} and fmax={fmax:g}: give a range in Hz with 0 < fmin < fmax')
-    return fmin*2**(np.arange(math.ceil(1200*math.log2(fmax/fmin)/cents)+1)*cents/1200)
+    if not 0 < fmin < fmax:
+        raise FoleyError(f"fmin={fmin:g} and fmax={fmax:g}: give a range in Hz with 0 < fmin < fmax")
+    return fmin * 2 ** (np.arange(math.ceil(1200 * math.log2(fmax / fmin) / cents) + 1) * cents / 1200)
+
 
 def harmonic_sum(
-    A,                 # From `spectra`, `(m, k)`
-    grid,              # From `candidates`, Hz
-    bin_width:float,   # Of `A`, Hz
-    harmonics:int=8,   # How many are added
-    decay:float=.8,    # Weight of each against the one before
-)->np.ndarray:         # `(m, len(grid))`
+    A,  # From `spectra`, `(m, k)`
+    grid,  # From `candidates`, Hz
+    bin_width: float,  # Of `A`, Hz
+    harmonics: int = 8,  # How many are added
+    decay: float = 0.8,  # Weight of each against the one before
+) -> np.ndarray:  # `(m, len(grid))`
     "Evidence for each candidate"
     S = np.zeros((len(A), len(grid)), np.float32)
     for h in range(harmonics):
-        pos = grid*(h+1)/bin_width; ok = pos<A.shape[1]-2
-        i = np.minimum(pos.astype(int), A.shape[1]-2); w = (pos-i).astype(np.float32)
-        S += decay**h*ok*((1-w)*A[:,i]+w*A[:,i+1])
+        pos = grid * (h + 1) / bin_width
+        ok = pos < A.shape[1] - 2
+        i = np.minimum(pos.astype(int), A.shape[1] - 2)
+        w = (pos - i).astype(np.float32)
+        S += decay**h * ok * ((1 - w) * A[:, i] + w * A[:, i + 1])
     return S
 
 # %% ../../nbs/metrics/45_doppler.ipynb #00592c66
 def ridge(
-    S,                  # Evidence, `(m, n)`, each row at most 1
-    cents:float=10.,    # Spacing of the columns
-    jump:float=1.,      # Cost of a semitone
-    most:float=120.,    # Largest movement per step, cents
-)->np.ndarray:          # Column per row, `(m,)`
+    S,  # Evidence, `(m, n)`, each row at most 1
+    cents: float = 10.0,  # Spacing of the columns
+    jump: float = 1.0,  # Cost of a semitone
+    most: float = 120.0,  # Largest movement per step, cents
+) -> np.ndarray:  # Column per row, `(m,)`
     "Path of largest evidence"
-    K, cols = math.ceil(most/cents), np.arange(S.shape[1])
-    cost = (jump*np.abs(np.arange(-K,K+1))*cents/100).astype(np.float32)
+    K, cols = math.ceil(most / cents), np.arange(S.shape[1])
+    cost = (jump * np.abs(np.arange(-K, K + 1)) * cents / 100).astype(np.float32)
     score, back = S[0].copy(), np.zeros(S.shape, np.int32)
     for t in range(1, len(S)):
-        v = np.lib.stride_tricks.sliding_window_view(np.pad(score, K, constant_values=-1e9), 2*K+1)-cost
-        j = v.argmax(1); back[t] = cols+j-K; score = v[cols,j]+S[t]
+        v = np.lib.stride_tricks.sliding_window_view(np.pad(score, K, constant_values=-1e9), 2 * K + 1) - cost
+        j = v.argmax(1)
+        back[t] = cols + j - K
+        score = v[cols, j] + S[t]
     path = [int(score.argmax())]
-    for t in range(len(S)-1, 0, -1): path.append(int(back[t, path[-1]]))
+    for t in range(len(S) - 1, 0, -1):
+        path.append(int(back[t, path[-1]]))
     return np.array(path[::-1])
 
+
 def f0_track(
-    audio,               # Waveform, `(n,)`
-    sr:int,              # Hz
-    fmin:float,          # Lowest fundamental, Hz
-    fmax:float,          # Highest, Hz
-    hop:float=.01,       # s
-    voiced:float=1.6,    # Best evidence over the mean of all candidates: white noise reaches 1.4, a siren 8
-)->np.ndarray:           # Hz at `1/hop`, nan where nothing sounds or nothing has a pitch
+    audio,  # Waveform, `(n,)`
+    sr: int,  # Hz
+    fmin: float,  # Lowest fundamental, Hz
+    fmax: float,  # Highest, Hz
+    hop: float = 0.01,  # s
+    voiced: float = 1.6,  # Best evidence over the mean of all candidates: white noise reaches 1.4, a siren 8
+) -> np.ndarray:  # Hz at `1/hop`, nan where nothing sounds or nothing has a pitch
     "Fundamental frequency over time"
-    win = .128 if fmin<160 else .064
-    n_fft = 1 << max(12, (int(win*sr)-1).bit_length())
+    win = 0.128 if fmin < 160 else 0.064
+    n_fft = 1 << max(12, (int(win * sr) - 1).bit_length())
     grid = candidates(fmin, fmax)
-    if len(audio)<sr*hop: return np.zeros(0)
-    S = harmonic_sum(spectra(audio, sr, win, hop, n_fft), grid, sr/n_fft)
-    clear, S = S.max(1)/np.maximum(S.mean(1),1e-9), S/np.maximum(S.max(1,keepdims=True),1e-9)
-    row, i = np.arange(len(S)), np.clip(ridge(S), 1, len(grid)-2)
-    a, b, c = S[row,i-1], S[row,i], S[row,i+1]
-    f = grid[i]*2**(np.clip(.5*(a-c)/np.minimum(a-2*b+c,-1e-9), -.5, .5)*10/1200)
-    on = np.interp(np.arange(len(f))*hop, np.arange(round(len(audio)/sr*100))/100, activity(audio, sr))>.5
-    return np.where(on&(clear>voiced), f, np.nan)
+    if len(audio) < sr * hop:
+        return np.zeros(0)
+    S = harmonic_sum(spectra(audio, sr, win, hop, n_fft), grid, sr / n_fft)
+    clear, S = S.max(1) / np.maximum(S.mean(1), 1e-9), S / np.maximum(S.max(1, keepdims=True), 1e-9)
+    row, i = np.arange(len(S)), np.clip(ridge(S), 1, len(grid) - 2)
+    a, b, c = S[row, i - 1], S[row, i], S[row, i + 1]
+    f = grid[i] * 2 ** (np.clip(0.5 * (a - c) / np.minimum(a - 2 * b + c, -1e-9), -0.5, 0.5) * 10 / 1200)
+    on = np.interp(np.arange(len(f)) * hop, np.arange(round(len(audio) / sr * 100)) / 100, activity(audio, sr)) > 0.5
+    return np.where(on & (clear > voiced), f, np.nan)
 
 # %% ../../nbs/metrics/45_doppler.ipynb #61f99b53
 def f0_correlation(
-    track,                  # Found, Hz, `(n,)`, nan where unvoiced
-    true,                   # True, Hz, `(n,)`, nan where there is none
-    min_frames:int=100,     # Fewer common instants: nan
-    min_cents:float=20.,    # Less variation of the true pitch: nan
-)->dict:                    # correlation, slope, cents (mean absolute error without offset), frames
+    track,  # Found, Hz, `(n,)`, nan where unvoiced
+    true,  # True, Hz, `(n,)`, nan where there is none
+    min_frames: int = 100,  # Fewer common instants: nan
+    min_cents: float = 20.0,  # Less variation of the true pitch: nan
+) -> dict:  # correlation, slope, cents (mean absolute error without offset), frames
     "How well one pitch follows another"
     f, g = np.asarray(track, float), np.asarray(true, float)
-    if f.shape!=g.shape: raise FoleyError(f'track has shape {f.shape} and true {g.shape}; give both on the same timeline')
-    ok = np.isfinite(f)&np.isfinite(g)
+    if f.shape != g.shape:
+        raise FoleyError(f"track has shape {f.shape} and true {g.shape}; give both on the same timeline")
+    ok = np.isfinite(f) & np.isfinite(g)
     out = dict(correlation=np.nan, slope=np.nan, cents=np.nan, frames=int(ok.sum()))
-    if ok.sum()<min_frames: return out
-    a, b = 1200*np.log2(f[ok]), 1200*np.log2(g[ok])
-    if b.std()<min_cents: return out
-    a, b = a-a.mean(), b-b.mean()
-    e = a-b
-    return dict(out, correlation=float((a*b).mean()/(a.std()*b.std()+1e-9)), slope=float((a*b).mean()/b.var()), cents=float(np.abs(e-np.median(e)).mean()))
+    if ok.sum() < min_frames:
+        return out
+    a, b = 1200 * np.log2(f[ok]), 1200 * np.log2(g[ok])
+    if b.std() < min_cents:
+        return out
+    a, b = a - a.mean(), b - b.mean()
+    e = a - b
+    return dict(
+        out,
+        correlation=float((a * b).mean() / (a.std() * b.std() + 1e-9)),
+        slope=float((a * b).mean() / b.var()),
+        cents=float(np.abs(e - np.median(e)).mean()),
+    )
 
 # %% ../../nbs/metrics/45_doppler.ipynb #54508d0c
-MODULATION = {'police car (siren)':(.62,1.38), 'civil defense siren':(.7,1.3), 'driving motorcycle':(.88,1.12), 'motorboat, speedboat acceleration':(1.,1.5)}
+MODULATION = {
+    "police car (siren)": (0.62, 1.38),
+    "civil defense siren": (0.7, 1.3),
+    "driving motorcycle": (0.88, 1.12),
+    "motorboat, speedboat acceleration": (1.0, 1.5),
+}
+
 
 def f0_range(
-    label:str,       # One of Passby's with a pitch
-)->tuple:            # Lowest and highest fundamental at the microphone, Hz
+    label: str,  # One of Passby's with a pitch
+) -> tuple:  # Lowest and highest fundamental at the microphone, Hz
     "Where a label's pitch can lie"
     s = passby.SOURCES.get(label)
-    if s is None or not s.f0: raise FoleyError(f"label: '{label}' has no pitch in Passby; choose one of {', '.join(l for l in passby.LABELS if passby.SOURCES[l].f0)}")
-    lo, hi = MODULATION.get(label, (1.,1.)); v = s.speed[1]/passby.C
-    return .97*s.f0[0]*lo/(1+v), 1.03*s.f0[1]*hi/(1-v)
+    if s is None or not s.f0:
+        raise FoleyError(
+            f"label: '{label}' has no pitch in Passby; choose one of {', '.join(l for l in passby.LABELS if passby.SOURCES[l].f0)}"
+        )
+    lo, hi = MODULATION.get(label, (1.0, 1.0))
+    v = s.speed[1] / passby.C
+    return 0.97 * s.f0[0] * lo / (1 + v), 1.03 * s.f0[1] * hi / (1 - v)
+
 
 def doppler_adherence(
-    audio,           # Sound to judge, `(n,)`, from the beginning of the clip
-    sr:int,          # Hz
-    label:str,       # Passby's label
-    true_f0,         # `truth['f0']`, 100 Hz
-)->dict:             # As `f0_correlation`
+    audio,  # Sound to judge, `(n,)`, from the beginning of the clip
+    sr: int,  # Hz
+    label: str,  # Passby's label
+    true_f0,  # `truth['f0']`, 100 Hz
+) -> dict:  # As `f0_correlation`
     "Does a sound's pitch follow the true pitch at the microphone?"
-    f = f0_track(audio, sr, *f0_range(label)); n = min(len(f), len(true_f0))
+    f = f0_track(audio, sr, *f0_range(label))
+    n = min(len(f), len(true_f0))
     return f0_correlation(f[:n], np.asarray(true_f0)[:n])
 
 # %% ../../nbs/metrics/45_doppler.ipynb #3269a855
 def plot_f0(
-    track, true=None,   # Hz at 100 Hz
-    ax=None,            # Matplotlib axes
-):                      # The axes
+    track,
+    true=None,  # Hz at 100 Hz
+    ax=None,  # Matplotlib axes
+):  # The axes
     "Found (dots) and true (line) pitch over time"
     import matplotlib.pyplot as plt
-    if ax is None: _,ax = plt.subplots(figsize=(8,2), dpi=80)
-    t = np.arange(len(track))/100
-    if true is not None: ax.plot(np.arange(len(true))/100, true, color='tab:orange', lw=3, alpha=.5, label='true')
-    ax.plot(t, track, '.', ms=2, color='tab:blue', label='found')
-    ax.set(xlim=(0,max(len(track)/100,.01)), xlabel='time (s)', ylabel='f0 (Hz)'); ax.legend(fontsize=7)
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 2), dpi=80)
+    t = np.arange(len(track)) / 100
+    if true is not None:
+        ax.plot(np.arange(len(true)) / 100, true, color="tab:orange", lw=3, alpha=0.5, label="true")
+    ax.plot(t, track, ".", ms=2, color="tab:blue", label="found")
+    ax.set(xlim=(0, max(len(track) / 100, 0.01)), xlabel="time (s)", ylabel="f0 (Hz)")
+    ax.legend(fontsize=7)
     return ax
 
 # %% ../../nbs/metrics/45_doppler.ipynb #81183742
 def centroid_track(
-    audio,               # Waveform, `(n,)`
-    sr:int,              # Hz
-    fmin:float=50.,      # Lower limit, Hz
-    fmax:float=8000.,    # Upper limit, Hz; half of `sr` if that is lower
-    hop:float=.01,       # s
-    smooth:float=.2,     # Power is averaged over so much, s
-    power:float=1.5,     # Exponent of the power as a weight; 1: the textbook's centroid
-)->np.ndarray:           # Hz at `1/hop`, nan where nothing sounds
+    audio,  # Waveform, `(n,)`
+    sr: int,  # Hz
+    fmin: float = 50.0,  # Lower limit, Hz
+    fmax: float = 8000.0,  # Upper limit, Hz; half of `sr` if that is lower
+    hop: float = 0.01,  # s
+    smooth: float = 0.2,  # Power is averaged over so much, s
+    power: float = 1.5,  # Exponent of the power as a weight; 1: the textbook's centroid
+) -> np.ndarray:  # Hz at `1/hop`, nan where nothing sounds
     "Spectral centroid over time"
-    if not 0<=fmin<min(fmax, sr/2): raise FoleyError(f'fmin={fmin:g} and fmax={fmax:g}: give a range in Hz with 0 <= fmin < fmax, below {sr/2:g}')
-    if len(audio)<sr*hop: return np.zeros(0)
-    n_fft = 1 << (int(.064*sr)-1).bit_length()
-    P = spectra(audio, sr, .064, hop, n_fft).astype(np.float64)**4
-    f = np.arange(P.shape[1])*sr/n_fft; ok = (f>=fmin)&(f<=fmax); P, f = P[:,ok], f[ok]
-    k = max(1, round(smooth/hop/2))
-    c = np.cumsum(np.pad(P, ((k+1,k), (0,0)), mode='edge'), 0); P = np.maximum(c[2*k+1:]-c[:-2*k-1], 0)**power
-    on = np.interp(np.arange(len(P))*hop, np.arange(round(len(audio)/sr*100))/100, activity(audio, sr))>.5
+    if not 0 <= fmin < min(fmax, sr / 2):
+        raise FoleyError(f"fmin={fmin:g} and fmax={fmax:g}: give a range in Hz with 0 <= fmin < fmax, below {sr / 2:g}")
+    if len(audio) < sr * hop:
+        return np.zeros(0)
+    n_fft = 1 << (int(0.064 * sr) - 1).bit_length()
+    P = spectra(audio, sr, 0.064, hop, n_fft).astype(np.float64) ** 4
+    f = np.arange(P.shape[1]) * sr / n_fft
+    ok = (f >= fmin) & (f <= fmax)
+    P, f = P[:, ok], f[ok]
+    k = max(1, round(smooth / hop / 2))
+    c = np.cumsum(np.pad(P, ((k + 1, k), (0, 0)), mode="edge"), 0)
+    P = np.maximum(c[2 * k + 1 :] - c[: -2 * k - 1], 0) ** power
+    on = np.interp(np.arange(len(P)) * hop, np.arange(round(len(audio) / sr * 100)) / 100, activity(audio, sr)) > 0.5
     total = P.sum(1)
-    return np.where(on&(total>0), (P*f).sum(1)/np.maximum(total, 1e-300), np.nan)
+    return np.where(on & (total > 0), (P * f).sum(1) / np.maximum(total, 1e-300), np.nan)
 
 # %% ../../nbs/metrics/45_doppler.ipynb #035503cb
 def centroid_adherence(
-    audio,           # Sound to judge, `(n,)`
-    sr:int,          # Hz
-    ratio,           # `truth['doppler']` at 100 Hz, or any other track in Hz
-    sounding=None,   # Truly sounds, 100 Hz; elsewhere nothing is compared
-)->dict:             # As `f0_correlation`
+    audio,  # Sound to judge, `(n,)`
+    sr: int,  # Hz
+    ratio,  # `truth['doppler']` at 100 Hz, or any other track in Hz
+    sounding=None,  # Truly sounds, 100 Hz; elsewhere nothing is compared
+) -> dict:  # As `f0_correlation`
     "Does a sound's spectral centroid follow the true Doppler ratio?"
     ratio = np.asarray(ratio, float)
-    if sounding is not None: ratio = np.where(np.asarray(sounding, bool)[:len(ratio)], ratio, np.nan)
-    f = centroid_track(audio, sr); n = min(len(f), len(ratio))
+    if sounding is not None:
+        ratio = np.where(np.asarray(sounding, bool)[: len(ratio)], ratio, np.nan)
+    f = centroid_track(audio, sr)
+    n = min(len(f), len(ratio))
     return f0_correlation(f[:n], ratio[:n])
 
+
 def reference_adherence(
-    audio,               # Sound to judge, `(n,)`
-    reference,           # Real sound of the same clip, `(m,)`
-    sr:int,              # Of both, Hz
-    track:str='f0',      # 'f0' or 'centroid'
-    fmin:float=60.,      # Lowest fundamental that is looked for, Hz
-    fmax:float=1000.,    # Highest, Hz
-)->dict:                 # As `f0_correlation`
+    audio,  # Sound to judge, `(n,)`
+    reference,  # Real sound of the same clip, `(m,)`
+    sr: int,  # Of both, Hz
+    track: str = "f0",  # 'f0' or 'centroid'
+    fmin: float = 60.0,  # Lowest fundamental that is looked for, Hz
+    fmax: float = 1000.0,  # Highest, Hz
+) -> dict:  # As `f0_correlation`
     "Does a sound's pitch or centroid move as the real recording's does?"
     ways = dict(f0=lambda a: f0_track(a, sr, fmin, fmax), centroid=lambda a: centroid_track(a, sr))
-    if track not in ways: raise FoleyError(f"track: there is no '{track}'; choose one of {', '.join(ways)}")
-    a, b = ways[track](audio), ways[track](reference); n = min(len(a), len(b))
+    if track not in ways:
+        raise FoleyError(f"track: there is no '{track}'; choose one of {', '.join(ways)}")
+    a, b = ways[track](audio), ways[track](reference)
+    n = min(len(a), len(b))
     return f0_correlation(a[:n], b[:n])
 
 # %% ../../nbs/metrics/45_doppler.ipynb #8e045814
-CENTROID_LABELS = ('airplane flyby', 'train horning', 'car passing by', 'race car, auto racing')
+CENTROID_LABELS = ("airplane flyby", "train horning", "car passing by", "race car, auto racing")

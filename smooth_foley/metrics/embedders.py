@@ -21,405 +21,680 @@ from torchvision.models.resnet import ResNet, BasicBlock
 from ..core import FoleyError, progress, suggest
 from ..mel import mel_filters
 from ..vocoder import load_checked
-from smooth_foley.metrics.judges import (ConvBlock, SoundClassifier, SoundStudent, SoundText, JUDGES, judge_mels, train_judge, judge_path, load_judge,
-    load_judges, judge)
+from smooth_foley.metrics.judges import (
+    ConvBlock,
+    SoundClassifier,
+    SoundStudent,
+    SoundText,
+    JUDGES,
+    judge_mels,
+    train_judge,
+    judge_path,
+    load_judge,
+    load_judges,
+    judge,
+)
 
 # %% ../../nbs/metrics/41_embedders.ipynb #ddfb3e5a
 def mono(
-    audio,          # Samples `(n,)` or `(channels, n)`, floating point
-    what='audio',   # Name used in errors
-)->np.ndarray:      # `(n,)` float32 in [-1, 1]
+    audio,  # Samples `(n,)` or `(channels, n)`, floating point
+    what="audio",  # Name used in errors
+) -> np.ndarray:  # `(n,)` float32 in [-1, 1]
     "Steps 1 and 2: finite, clipped, the mean of all channels"
     x = np.asarray(audio)
-    if x.dtype.kind!='f': raise FoleyError(f'{what}: samples are {x.dtype}; give floating-point samples in [-1, 1]')
-    if x.ndim not in (1,2) or not x.size or (x.ndim==2 and x.shape[0]>32): raise FoleyError(f'{what}: samples have shape {x.shape}; give (n,) or (channels, n) with n at least 1')
-    bad = np.flatnonzero(~np.isfinite(x).all(0) if x.ndim==2 else ~np.isfinite(x))
-    if len(bad): raise FoleyError(f'{what}: {len(bad)} samples are no finite numbers, the first is sample {bad[0]}; write the file again')
+    if x.dtype.kind != "f":
+        raise FoleyError(f"{what}: samples are {x.dtype}; give floating-point samples in [-1, 1]")
+    if x.ndim not in (1, 2) or not x.size or (x.ndim == 2 and x.shape[0] > 32):
+        raise FoleyError(f"{what}: samples have shape {x.shape}; give (n,) or (channels, n) with n at least 1")
+    bad = np.flatnonzero(~np.isfinite(x).all(0) if x.ndim == 2 else ~np.isfinite(x))
+    if len(bad):
+        raise FoleyError(
+            f"{what}: {len(bad)} samples are no finite numbers, the first is sample {bad[0]}; write the file again"
+        )
     x = x.astype(np.float32).clip(-1, 1)
-    return x.mean(0) if x.ndim==2 else x
+    return x.mean(0) if x.ndim == 2 else x
+
 
 def fit(
-    x:np.ndarray,       # `(n,)` float32
-    sr:int,             # Its rate, Hz
-    rate:int,           # Rate wanted, Hz
-    seconds:float=None, # Length wanted, s; None: as it is, at least 1 s
-)->np.ndarray:          # `(n,)` float32
+    x: np.ndarray,  # `(n,)` float32
+    sr: int,  # Its rate, Hz
+    rate: int,  # Rate wanted, Hz
+    seconds: float = None,  # Length wanted, s; None: as it is, at least 1 s
+) -> np.ndarray:  # `(n,)` float32
     "Steps 3 and 5: resample with soxr_hq, cut or pad"
-    if sr!=rate:
+    if sr != rate:
         import librosa
-        n = math.ceil(len(x)*rate/sr)
-        x = librosa.resample(x, orig_sr=sr, target_sr=rate, res_type='soxr_hq') if len(x)>1 else np.zeros(1, np.float32)
-        x = np.pad(x[:n], (0, max(0, n-len(x))))
-    n = round(seconds*rate) if seconds else max(len(x), rate)
-    return np.pad(x[:n], (0, max(0, n-len(x)))).astype(np.float32)
+
+        n = math.ceil(len(x) * rate / sr)
+        x = (
+            librosa.resample(x, orig_sr=sr, target_sr=rate, res_type="soxr_hq")
+            if len(x) > 1
+            else np.zeros(1, np.float32)
+        )
+        x = np.pad(x[:n], (0, max(0, n - len(x))))
+    n = round(seconds * rate) if seconds else max(len(x), rate)
+    return np.pad(x[:n], (0, max(0, n - len(x)))).astype(np.float32)
 
 # %% ../../nbs/metrics/41_embedders.ipynb #76e08d41
 def decode(
-    path,           # An audio or video file
-)->tuple:           # Samples `(channels, n)` float32, rate in Hz
+    path,  # An audio or video file
+) -> tuple:  # Samples `(channels, n)` float32, rate in Hz
     "The sound of a file at its own rate, channel by channel"
     import av
     from smooth_foley.media import _check_file, _open_file
-    if os.path.exists(path): _check_file(path)
-    try: f = _open_file(path)
-    except FileNotFoundError as e: raise FoleyError(f'{path}: there is no such file; check the path') from e
-    except (av.error.FFmpegError, OSError, ValueError) as e: raise FoleyError(f'{path}: it cannot be opened as sound ({type(e).__name__}); give a wav, flac or mp4 file') from e
+
+    if os.path.exists(path):
+        _check_file(path)
+    try:
+        f = _open_file(path)
+    except FileNotFoundError as e:
+        raise FoleyError(f"{path}: there is no such file; check the path") from e
+    except (av.error.FFmpegError, OSError, ValueError) as e:
+        raise FoleyError(
+            f"{path}: it cannot be opened as sound ({type(e).__name__}); give a wav, flac or mp4 file"
+        ) from e
     with f:
-        if not f.streams.audio: raise FoleyError(f'{path}: no sound in it; give a file with sound')
-        stream, parts = f.streams.audio[0], []; to_float = av.AudioResampler(format='fltp')
+        if not f.streams.audio:
+            raise FoleyError(f"{path}: no sound in it; give a file with sound")
+        stream, parts = f.streams.audio[0], []
+        to_float = av.AudioResampler(format="fltp")
         try:
-            for frame in f.decode(stream): parts += [b.to_ndarray() for b in to_float.resample(frame)]
-        except av.error.FFmpegError as e: raise FoleyError(f'{path}: its sound cannot be decoded ({type(e).__name__}); write the file again') from e
-        if not parts: raise FoleyError(f'{path}: its sound has no samples; write the file again')
+            for frame in f.decode(stream):
+                parts += [b.to_ndarray() for b in to_float.resample(frame)]
+        except av.error.FFmpegError as e:
+            raise FoleyError(f"{path}: its sound cannot be decoded ({type(e).__name__}); write the file again") from e
+        if not parts:
+            raise FoleyError(f"{path}: its sound has no samples; write the file again")
         return np.concatenate(parts, 1), stream.rate
 
+
 def load_audio(
-    sound,              # A file, or samples `(n,)` or `(channels, n)`
-    rate:int,           # The network's rate, Hz
-    sr:int=None,        # Rate of the samples, Hz; files know theirs
-    seconds:float=None, # Length wanted, s
-)->np.ndarray:          # `(n,)` float32
+    sound,  # A file, or samples `(n,)` or `(channels, n)`
+    rate: int,  # The network's rate, Hz
+    sr: int = None,  # Rate of the samples, Hz; files know theirs
+    seconds: float = None,  # Length wanted, s
+) -> np.ndarray:  # `(n,)` float32
     "A sound as every network hears it: the one recipe"
-    if isinstance(sound, (str, os.PathLike)): (x, sr), what = decode(sound), str(sound)
+    if isinstance(sound, (str, os.PathLike)):
+        (x, sr), what = decode(sound), str(sound)
     else:
-        if not sr: raise FoleyError('sr: samples do not know their rate; give it in Hz')
-        x, what = sound, 'audio'
+        if not sr:
+            raise FoleyError("sr: samples do not know their rate; give it in Hz")
+        x, what = sound, "audio"
     return fit(mono(x, what), sr, rate, seconds)
 
 # %% ../../nbs/metrics/41_embedders.ipynb #86dbc3d3
-def as_batch(audio)->Tensor: # `(b, n)` float32
+def as_batch(audio) -> Tensor:  # `(b, n)` float32
     "Waveforms as a batch"
     x = torch.as_tensor(np.asarray(audio) if not isinstance(audio, Tensor) else audio, dtype=torch.float32)
-    if x.dim()!=2 or not x.numel(): raise FoleyError(f'audio has shape {tuple(x.shape)}; give a batch of mono waveforms, (b, n)')
-    if not x.isfinite().all(): raise FoleyError('audio has values that are no finite numbers; check it with load_audio')
+    if x.dim() != 2 or not x.numel():
+        raise FoleyError(f"audio has shape {tuple(x.shape)}; give a batch of mono waveforms, (b, n)")
+    if not x.isfinite().all():
+        raise FoleyError("audio has values that are no finite numbers; check it with load_audio")
     return x
 
+
 @lru_cache(maxsize=1)
-def vggish_filters()->Tensor: # `(257, 64)` float64
+def vggish_filters() -> Tensor:  # `(257, 64)` float64
     "Mel weights with slopes that are straight in mel, from 125 to 7500 Hz"
-    mel = lambda f: 1127*np.log1p(np.asarray(f)/700.)
-    f, edges = mel(np.linspace(0, 8000, 257))[:,None], np.linspace(mel(125.), mel(7500.), 66)
+    mel = lambda f: 1127 * np.log1p(np.asarray(f) / 700.0)
+    f, edges = mel(np.linspace(0, 8000, 257))[:, None], np.linspace(mel(125.0), mel(7500.0), 66)
     lo, mid, hi = edges[:-2], edges[1:-1], edges[2:]
-    W = np.maximum(0, np.minimum((f-lo)/(mid-lo), (hi-f)/(hi-mid))); W[0] = 0
+    W = np.maximum(0, np.minimum((f - lo) / (mid - lo), (hi - f) / (hi - mid)))
+    W[0] = 0
     return torch.from_numpy(W)
 
-def vggish_mel(
-    audio:Tensor,   # 16 kHz, `(b, n)`
-)->Tensor:          # `(b, frames, 64)`
-    "VGGish's log-mel"
-    x = F.pad(audio, (0, max(0, 15600-audio.shape[1]))).double().unfold(1, 400, 160)*torch.hann_window(400, dtype=torch.float64, device=audio.device)
-    return (torch.fft.rfft(x, 512).abs()@vggish_filters().to(x.device)+.01).log()
 
-def vggish_patches(log_mel)->Tensor: # `(b, patches, 96, 64)`
+def vggish_mel(
+    audio: Tensor,  # 16 kHz, `(b, n)`
+) -> Tensor:  # `(b, frames, 64)`
+    "VGGish's log-mel"
+    x = F.pad(audio, (0, max(0, 15600 - audio.shape[1]))).double().unfold(1, 400, 160) * torch.hann_window(
+        400, dtype=torch.float64, device=audio.device
+    )
+    return (torch.fft.rfft(x, 512).abs() @ vggish_filters().to(x.device) + 0.01).log()
+
+
+def vggish_patches(log_mel) -> Tensor:  # `(b, patches, 96, 64)`
     "Patches of 0.96 s"
-    n = log_mel.shape[1]//96
-    return log_mel[:,:96*n].reshape(len(log_mel), n, 96, 64)
+    n = log_mel.shape[1] // 96
+    return log_mel[:, : 96 * n].reshape(len(log_mel), n, 96, 64)
 
 # %% ../../nbs/metrics/41_embedders.ipynb #fb5cd192
 class VGGish(nn.Module):
     "128 numbers per 0.96 s; keys as in torchvggish"
+
     rate = 16000
+
     def __init__(self):
-        super().__init__(); conv = lambda a,b: [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]; pool = nn.MaxPool2d(2)
-        self.features = nn.Sequential(*conv(1,64), pool, *conv(64,128), pool, *conv(128,256), *conv(256,256), pool, *conv(256,512), *conv(512,512), pool)
-        self.embeddings = nn.Sequential(nn.Linear(512*24, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 128))
-        self.pproc = nn.Module(); self.pproc.register_buffer('pca_eigen_vectors', torch.eye(128)); self.pproc.register_buffer('pca_means', torch.zeros(128,1))
-    def forward(self,
-        patches:Tensor, # `(b, 96, 64)`
-    )->Tensor:          # `(b, 128)`
+        super().__init__()
+        conv = lambda a, b: [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
+        pool = nn.MaxPool2d(2)
+        self.features = nn.Sequential(
+            *conv(1, 64),
+            pool,
+            *conv(64, 128),
+            pool,
+            *conv(128, 256),
+            *conv(256, 256),
+            pool,
+            *conv(256, 512),
+            *conv(512, 512),
+            pool,
+        )
+        self.embeddings = nn.Sequential(
+            nn.Linear(512 * 24, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 128)
+        )
+        self.pproc = nn.Module()
+        self.pproc.register_buffer("pca_eigen_vectors", torch.eye(128))
+        self.pproc.register_buffer("pca_means", torch.zeros(128, 1))
+
+    def forward(
+        self,
+        patches: Tensor,  # `(b, 96, 64)`
+    ) -> Tensor:  # `(b, 128)`
         "One embedding per patch"
-        return self.embeddings(self.features(patches[:,None].float()).permute(0,2,3,1).flatten(1))
+        return self.embeddings(self.features(patches[:, None].float()).permute(0, 2, 3, 1).flatten(1))
+
     @torch.no_grad()
-    def listen(self, audio)->Tensor:
+    def listen(self, audio) -> Tensor:
         "`(b, n)` at 16 kHz -> `(b*patches, 128)`"
-        return self(vggish_patches(vggish_mel(as_batch(audio).to(self.pproc.pca_means.device))).flatten(0,1)).cpu()
-    def quantise(self, e:Tensor)->Tensor:
+        return self(vggish_patches(vggish_mel(as_batch(audio).to(self.pproc.pca_means.device))).flatten(0, 1)).cpu()
+
+    def quantise(self, e: Tensor) -> Tensor:
         "AudioSet's released form: ReLU, PCA, clipped to [-2, 2], in 256 steps"
-        e = (self.pproc.pca_eigen_vectors@(F.relu(e).T-self.pproc.pca_means)).T.clamp(-2, 2)
-        return ((e+2)*255/4).round()
+        e = (self.pproc.pca_eigen_vectors @ (F.relu(e).T - self.pproc.pca_means)).T.clamp(-2, 2)
+        return ((e + 2) * 255 / 4).round()
 
 # %% ../../nbs/metrics/41_embedders.ipynb #dadf4262
 class CNN14(nn.Module):
     "2048 numbers and 527 AudioSet classes per clip; keys as in PANNs"
-    def __init__(self,
-        rate:int=16000,             # Hz; 16000 or 32000
-        n_fft:int=512, hop:int=160, # Samples; 1024 and 320 at 32 kHz
-        fmax:float=8000.,           # Hz; 14000 at 32 kHz
-        classes:int=527,
+
+    def __init__(
+        self,
+        rate: int = 16000,  # Hz; 16000 or 32000
+        n_fft: int = 512,
+        hop: int = 160,  # Samples; 1024 and 320 at 32 kHz
+        fmax: float = 8000.0,  # Hz; 14000 at 32 kHz
+        classes: int = 527,
     ):
-        super().__init__(); self.rate, self.n_fft, self.hop = rate, n_fft, hop
+        super().__init__()
+        self.rate, self.n_fft, self.hop = rate, n_fft, hop
         self.spectrogram_extractor, self.logmel_extractor = nn.Module(), nn.Module()
-        stft = self.spectrogram_extractor.stft = nn.Module(); angle = -2*math.pi*torch.outer(torch.arange(n_fft//2+1.), torch.arange(n_fft*1.)).double()/n_fft
-        for name,f in (('conv_real',torch.cos), ('conv_imag',torch.sin)):
-            c = nn.utils.skip_init(nn.Conv1d, 1, n_fft//2+1, n_fft, stride=hop, bias=False); setattr(stft, name, c)
-            c.weight.data = (f(angle)*torch.hann_window(n_fft, dtype=torch.float64))[:,None].float()
-        self.logmel_extractor.melW = nn.Parameter(mel_filters(rate, n_fft, 64, 50., fmax).T.clone())
+        stft = self.spectrogram_extractor.stft = nn.Module()
+        angle = -2 * math.pi * torch.outer(torch.arange(n_fft // 2 + 1.0), torch.arange(n_fft * 1.0)).double() / n_fft
+        for name, f in (("conv_real", torch.cos), ("conv_imag", torch.sin)):
+            c = nn.utils.skip_init(nn.Conv1d, 1, n_fft // 2 + 1, n_fft, stride=hop, bias=False)
+            setattr(stft, name, c)
+            c.weight.data = (f(angle) * torch.hann_window(n_fft, dtype=torch.float64))[:, None].float()
+        self.logmel_extractor.melW = nn.Parameter(mel_filters(rate, n_fft, 64, 50.0, fmax).T.clone())
         self.bn0 = nn.BatchNorm2d(64)
-        for i,(a,b) in enumerate(zip((1,64,128,256,512,1024), (64,128,256,512,1024,2048)), 1): setattr(self, f'conv_block{i}', ConvBlock(a, b, 2 if i<6 else 1))
+        for i, (a, b) in enumerate(zip((1, 64, 128, 256, 512, 1024), (64, 128, 256, 512, 1024, 2048)), 1):
+            setattr(self, f"conv_block{i}", ConvBlock(a, b, 2 if i < 6 else 1))
         self.fc1, self.fc_audioset = nn.Linear(2048, 2048), nn.Linear(2048, classes)
 
-@patch
-def log_mel(self:CNN14,
-    audio:Tensor,   # `(b, n)` at `rate`
-)->Tensor:          # dB, `(b, frames, 64)`
-    "Decibels of 64 bands"
-    x = F.pad(audio[:,None], (self.n_fft//2,)*2, mode='reflect'); s = self.spectrogram_extractor.stft
-    power = s.conv_real(x).square()+s.conv_imag(x).square()
-    return 10*(power.transpose(1,2)@self.logmel_extractor.melW).clamp(min=1e-10).log10()
 
 @patch
-def forward(self:CNN14,
-    log_mel:Tensor, # dB, `(b, frames, 64)`
-)->tuple:           # Embeddings `(b, 2048)`, logits `(b, classes)`
+def log_mel(
+    self: CNN14,
+    audio: Tensor,  # `(b, n)` at `rate`
+) -> Tensor:  # dB, `(b, frames, 64)`
+    "Decibels of 64 bands"
+    x = F.pad(audio[:, None], (self.n_fft // 2,) * 2, mode="reflect")
+    s = self.spectrogram_extractor.stft
+    power = s.conv_real(x).square() + s.conv_imag(x).square()
+    return 10 * (power.transpose(1, 2) @ self.logmel_extractor.melW).clamp(min=1e-10).log10()
+
+
+@patch
+def forward(
+    self: CNN14,
+    log_mel: Tensor,  # dB, `(b, frames, 64)`
+) -> tuple:  # Embeddings `(b, 2048)`, logits `(b, classes)`
     "Name a clip"
-    x = self.bn0(log_mel.transpose(1,2)[...,None]).permute(0,3,2,1)     # (b, 1, frames, 64)
-    for i in range(1,7): x = getattr(self, f'conv_block{i}')(x)
-    x = x.mean(3); e = F.relu(self.fc1(x.amax(2)+x.mean(2)))
+    x = self.bn0(log_mel.transpose(1, 2)[..., None]).permute(0, 3, 2, 1)  # (b, 1, frames, 64)
+    for i in range(1, 7):
+        x = getattr(self, f"conv_block{i}")(x)
+    x = x.mean(3)
+    e = F.relu(self.fc1(x.amax(2) + x.mean(2)))
     return e, self.fc_audioset(e)
+
 
 @patch
 @torch.no_grad()
-def hear_both(self:CNN14, audio)->tuple:
+def hear_both(self: CNN14, audio) -> tuple:
     "`(b, n)` -> embeddings and logits"
     return tuple(o.cpu() for o in self(self.log_mel(as_batch(audio).to(self.bn0.weight.device))))
+
+
 @patch
-def listen(self:CNN14, audio)->Tensor:
+def listen(self: CNN14, audio) -> Tensor:
     "`(b, n)` at `rate` -> `(b, 2048)`"
     return self.hear_both(audio)[0]
+
+
 @patch
-def scores(self:CNN14, audio)->Tensor:
+def scores(self: CNN14, audio) -> Tensor:
     "`(b, n)` at `rate` -> logits `(b, 527)`"
     return self.hear_both(audio)[1]
 
-def cnn14_16k(): return CNN14()
-def cnn14_32k(): return CNN14(32000, 1024, 320, 14000.)
+
+def cnn14_16k():
+    return CNN14()
+
+
+def cnn14_32k():
+    return CNN14(32000, 1024, 320, 14000.0)
 
 # %% ../../nbs/metrics/41_embedders.ipynb #57a90bd3
 def wav2clip_input(
-    audio:Tensor,   # 16 kHz, `(b, n)`
-)->Tensor:          # `(b, 1, 257, frames)`
+    audio: Tensor,  # 16 kHz, `(b, n)`
+) -> Tensor:  # `(b, 1, 257, frames)`
     "Each clip's own standardised log spectrum"
-    S = torch.stft(audio, 512, 353, window=torch.hann_window(512, device=audio.device), pad_mode='reflect', return_complex=True).abs().square()
-    x = (S+1e-7).log()
-    return ((x-x.mean((1,2), keepdim=True))/(x.std((1,2), keepdim=True)+1e-9))[:,None]
+    S = (
+        torch.stft(
+            audio, 512, 353, window=torch.hann_window(512, device=audio.device), pad_mode="reflect", return_complex=True
+        )
+        .abs()
+        .square()
+    )
+    x = (S + 1e-7).log()
+    return ((x - x.mean((1, 2), keepdim=True)) / (x.std((1, 2), keepdim=True) + 1e-9))[:, None]
+
 
 class Wav2CLIP(nn.Module):
     "512 numbers per clip in the space of CLIP ViT-B/32; keys as in the published file"
+
     rate = 16000
+
     def __init__(self):
-        super().__init__(); r = self.audio_encoder = ResNet(BasicBlock, [2,2,2,2], num_classes=1)
+        super().__init__()
+        r = self.audio_encoder = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=1)
         r.conv1, r.fc = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False), nn.Identity()
-        r.spectrogram = nn.Module(); r.spectrogram.register_buffer('window', torch.hann_window(512))
-        self.audio_transform = nn.Module(); self.audio_transform.sequential = nn.Sequential(nn.Linear(512,512), nn.ReLU(), nn.Dropout(.5), nn.Linear(512,512))
-    def forward(self,
-        x:Tensor,   # Of `wav2clip_input`
-    )->Tensor:      # `(b, 512)`, not normalised
+        r.spectrogram = nn.Module()
+        r.spectrogram.register_buffer("window", torch.hann_window(512))
+        self.audio_transform = nn.Module()
+        self.audio_transform.sequential = nn.Sequential(
+            nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 512)
+        )
+
+    def forward(
+        self,
+        x: Tensor,  # Of `wav2clip_input`
+    ) -> Tensor:  # `(b, 512)`, not normalised
         "Into CLIP's space"
         return self.audio_transform.sequential(self.audio_encoder(x))
+
     @torch.no_grad()
-    def listen(self, audio)->Tensor:
+    def listen(self, audio) -> Tensor:
         "`(b, n)` at 16 kHz -> `(b, 512)`"
         return self(wav2clip_input(as_batch(audio).to(self.audio_encoder.conv1.weight.device))).cpu()
 
 # %% ../../nbs/metrics/41_embedders.ipynb #50a5591c
 def specvqgan_mel(
-    audio:Tensor,   # 22.05 kHz, `(b, n)`
-)->Tensor:          # `(b, 80, frames)` in [0, 1]
+    audio: Tensor,  # 22.05 kHz, `(b, n)`
+) -> Tensor:  # `(b, 80, frames)` in [0, 1]
     "The mel of SpecVQGAN and VGGSound's Melception"
-    S = torch.stft(audio, 1024, 256, window=torch.hann_window(1024, device=audio.device), pad_mode='constant', return_complex=True).abs()
-    m = mel_filters(22050, 1024, 80, 125., 7600.).to(S.device)@S
-    return ((20*m.clamp(min=1e-5).log10()-20+100)/100).clamp(0, 1)
+    S = torch.stft(
+        audio, 1024, 256, window=torch.hann_window(1024, device=audio.device), pad_mode="constant", return_complex=True
+    ).abs()
+    m = mel_filters(22050, 1024, 80, 125.0, 7600.0).to(S.device) @ S
+    return ((20 * m.clamp(min=1e-5).log10() - 20 + 100) / 100).clamp(0, 1)
+
 
 class Melception(Inception3):
     "2048 numbers and 309 VGGSound classes per clip; keys as in SpecVQGAN"
+
     rate = 22050
-    def __init__(self, classes:int=309):
+
+    def __init__(self, classes: int = 309):
         super().__init__(num_classes=classes, init_weights=False)
-        self.Conv2d_1a_3x3 = BasicConv2d(1, 32, kernel_size=3, stride=2); self.maxpool1 = self.maxpool2 = nn.Identity()
-        for k in ('mean','std'): self.register_buffer(k, torch.full((80,1), float(k=='std')), persistent=False)
-    def pooled(self,
-        x:Tensor,   # Standardised mel, `(b, 80, frames)`
-    )->Tensor:      # `(b, 2048)`
+        self.Conv2d_1a_3x3 = BasicConv2d(1, 32, kernel_size=3, stride=2)
+        self.maxpool1 = self.maxpool2 = nn.Identity()
+        for k in ("mean", "std"):
+            self.register_buffer(k, torch.full((80, 1), float(k == "std")), persistent=False)
+
+    def pooled(
+        self,
+        x: Tensor,  # Standardised mel, `(b, 80, frames)`
+    ) -> Tensor:  # `(b, 2048)`
         "All layers up to the average over the picture"
-        x = x[:,None]
-        for k,m in self.named_children():
-            if k!='AuxLogits': x = m(x)
-            if k=='avgpool': return x.flatten(1)
+        x = x[:, None]
+        for k, m in self.named_children():
+            if k != "AuxLogits":
+                x = m(x)
+            if k == "avgpool":
+                return x.flatten(1)
+
     @torch.no_grad()
-    def hear_both(self, audio)->tuple:
+    def hear_both(self, audio) -> tuple:
         "`(b, n)` -> embeddings and logits, from the middle 848 frames (9.8 s)"
-        x = (specvqgan_mel(as_batch(audio).to(self.mean.device))-self.mean)/self.std
-        a = max(0, (x.shape[-1]-848)//2); e = self.pooled(x[...,a:a+848])
+        x = (specvqgan_mel(as_batch(audio).to(self.mean.device)) - self.mean) / self.std
+        a = max(0, (x.shape[-1] - 848) // 2)
+        e = self.pooled(x[..., a : a + 848])
         return e.cpu(), self.fc(e).cpu()
-    def listen(self, audio)->Tensor:
+
+    def listen(self, audio) -> Tensor:
         "`(b, n)` at 22.05 kHz -> `(b, 2048)`"
         return self.hear_both(audio)[0]
-    def scores(self, audio)->Tensor:
+
+    def scores(self, audio) -> Tensor:
         "`(b, n)` at 22.05 kHz -> logits `(b, 309)`"
         return self.hear_both(audio)[1]
 
 # %% ../../nbs/metrics/41_embedders.ipynb #6ebce9f0
 class Clap(nn.Module):
     "transformers' ClapModel with its feature extractor"
+
     rate = 48000
-    def __init__(self, folder): # Folder or hub id
+
+    def __init__(self, folder):  # Folder or hub id
         from transformers import ClapModel, ClapFeatureExtractor
-        super().__init__(); self.folder = str(folder); self.model, self.extract = ClapModel.from_pretrained(folder), ClapFeatureExtractor.from_pretrained(folder)
-    def front(self, audio)->Tensor:
+
+        super().__init__()
+        self.folder = str(folder)
+        self.model, self.extract = ClapModel.from_pretrained(folder), ClapFeatureExtractor.from_pretrained(folder)
+
+    def front(self, audio) -> Tensor:
         "`(b, n)` at 48 kHz -> dB of 64 bands, `(b, 1, 1001, 64)`"
-        x = list(as_batch(audio)[:,:self.extract.nb_max_samples].numpy())
-        return self.extract(x, sampling_rate=self.rate, truncation='rand_trunc', padding='repeatpad', return_tensors='pt')
+        x = list(as_batch(audio)[:, : self.extract.nb_max_samples].numpy())
+        return self.extract(
+            x, sampling_rate=self.rate, truncation="rand_trunc", padding="repeatpad", return_tensors="pt"
+        )
+
     @torch.no_grad()
-    def listen(self, audio)->Tensor:
+    def listen(self, audio) -> Tensor:
         "`(b, n)` at 48 kHz -> `(b, 512)`, length 1"
-        f = self.front(audio); o = self.model.get_audio_features(input_features=f['input_features'].to(self.model.device), is_longer=f.get('is_longer'))
-        return F.normalize(getattr(o, 'pooler_output', o).float(), dim=-1).cpu()
+        f = self.front(audio)
+        o = self.model.get_audio_features(
+            input_features=f["input_features"].to(self.model.device), is_longer=f.get("is_longer")
+        )
+        return F.normalize(getattr(o, "pooler_output", o).float(), dim=-1).cpu()
+
     @torch.no_grad()
-    def embed_text(self, texts:list)->Tensor:
+    def embed_text(self, texts: list) -> Tensor:
         "Texts -> `(n, 512)`, length 1"
         from transformers import AutoTokenizer
-        o = self.model.get_text_features(**AutoTokenizer.from_pretrained(self.folder)(list(texts), padding=True, return_tensors='pt').to(self.model.device))
-        return F.normalize(getattr(o, 'pooler_output', o).float(), dim=-1).cpu()
+
+        o = self.model.get_text_features(
+            **AutoTokenizer.from_pretrained(self.folder)(list(texts), padding=True, return_tensors="pt").to(
+                self.model.device
+            )
+        )
+        return F.normalize(getattr(o, "pooler_output", o).float(), dim=-1).cpu()
 
 # %% ../../nbs/metrics/41_embedders.ipynb #68cc4251
 @dataclass(frozen=True)
 class MetricFile:
     "One published file"
-    name:str        # Path below the folder of metric weights
-    url:str
-    size:int        # Bytes, about
-    licence:str
-    md5:str=''      # Empty where none is known
-    of:str=''       # Which embedder reads it
 
-def metric_files()->list: # of `MetricFile`
+    name: str  # Path below the folder of metric weights
+    url: str
+    size: int  # Bytes, about
+    licence: str
+    md5: str = ""  # Empty where none is known
+    of: str = ""  # Which embedder reads it
+
+
+def metric_files() -> list:  # of `MetricFile`
     "All published files that the embedders read"
-    zenodo, a3s = 'https://zenodo.org/record/3987831/files/', 'https://a3s.fi/swift/v1/AUTH_a235c0f452d648828f745589cde1219a/specvqgan_public/'
-    hub = lambda repo,f: f'https://huggingface.co/{repo}/resolve/main/{f}'
-    M, cc, ap = MetricFile, 'CC BY 4.0', 'Apache-2.0'
-    return [M('vggish-10086976.pth', 'https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth', 289_000_000, ap, of='vggish'),
-        M('Cnn14_16k_mAP=0.438.pth', zenodo+'Cnn14_16k_mAP%3D0.438.pth', 325_000_000, cc, '362fc5ff18f1d6ad2f6d464b45893f2c', 'cnn14-16k'),
-        M('Cnn14_mAP=0.431.pth', zenodo+'Cnn14_mAP%3D0.431.pth', 327_428_481, cc, '541141fa2ee191a88f24a3219fff024e', 'cnn14-32k'),
-        M('Wav2CLIP.pt', 'https://github.com/descriptinc/lyrebird-wav2clip/releases/download/v0.1.0-alpha/Wav2CLIP.pt', 47_000_000, 'MIT', of='wav2clip'),
-        M('melception-21-05-10T09-28-40.pt', a3s+'melception-21-05-10T09-28-40.pt', 270_000_000, 'MIT', 'a71a41041e945b457c7d3d814bbcf72d', 'melception'),
-        M('train_means_stds_melspec_10s_22050hz.txt', a3s+'train_means_stds_melspec_10s_22050hz.txt', 4_000, 'MIT', 'f449c6fd0e248936c16f6d22492bb625', 'melception'),
-        *(M(f'clap/{f}', hub('laion/clap-htsat-unfused',f), n, ap, of='clap') for f,n in
-            {'config.json':5_000, 'preprocessor_config.json':500, 'pytorch_model.bin':615_000_000, 'tokenizer.json':2_100_000, 'tokenizer_config.json':400}.items()),
-        *(M(f'clip/{f}', hub('timm/vit_base_patch32_clip_224.openai',f), n, 'MIT', of='clip') for f,n in {'open_clip_config.json':1_000, 'open_clip_model.safetensors':605_000_000}.items())]
+    zenodo, a3s = (
+        "https://zenodo.org/record/3987831/files/",
+        "https://a3s.fi/swift/v1/AUTH_a235c0f452d648828f745589cde1219a/specvqgan_public/",
+    )
+    hub = lambda repo, f: f"https://huggingface.co/{repo}/resolve/main/{f}"
+    M, cc, ap = MetricFile, "CC BY 4.0", "Apache-2.0"
+    return [
+        M(
+            "vggish-10086976.pth",
+            "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth",
+            289_000_000,
+            ap,
+            of="vggish",
+        ),
+        M(
+            "Cnn14_16k_mAP=0.438.pth",
+            zenodo + "Cnn14_16k_mAP%3D0.438.pth",
+            325_000_000,
+            cc,
+            "362fc5ff18f1d6ad2f6d464b45893f2c",
+            "cnn14-16k",
+        ),
+        M(
+            "Cnn14_mAP=0.431.pth",
+            zenodo + "Cnn14_mAP%3D0.431.pth",
+            327_428_481,
+            cc,
+            "541141fa2ee191a88f24a3219fff024e",
+            "cnn14-32k",
+        ),
+        M(
+            "Wav2CLIP.pt",
+            "https://github.com/descriptinc/lyrebird-wav2clip/releases/download/v0.1.0-alpha/Wav2CLIP.pt",
+            47_000_000,
+            "MIT",
+            of="wav2clip",
+        ),
+        M(
+            "melception-21-05-10T09-28-40.pt",
+            a3s + "melception-21-05-10T09-28-40.pt",
+            270_000_000,
+            "MIT",
+            "a71a41041e945b457c7d3d814bbcf72d",
+            "melception",
+        ),
+        M(
+            "train_means_stds_melspec_10s_22050hz.txt",
+            a3s + "train_means_stds_melspec_10s_22050hz.txt",
+            4_000,
+            "MIT",
+            "f449c6fd0e248936c16f6d22492bb625",
+            "melception",
+        ),
+        *(
+            M(f"clap/{f}", hub("laion/clap-htsat-unfused", f), n, ap, of="clap")
+            for f, n in {
+                "config.json": 5_000,
+                "preprocessor_config.json": 500,
+                "pytorch_model.bin": 615_000_000,
+                "tokenizer.json": 2_100_000,
+                "tokenizer_config.json": 400,
+            }.items()
+        ),
+        *(
+            M(f"clip/{f}", hub("timm/vit_base_patch32_clip_224.openai", f), n, "MIT", of="clip")
+            for f, n in {"open_clip_config.json": 1_000, "open_clip_model.safetensors": 605_000_000}.items()
+        ),
+    ]
 
-def metrics_folder()->Path:
+
+def metrics_folder() -> Path:
     "Where metric weights are kept unless said otherwise"
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'smooth_foley'/'metrics'
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smooth_foley" / "metrics"
 
 # %% ../../nbs/metrics/41_embedders.ipynb #e5689570
 def download(
-    url:str,        # Where from
-    path,           # Where to
-    md5:str='',     # Expected, hexadecimal; empty: unknown
-)->Path:
+    url: str,  # Where from
+    path,  # Where to
+    md5: str = "",  # Expected, hexadecimal; empty: unknown
+) -> Path:
     "Fetch a file; an interrupted download goes on, only a whole file gets its name"
-    path = Path(path); part = path.with_name(path.name+'.part'); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={'Range':f'bytes={have}-'} if have else {}), timeout=60) as r:
-            go_on = have>0 and r.status==206
-            whole = int(r.headers.get('Content-Length') or 0)+have*go_on
-            with open(part, 'ab' if go_on else 'wb') as f: shutil.copyfileobj(r, f, 1<<20)
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {}), timeout=60
+        ) as r:
+            go_on = have > 0 and r.status == 206
+            whole = int(r.headers.get("Content-Length") or 0) + have * go_on
+            with open(part, "ab" if go_on else "wb") as f:
+                shutil.copyfileobj(r, f, 1 << 20)
     except urllib.error.HTTPError as e:
-        if e.code!=416: raise FoleyError(f'{url}: the server answers {e.code}; see whether the address still holds, or fetch {path.name} by hand into {path.parent}') from e
-        whole = have        # nothing is missing
-    except OSError as e: raise FoleyError(f'{url}: cannot be fetched ({e}); check the network and call again, what has come is kept') from e
-    if whole and part.stat().st_size<whole: raise FoleyError(f'{url}: only {part.stat().st_size} of {whole} bytes came; call again to go on')
+        if e.code != 416:
+            raise FoleyError(
+                f"{url}: the server answers {e.code}; see whether the address still holds, or fetch {path.name} by hand into {path.parent}"
+            ) from e
+        whole = have  # nothing is missing
+    except OSError as e:
+        raise FoleyError(
+            f"{url}: cannot be fetched ({e}); check the network and call again, what has come is kept"
+        ) from e
+    if whole and part.stat().st_size < whole:
+        raise FoleyError(f"{url}: only {part.stat().st_size} of {whole} bytes came; call again to go on")
     if md5:
-        with open(part,'rb') as f: got = hashlib.file_digest(f, 'md5').hexdigest()
-        if got!=md5: part.unlink(); raise FoleyError(f'{url}: MD5 is {got} instead of {md5}; the file is damaged or was changed, call again')
+        with open(part, "rb") as f:
+            got = hashlib.file_digest(f, "md5").hexdigest()
+        if got != md5:
+            part.unlink()
+            raise FoleyError(f"{url}: MD5 is {got} instead of {md5}; the file is damaged or was changed, call again")
     os.replace(part, path)
     return path
 
+
 def fetch_metrics(
-    folder=None,    # Where to; None: `metrics_folder()`
-    of=None,        # Names of embedders; None: of all
-)->list:            # Paths
+    folder=None,  # Where to; None: `metrics_folder()`
+    of=None,  # Names of embedders; None: of all
+) -> list:  # Paths
     "Fetch the published weights that are not there yet"
     folder, every = Path(folder or metrics_folder()), metric_files()
-    if of and (bad:=set(of)-{r.of for r in every}): raise FoleyError(f"of: no published files for {', '.join(sorted(bad))}; choose from {', '.join(dict.fromkeys(r.of for r in every))}")
+    if of and (bad := set(of) - {r.of for r in every}):
+        raise FoleyError(
+            f"of: no published files for {', '.join(sorted(bad))}; choose from {', '.join(dict.fromkeys(r.of for r in every))}"
+        )
     rows = [r for r in every if not of or r.of in of]
-    return [p if (p:=folder/r.name).exists() else download(r.url, p, r.md5) for r in progress(rows, desc='metric weights', unit='file')]
+    return [
+        p if (p := folder / r.name).exists() else download(r.url, p, r.md5)
+        for r in progress(rows, desc="metric weights", unit="file")
+    ]
 
 # %% ../../nbs/metrics/41_embedders.ipynb #175be659
 def read_weights(
-    path,           # .pth, .pt or .safetensors
-)->dict:            # Name to tensor
+    path,  # .pth, .pt or .safetensors
+) -> dict:  # Name to tensor
     "The state dict of a file, without running anything that is in it"
     path = Path(path)
-    if path.suffix=='.safetensors':
+    if path.suffix == ".safetensors":
         from safetensors.torch import load_file
+
         return load_file(path)
-    plain = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, np._core.multiarray.scalar, *{type(np.dtype(t)) for t in 'fdilqIQLBbhH?'}]
+    plain = [
+        np.ndarray,
+        np.dtype,
+        np._core.multiarray._reconstruct,
+        np._core.multiarray.scalar,
+        *{type(np.dtype(t)) for t in "fdilqIQLBbhH?"},
+    ]
     try:
-        with torch.serialization.safe_globals(plain): ck = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e: raise FoleyError(f'{path}: it cannot be read as plain weights ({str(e).splitlines()[0][:150]}); it is damaged or no file of weights, fetch it again') from e
-    ck = ck.get('model', ck) if isinstance(ck, dict) else ck
-    if not isinstance(ck, dict) or not all(isinstance(v, Tensor) for v in ck.values()): raise FoleyError(f'{path}: no state dict is in it; fetch it again')
+        with torch.serialization.safe_globals(plain):
+            ck = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+        raise FoleyError(
+            f"{path}: it cannot be read as plain weights ({str(e).splitlines()[0][:150]}); it is damaged or no file of weights, fetch it again"
+        ) from e
+    ck = ck.get("model", ck) if isinstance(ck, dict) else ck
+    if not isinstance(ck, dict) or not all(isinstance(v, Tensor) for v in ck.values()):
+        raise FoleyError(f"{path}: no state dict is in it; fetch it again")
     return ck
+
 
 @dataclass(frozen=True)
 class Published:
     "How a published network is read"
-    make:object             # -> network
-    skip:tuple=()           # Beginnings of keys in the file that belong to other things
-    missing:tuple=()        # Keys that the file may lack
 
-PUBLISHED = {'vggish':Published(VGGish, missing=('pproc.pca_eigen_vectors','pproc.pca_means')), 'cnn14-16k':Published(cnn14_16k), 'cnn14-32k':Published(cnn14_32k),
-    'wav2clip':Published(Wav2CLIP, skip=('image_transform.','image_encoder.','loss_')), 'melception':Published(Melception), 'clap':Published(Clap), 'clip':Published(None)}
-JUDGE_NAMES = ('judge-classifier','judge-student','judge-text')
+    make: object  # -> network
+    skip: tuple = ()  # Beginnings of keys in the file that belong to other things
+    missing: tuple = ()  # Keys that the file may lack
+
+
+PUBLISHED = {
+    "vggish": Published(VGGish, missing=("pproc.pca_eigen_vectors", "pproc.pca_means")),
+    "cnn14-16k": Published(cnn14_16k),
+    "cnn14-32k": Published(cnn14_32k),
+    "wav2clip": Published(Wav2CLIP, skip=("image_transform.", "image_encoder.", "loss_")),
+    "melception": Published(Melception),
+    "clap": Published(Clap),
+    "clip": Published(None),
+}
+JUDGE_NAMES = ("judge-classifier", "judge-student", "judge-text")
+
 
 def metric_path(
-    name:str,       # Of an embedder
-    path=None,      # A file or folder; None: `metrics_folder()`
-)->Path:            # Its weights, or for `clap` and `clip` its folder
+    name: str,  # Of an embedder
+    path=None,  # A file or folder; None: `metrics_folder()`
+) -> Path:  # Its weights, or for `clap` and `clip` its folder
     "Find the weights, or say what is missing and where it comes from"
-    rows = [r for r in metric_files() if r.of==name]
-    if path and Path(path).is_file(): return Path(path)
+    rows = [r for r in metric_files() if r.of == name]
+    if path and Path(path).is_file():
+        return Path(path)
     folder = Path(path or metrics_folder())
-    at = folder if path and '/' in rows[0].name and not (folder/rows[0].name).exists() else folder/Path(rows[0].name).parent       # a model's own folder, or the folder of all
+    at = (
+        folder
+        if path and "/" in rows[0].name and not (folder / rows[0].name).exists()
+        else folder / Path(rows[0].name).parent
+    )  # a model's own folder, or the folder of all
     for r in rows:
-        if not (at/Path(r.name).name).is_file():
-            raise FoleyError(f'{at/Path(r.name).name} is missing; {name} needs it: {r.url} (about {r.size/1e6:.1f} MB, {r.licence}), or run smooth-foley fetch metrics')
-    return at if '/' in rows[0].name else at/rows[0].name
+        if not (at / Path(r.name).name).is_file():
+            raise FoleyError(
+                f"{at / Path(r.name).name} is missing; {name} needs it: {r.url} (about {r.size / 1e6:.1f} MB, {r.licence}), or run smooth-foley fetch metrics"
+            )
+    return at if "/" in rows[0].name else at / rows[0].name
 
 # %% ../../nbs/metrics/41_embedders.ipynb #de78f225
 def load_embedder(
-    name:str,       # A key of `PUBLISHED`, or one of `JUDGE_NAMES`
-    path=None,      # File or folder of its weights; None: `metrics_folder()`, or the shipped judge
-    device='cpu',
-):                  # Evaluation mode; `listen(audio) -> (rows, d)`, some `scores(audio) -> (b, classes)`; `clip` is a `FrameEncoder`
+    name: str,  # A key of `PUBLISHED`, or one of `JUDGE_NAMES`
+    path=None,  # File or folder of its weights; None: `metrics_folder()`, or the shipped judge
+    device="cpu",
+):  # Evaluation mode; `listen(audio) -> (rows, d)`, some `scores(audio) -> (b, classes)`; `clip` is a `FrameEncoder`
     "A network that listens, with its weights"
-    if name in JUDGE_NAMES: return load_judge(path, kind=name.removeprefix('judge-')).to(device)
-    if name not in PUBLISHED: raise FoleyError(f"name: no embedder is called '{name}', did you mean {' or '.join(map(repr, suggest(name, [*PUBLISHED, *JUDGE_NAMES])))}?")
+    if name in JUDGE_NAMES:
+        return load_judge(path, kind=name.removeprefix("judge-")).to(device)
+    if name not in PUBLISHED:
+        raise FoleyError(
+            f"name: no embedder is called '{name}', did you mean {' or '.join(map(repr, suggest(name, [*PUBLISHED, *JUDGE_NAMES])))}?"
+        )
     p, spec = metric_path(name, path), PUBLISHED[name]
-    if name=='clip':
+    if name == "clip":
         from smooth_foley.clip import FrameEncoder
+
         return FrameEncoder.from_pretrained(p).to(device)
-    if name=='clap': return Clap(p).eval().requires_grad_(False).to(device)
-    m, sd = spec.make(), {k:v for k,v in read_weights(p).items() if not k.startswith(spec.skip)} if spec.skip else read_weights(p)
+    if name == "clap":
+        return Clap(p).eval().requires_grad_(False).to(device)
+    m, sd = (
+        spec.make(),
+        {k: v for k, v in read_weights(p).items() if not k.startswith(spec.skip)} if spec.skip else read_weights(p),
+    )
     load_checked(m, sd, str(p), ignore=spec.missing)
-    if name=='melception': m.mean, m.std = torch.tensor(np.loadtxt(p.with_name('train_means_stds_melspec_10s_22050hz.txt')), dtype=torch.float32).T[...,None]
+    if name == "melception":
+        m.mean, m.std = torch.tensor(
+            np.loadtxt(p.with_name("train_means_stds_melspec_10s_22050hz.txt")), dtype=torch.float32
+        ).T[..., None]
     return m.eval().requires_grad_(False).to(device)
 
 # %% ../../nbs/metrics/41_embedders.ipynb #f122aa7a
 @torch.no_grad()
 def listen_to(
-    model,              # Of `load_embedder`
-    sounds,             # Files, or waveforms at `sr`
-    sr:int=None,        # Rate of the waveforms, Hz
-    seconds:float=None, # Cut or pad to this length, s; None: as they are
-)->dict:                # embeddings `(rows, d)`, clip `(rows,)`: which sound a row is of, scores `(n, classes)` or None
+    model,  # Of `load_embedder`
+    sounds,  # Files, or waveforms at `sr`
+    sr: int = None,  # Rate of the waveforms, Hz
+    seconds: float = None,  # Cut or pad to this length, s; None: as they are
+) -> dict:  # embeddings `(rows, d)`, clip `(rows,)`: which sound a row is of, scores `(n, classes)` or None
     "Every sound by the one recipe, one at a time"
     e, s = [], []
     for o in sounds:
         x = torch.from_numpy(load_audio(o, model.rate, sr, seconds))[None]
-        if hasattr(model, 'hear_both'): a,b = model.hear_both(x); e.append(a); s.append(b)
-        else: e.append(model.listen(x)); s += [model.scores(x)] if hasattr(model, 'scores') else []
-    if not e: raise FoleyError('sounds: there are none; give at least one file or waveform')
-    return dict(embeddings=torch.cat(e).numpy(), clip=np.repeat(np.arange(len(e)), [len(o) for o in e]), scores=torch.cat(s).numpy() if s else None)
+        if hasattr(model, "hear_both"):
+            a, b = model.hear_both(x)
+            e.append(a)
+            s.append(b)
+        else:
+            e.append(model.listen(x))
+            s += [model.scores(x)] if hasattr(model, "scores") else []
+    if not e:
+        raise FoleyError("sounds: there are none; give at least one file or waveform")
+    return dict(
+        embeddings=torch.cat(e).numpy(),
+        clip=np.repeat(np.arange(len(e)), [len(o) for o in e]),
+        scores=torch.cat(s).numpy() if s else None,
+    )

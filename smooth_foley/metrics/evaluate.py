@@ -25,13 +25,39 @@ from pathlib import Path
 from typing import Callable
 import numpy as np, torch
 from ..core import FoleyError, atomic_path, default_device, mini_path, progress, suggest
-from ..media import Clip, SR, clip_resize, fit_duration, probe, read_audio, read_clip, seconds_to_samples, write_wav
+from smooth_foley.media import (
+    Clip,
+    SR,
+    clip_resize,
+    fit_duration,
+    probe,
+    read_audio,
+    read_clip,
+    seconds_to_samples,
+    write_wav,
+)
 from ..backbone import decode_latents, encode_latents
 from ..data import passby
 from ..pipeline import SmoothFoleyPipeline, load_part
 from ..vocoder import vocode
-from .temporal import activity, bootstrap_interval, counts, frame_scores, onset_scores, paired_difference, pooled
-from .doppler import CENTROID_LABELS, centroid_adherence, centroid_track, doppler_adherence, f0_correlation, f0_range, reference_adherence
+from smooth_foley.metrics.temporal import (
+    activity,
+    bootstrap_interval,
+    counts,
+    frame_scores,
+    onset_scores,
+    paired_difference,
+    pooled,
+)
+from smooth_foley.metrics.doppler import (
+    CENTROID_LABELS,
+    centroid_adherence,
+    centroid_track,
+    doppler_adherence,
+    f0_correlation,
+    f0_range,
+    reference_adherence,
+)
 from .physics import as_heard, closest_approach, dropouts, level_adherence, level_track
 from .frechet import frechet_distance, frechet_draws, frechet_infinity, frechet_interval, kid
 from .divergence import inception_score, kl_per_clip, log_softmax
@@ -42,421 +68,644 @@ from .embedders import decode, listen_to, load_audio, load_embedder, mono
 @dataclass
 class Take:
     "All that is known about one clip"
-    clip:Clip                # Frames; its name decides the noise
-    label:str                # What sounds
-    audio:np.ndarray=None    # Real sound, `(n,)` float32 at 16 kHz; None where there is none
-    sounding:np.ndarray=None # Does it sound, `(100*duration,)` bool at 100 Hz; None where nobody knows
-    f0:np.ndarray=None       # Pitch at the microphone, Hz at 100 Hz, nan where there is none
-    doppler:np.ndarray=None  # By how much every pitch is shifted, at 100 Hz
-    distance:np.ndarray=None # Of the source, m at 100 Hz
-    level:np.ndarray=None    # At the microphone, dB at 100 Hz, nan where it is silent
-    memo:dict=field(default_factory=dict)  # What one system found out about it and another can use
+
+    clip: Clip  # Frames; its name decides the noise
+    label: str  # What sounds
+    audio: np.ndarray = None  # Real sound, `(n,)` float32 at 16 kHz; None where there is none
+    sounding: np.ndarray = None  # Does it sound, `(100*duration,)` bool at 100 Hz; None where nobody knows
+    f0: np.ndarray = None  # Pitch at the microphone, Hz at 100 Hz, nan where there is none
+    doppler: np.ndarray = None  # By how much every pitch is shifted, at 100 Hz
+    distance: np.ndarray = None  # Of the source, m at 100 Hz
+    level: np.ndarray = None  # At the microphone, dB at 100 Hz, nan where it is silent
+    memo: dict = field(default_factory=dict)  # What one system found out about it and another can use
+
 
 @dataclass
 class TestClip:
     "A clip of a test set"
-    __test__ = False         # no test case, whatever its name suggests to pytest
-    id:str                   # Name of its files
-    split:str                # Table it belongs to
-    label:str                # What sounds
-    load:Callable            # Gives a `Take`
+
+    __test__ = False  # no test case, whatever its name suggests to pytest
+    id: str  # Name of its files
+    split: str  # Table it belongs to
+    label: str  # What sounds
+    load: Callable  # Gives a `Take`
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #a2675c93
-TEST = 2_000_000    # First seed of the test range
-KNOWN = ('sounding','f0','doppler','distance','level')    # Of a scene's truth, what measuring needs
+TEST = 2_000_000  # First seed of the test range
+KNOWN = ("sounding", "f0", "doppler", "distance", "level")  # Of a scene's truth, what measuring needs
+
 
 def passby_clips(
-    split:str,         # 'passby' or 'passby_continuous'
-    n:int,             # How many
-    fps:float=15.,     # Frames per second
-    size:int=64,       # Side of the picture, px
-)->list[TestClip]:
+    split: str,  # 'passby' or 'passby_continuous'
+    n: int,  # How many
+    fps: float = 15.0,  # Frames per second
+    size: int = 64,  # Side of the picture, px
+) -> list[TestClip]:
     "The first `n` test scenes of a split"
+
     def one(seed):
         def load():
             s = passby.scene(seed, split, fps, size)
-            return Take(Clip(s.frames, s.times, s.duration, f'{split}-{seed}'), s.label, s.audio, **{k:s.truth[k] for k in KNOWN if k in s.truth})
-        return TestClip(f'{split}-{seed}', split, passby.draw_dials(seed, split).label, load)
-    return [one(TEST+i) for i in range(n)]
+            return Take(
+                Clip(s.frames, s.times, s.duration, f"{split}-{seed}"),
+                s.label,
+                s.audio,
+                **{k: s.truth[k] for k in KNOWN if k in s.truth},
+            )
+
+        return TestClip(f"{split}-{seed}", split, passby.draw_dials(seed, split).label, load)
+
+    return [one(TEST + i) for i in range(n)]
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #ecab4e2c
 def folder_clips(
-    folder,            # Videos and labels.csv
-    n:int=None,        # At most so many; None takes all
-    fps:float=15., size:int=64,
-    max_duration:float=10.24,  # Longest clip the model takes, s
-)->list[TestClip]:
+    folder,  # Videos and labels.csv
+    n: int = None,  # At most so many; None takes all
+    fps: float = 15.0,
+    size: int = 64,
+    max_duration: float = 10.24,  # Longest clip the model takes, s
+) -> list[TestClip]:
     "The clips that labels.csv names, in its order"
-    folder = Path(folder); rows = _label_rows(folder)
+    folder = Path(folder)
+    rows = _label_rows(folder)
+
     def one(name, label, split):
         def load():
-            clip = read_clip(folder/name, fps, size, max_duration)
-            audio = fit_duration(read_audio(folder/name, SR), clip.duration) if probe(folder/name)['audio'] else None
+            clip = read_clip(folder / name, fps, size, max_duration)
+            audio = (
+                fit_duration(read_audio(folder / name, SR), clip.duration) if probe(folder / name)["audio"] else None
+            )
             return Take(clip, label, audio, None if audio is None else activity(audio, SR))
+
         return TestClip(Path(name).stem, split, label, load)
+
     clips = [one(*r) for r in rows[:n]]
     ids = [c.id for c in clips]
-    if twice:=sorted({i for i in ids if ids.count(i)>1}): raise FoleyError(f'{folder}/labels.csv: several videos are called {", ".join(twice[:5])} apart from their suffix; rename all but one')
+    if twice := sorted({i for i in ids if ids.count(i) > 1}):
+        raise FoleyError(
+            f"{folder}/labels.csv: several videos are called {', '.join(twice[:5])} apart from their suffix; rename all but one"
+        )
     return clips
+
 
 def _label_rows(folder):
     "Checked rows of labels.csv: name, label, split"
-    path = folder/'labels.csv'
-    if not path.is_file(): raise FoleyError(f'{folder}: no labels.csv in it; write one with the columns name,label (and split, if there are several), one row per video')
-    with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
-    if not rows or not {'name','label'}<=set(rows[0]): raise FoleyError(f'{path}: needs a header name,label and a row per video, has {list(rows[0]) if rows else "no row"}')
-    bad = [r['name'] for r in rows if not (r['name'] or '').strip() or not (r['label'] or '').strip()]
-    if bad: raise FoleyError(f'{path}: {len(bad)} rows lack a name or a label, the first is {bad[0]!r}')
-    absent = [r['name'] for r in rows if not (folder/r['name']).is_file()]
-    if absent: raise FoleyError(f'{path}: names {len(absent)} files that are not there: {", ".join(absent[:5])}; remove the rows or add the videos')
-    return [(r['name'], r['label'].strip(), (r.get('split') or '').strip() or folder.name) for r in rows]
+    path = folder / "labels.csv"
+    if not path.is_file():
+        raise FoleyError(
+            f"{folder}: no labels.csv in it; write one with the columns name,label (and split, if there are several), one row per video"
+        )
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        rows = list(csv.DictReader(f))
+    if not rows or not {"name", "label"} <= set(rows[0]):
+        raise FoleyError(
+            f"{path}: needs a header name,label and a row per video, has {list(rows[0]) if rows else 'no row'}"
+        )
+    bad = [r["name"] for r in rows if not (r["name"] or "").strip() or not (r["label"] or "").strip()]
+    if bad:
+        raise FoleyError(f"{path}: {len(bad)} rows lack a name or a label, the first is {bad[0]!r}")
+    absent = [r["name"] for r in rows if not (folder / r["name"]).is_file()]
+    if absent:
+        raise FoleyError(
+            f"{path}: names {len(absent)} files that are not there: {', '.join(absent[:5])}; remove the rows or add the videos"
+        )
+    return [(r["name"], r["label"].strip(), (r.get("split") or "").strip() or folder.name) for r in rows]
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #da95479b
 def test_clips(
-    split:str,         # Passby's splits or folders, comma-separated
-    n:int=None,        # Clips of each; None: 200 of Passby, all of a folder
-    fps:float=15., size:int=64,
-)->list[TestClip]:
+    split: str,  # Passby's splits or folders, comma-separated
+    n: int = None,  # Clips of each; None: 200 of Passby, all of a folder
+    fps: float = 15.0,
+    size: int = 64,
+) -> list[TestClip]:
     "The clips of one or several test sets"
     out = []
-    if n is not None and n<1: raise FoleyError(f'n is {n}: give the number of clips per split, 1 or more')
-    for name in [s.strip() for s in str(split).split(',') if s.strip()]:
-        if name in passby.SPLITS: out += passby_clips(name, n or 200, fps, size)
-        elif Path(name).is_dir(): out += folder_clips(name, n, fps, size)
-        else: raise FoleyError(f'split {name!r}: is no folder, and no split of Passby ({", ".join(passby.SPLITS)}); check the name')
-    if not out: raise FoleyError('split is empty: give passby, passby_continuous, or a folder with videos and labels.csv')
+    if n is not None and n < 1:
+        raise FoleyError(f"n is {n}: give the number of clips per split, 1 or more")
+    for name in [s.strip() for s in str(split).split(",") if s.strip()]:
+        if name in passby.SPLITS:
+            out += passby_clips(name, n or 200, fps, size)
+        elif Path(name).is_dir():
+            out += folder_clips(name, n, fps, size)
+        else:
+            raise FoleyError(
+                f"split {name!r}: is no folder, and no split of Passby ({', '.join(passby.SPLITS)}); check the name"
+            )
+    if not out:
+        raise FoleyError("split is empty: give passby, passby_continuous, or a folder with videos and labels.csv")
     ids = [c.id for c in out]
-    if len(set(ids))<len(ids): raise FoleyError(f'split {split}: several clips are called {next(i for i in ids if ids.count(i)>1)}; evaluate the folders one by one')
+    if len(set(ids)) < len(ids):
+        raise FoleyError(
+            f"split {split}: several clips are called {next(i for i in ids if ids.count(i) > 1)}; evaluate the folders one by one"
+        )
     return out
+
+
 test_clips.__test__ = False
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #03ce6da8
-SYSTEMS = {}     # Name -> (what builds it, what it is)
+SYSTEMS = {}  # Name -> (what builds it, what it is)
 
-def system(name:str, what:str):
+
+def system(name: str, what: str):
     "Register a builder: `build(pipe, **options)` gives `sound(takes, seed, steps) -> (audios, conditions)`"
-    def register(build): SYSTEMS[name] = build, what; return build
+
+    def register(build):
+        SYSTEMS[name] = build, what
+        return build
+
     return register
 
+
 def play(
-    pipe, mels,        # Log-mels, `(b, n_mels, n_cols)`
-    takes:list,
-)->list:               # Sound of each, `(n,)` float32
+    pipe,
+    mels,  # Log-mels, `(b, n_mels, n_cols)`
+    takes: list,
+) -> list:  # Sound of each, `(n,)` float32
     "One clip after the other: on a CPU faster than all at once"
-    return [vocode(pipe.vocoder, m[None])[0, :seconds_to_samples(t.clip.duration)].cpu().numpy() for m,t in zip(mels, takes)]
+    return [
+        vocode(pipe.vocoder, m[None])[0, : seconds_to_samples(t.clip.duration)].cpu().numpy()
+        for m, t in zip(mels, takes)
+    ]
+
 
 def with_pipeline(pipe, **call):
     "A system that is one call of the pipeline"
+
     def sound(takes, seed, steps):
-        out = pipe([t.clip for t in takes], label=[t.label for t in takes], seed=seed, output_type='mel', **{'num_inference_steps':steps, **call})
+        out = pipe(
+            [t.clip for t in takes],
+            label=[t.label for t in takes],
+            seed=seed,
+            output_type="mel",
+            **{"num_inference_steps": steps, **call},
+        )
         return play(pipe, out.mels, takes), out.conditions
+
     return sound
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #6c0a0afc
-@system('ours', 'frame-wise guidance, condition from the label (the paper)')
-def ours(pipe, **options): return with_pipeline(pipe, **options)
+@system("ours", "frame-wise guidance, condition from the label (the paper)")
+def ours(pipe, **options):
+    return with_pipeline(pipe, **options)
 
-@system('ours-clipwise', 'one token for the whole clip, with the adapter trained so ("w/o frame-wise")')
+
+@system("ours-clipwise", 'one token for the whole clip, with the adapter trained so ("w/o frame-wise")')
 def ours_clipwise(pipe, **options):
-    folder = mini_path().parent/'foleycrafter'/'semantic_adapter'
-    if folder.is_dir() and pipe_is_mini(pipe) and 'frame_adapter' not in getattr(pipe, 'swapped', ()): pipe = with_parts(pipe, frame_adapter=folder)
-    sound = with_pipeline(pipe, **{'frame_wise':False, **options})
+    folder = mini_path().parent / "foleycrafter" / "semantic_adapter"
+    if folder.is_dir() and pipe_is_mini(pipe) and "frame_adapter" not in getattr(pipe, "swapped", ()):
+        pipe = with_parts(pipe, frame_adapter=folder)
+    sound = with_pipeline(pipe, **{"frame_wise": False, **options})
     sound.modules = pipe.components
     return sound
 
-@system('text', 'the frozen text-to-audio model alone')
-def text_alone(pipe, **options):
-    sound = with_pipeline(pipe, **{'frame_scale':0., 'temporal_scale':0., **options})
-    return lambda takes, seed, steps: (sound(takes, seed, steps)[0], [None]*len(takes))
 
-@system('always', 'frame-wise guidance, a condition that is always on')
-def always(pipe, **options): return with_pipeline(pipe, **{'condition':'always', **options})
+@system("text", "the frozen text-to-audio model alone")
+def text_alone(pipe, **options):
+    sound = with_pipeline(pipe, **{"frame_scale": 0.0, "temporal_scale": 0.0, **options})
+    return lambda takes, seed, steps: (sound(takes, seed, steps)[0], [None] * len(takes))
+
+
+@system("always", "frame-wise guidance, a condition that is always on")
+def always(pipe, **options):
+    return with_pipeline(pipe, **{"condition": "always", **options})
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #76675f8d
 def _foleycrafter(pipe, prompted, **options):
     "FoleyCrafter on the backbone of `pipe`"
     from smooth_foley.baselines.foleycrafter import FoleyCrafter
-    folder, same = getattr(pipe, 'folder', None), pipe_is_mini(pipe)
-    if not (same or folder): raise FoleyError('system foleycrafter: this pipeline came without a folder that holds its time detector; give --model or weights=FOLDER')
-    mine = {k:m for k,m in pipe.components.items() if k!='frame_adapter' or k in getattr(pipe, 'swapped', ())}
+
+    folder, same = getattr(pipe, "folder", None), pipe_is_mini(pipe)
+    if not (same or folder):
+        raise FoleyError(
+            "system foleycrafter: this pipeline came without a folder that holds its time detector; give --model or weights=FOLDER"
+        )
+    mine = {k: m for k, m in pipe.components.items() if k != "frame_adapter" or k in getattr(pipe, "swapped", ())}
     crafter = FoleyCrafter.from_pretrained(None if same else folder, **mine).to(pipe.device)
     crafter.pipe.set_progress_bar_config(disable=True)
     key = fingerprint(dict(detector=crafter.detector))
+
     def sound(takes, seed, steps):
         for t in takes:
-            if key not in t.memo: t.memo[key] = crafter.conditions(t.clip)[0]      # with and without prompt alike
-        out = crafter([t.clip for t in takes], prompt=[t.label for t in takes] if prompted else None, seed=seed, output_type='mel',
-            **{'num_inference_steps':steps, 'condition':[t.memo[key] for t in takes], **options})
+            if key not in t.memo:
+                t.memo[key] = crafter.conditions(t.clip)[0]  # with and without prompt alike
+        out = crafter(
+            [t.clip for t in takes],
+            prompt=[t.label for t in takes] if prompted else None,
+            seed=seed,
+            output_type="mel",
+            **{"num_inference_steps": steps, "condition": [t.memo[key] for t in takes], **options},
+        )
         return play(pipe, out.mels, takes), out.conditions
+
     sound.modules = dict(detector=crafter.detector, **crafter.pipe.components)
     return sound
 
-@system('foleycrafter', 'clip-wise guidance, condition from the time detector, the label as prompt')
-def foleycrafter(pipe, **options): return _foleycrafter(pipe, True, **options)
 
-@system('foleycrafter-noprompt', 'the same without a prompt')
-def foleycrafter_noprompt(pipe, **options): return _foleycrafter(pipe, False, **options)
+@system("foleycrafter", "clip-wise guidance, condition from the time detector, the label as prompt")
+def foleycrafter(pipe, **options):
+    return _foleycrafter(pipe, True, **options)
+
+
+@system("foleycrafter-noprompt", "the same without a prompt")
+def foleycrafter_noprompt(pipe, **options):
+    return _foleycrafter(pipe, False, **options)
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #2e20bdb3
 def _no_options(name, options):
-    if options: raise FoleyError(f'system {name}: takes no {", ".join(options)}; it is no model')
+    if options:
+        raise FoleyError(f"system {name}: takes no {', '.join(options)}; it is no model")
 
-@system('truth-vocoded', 'the true sound through mel and vocoder: what the vocoder allows')
+
+@system("truth-vocoded", "the true sound through mel and vocoder: what the vocoder allows")
 def truth_vocoded(pipe, **options):
-    _no_options('truth-vocoded', options)
-    return lambda takes, seed, steps: ([play(pipe, _true_mel(pipe, t, 'truth-vocoded'), [t])[0] for t in takes], [None]*len(takes))
+    _no_options("truth-vocoded", options)
+    return lambda takes, seed, steps: (
+        [play(pipe, _true_mel(pipe, t, "truth-vocoded"), [t])[0] for t in takes],
+        [None] * len(takes),
+    )
+
 
 def _true_mel(pipe, take, name):
     "Log-mel of a clip's own sound, `(1, n_mels, n_cols)`"
-    if take.audio is None: raise FoleyError(f'system {name}: {take.clip.name} has no sound of its own; leave this system out')
+    if take.audio is None:
+        raise FoleyError(f"system {name}: {take.clip.name} has no sound of its own; leave this system out")
     return pipe.mel.log_mel(torch.from_numpy(take.audio)[None])
 
-@system('truth-vae', 'the true sound through the VAE and the vocoder: what the autoencoder allows')
+
+@system("truth-vae", "the true sound through the VAE and the vocoder: what the autoencoder allows")
 def truth_vae(pipe, **options):
-    _no_options('truth-vae', options)
+    _no_options("truth-vae", options)
+
     def one(take):
-        image = pipe.mel.to_image(_true_mel(pipe, take, 'truth-vae'))
+        image = pipe.mel.to_image(_true_mel(pipe, take, "truth-vae"))
         mel = pipe.mel.from_image(decode_latents(pipe.vae, encode_latents(pipe.vae, image)).float())
         return play(pipe, mel, [take])[0]
-    return lambda takes, seed, steps: ([one(t) for t in takes], [None]*len(takes))
 
-@system('other', 'the true sound of another scene with the same label: right thing, wrong moment')
+    return lambda takes, seed, steps: ([one(t) for t in takes], [None] * len(takes))
+
+
+@system("other", "the true sound of another scene with the same label: right thing, wrong moment")
 def other_scene(pipe, **options):
-    _no_options('other', options)
+    _no_options("other", options)
+
     def one(t):
-        split, _, seed = t.clip.name.rpartition('-')
-        if split not in passby.SPLITS: raise FoleyError(f'system other: {t.clip.name} is no scene of Passby; leave this system out')
-        return passby.scene(int(seed)-1_000_000, split, frames=False, label=t.label).audio
-    return lambda takes, seed, steps: ([one(t) for t in takes], [None]*len(takes))
+        split, _, seed = t.clip.name.rpartition("-")
+        if split not in passby.SPLITS:
+            raise FoleyError(f"system other: {t.clip.name} is no scene of Passby; leave this system out")
+        return passby.scene(int(seed) - 1_000_000, split, frames=False, label=t.label).audio
+
+    return lambda takes, seed, steps: ([one(t) for t in takes], [None] * len(takes))
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #7d8bfac8
 def _flag(text):
-    if text.lower() not in ('true','false'): raise ValueError
-    return text.lower()=='true'
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
-OPTIONS = dict(num_inference_steps=int, guidance_scale=float, guidance_rescale=float, frame_scale=float, temporal_scale=float, condition=str, prompt=str, negative_prompt=str, frame_wise=_flag)
+
+OPTIONS = dict(
+    num_inference_steps=int,
+    guidance_scale=float,
+    guidance_rescale=float,
+    frame_scale=float,
+    temporal_scale=float,
+    condition=str,
+    prompt=str,
+    negative_prompt=str,
+    frame_wise=_flag,
+)
+
 
 @dataclass(frozen=True)
 class System:
     "One row of the table: what to build, with which weights and options"
-    name:str                                    # Folder of its results
-    base:str                                    # Entry of `SYSTEMS`
-    parts:dict = field(default_factory=dict)    # Component -> folder of its weights; 'weights' for a whole pipeline
-    options:dict = field(default_factory=dict)  # Of the call
+
+    name: str  # Folder of its results
+    base: str  # Entry of `SYSTEMS`
+    parts: dict = field(default_factory=dict)  # Component -> folder of its weights; 'weights' for a whole pipeline
+    options: dict = field(default_factory=dict)  # Of the call
+
 
 def parse_system(
-    text:str,     # `BASE` or `NAME=BASE:key=value:...`
-)->System:
+    text: str,  # `BASE` or `NAME=BASE:key=value:...`
+) -> System:
     "Read one word of `--systems`"
-    head, *pairs = text.strip().split(':'); name, _, base = head.rpartition('=')
+    head, *pairs = text.strip().split(":")
+    name, _, base = head.rpartition("=")
     name = name or base
     if base not in SYSTEMS:
-        near = suggest(base, SYSTEMS); hint = f'did you mean {" or ".join(near)}?' if near else 'choose from'
-        raise FoleyError(f'system {text!r}: there is no {base!r}; {hint} ({", ".join(SYSTEMS)}; or NAME=BASE:frame_adapter=FOLDER)')
-    if not re.fullmatch(r'[A-Za-z0-9][\w.+-]*', name) or name in RESERVED: raise FoleyError(f'system {text!r}: {name!r} cannot be its name; use letters, digits, - and _, and none of {", ".join(RESERVED)}')
-    if pairs and name in SYSTEMS: raise FoleyError(f'system {text!r}: is not what {name!r} stands for; name it, as in mine={text.strip()}')
+        near = suggest(base, SYSTEMS)
+        hint = f"did you mean {' or '.join(near)}?" if near else "choose from"
+        raise FoleyError(
+            f"system {text!r}: there is no {base!r}; {hint} ({', '.join(SYSTEMS)}; or NAME=BASE:frame_adapter=FOLDER)"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in RESERVED:
+        raise FoleyError(
+            f"system {text!r}: {name!r} cannot be its name; use letters, digits, - and _, and none of {', '.join(RESERVED)}"
+        )
+    if pairs and name in SYSTEMS:
+        raise FoleyError(f"system {text!r}: is not what {name!r} stands for; name it, as in mine={text.strip()}")
     return System(name, base, *_pairs(text, pairs))
 
-RESERVED = ('truth','clips','measured','embeddings','counterfactual')
+
+RESERVED = ("truth", "clips", "measured", "embeddings", "counterfactual")
+
 
 def _pairs(text, pairs):
     "Components and options of a system"
     parts, options = {}, {}
     for p in pairs:
-        k, eq, v = p.partition('=')
+        k, eq, v = p.partition("=")
         if eq and k in OPTIONS:
-            try: options[k] = OPTIONS[k](v)
-            except ValueError: raise FoleyError(f'system {text!r}: {k}={v!r} is no {"true or false" if OPTIONS[k] is _flag else "number"}') from None
-        elif eq and k in COMPONENTS: parts[k] = v
-        else: raise FoleyError(f'system {text!r}: does not understand {p!r}; give {", ".join(COMPONENTS)} with a folder, or {", ".join(OPTIONS)} with a value')
+            try:
+                options[k] = OPTIONS[k](v)
+            except ValueError:
+                raise FoleyError(
+                    f"system {text!r}: {k}={v!r} is no {'true or false' if OPTIONS[k] is _flag else 'number'}"
+                ) from None
+        elif eq and k in COMPONENTS:
+            parts[k] = v
+        else:
+            raise FoleyError(
+                f"system {text!r}: does not understand {p!r}; give {', '.join(COMPONENTS)} with a folder, or {', '.join(OPTIONS)} with a value"
+            )
     return parts, options
 
-COMPONENTS = ('weights','frame_adapter','temporal_adapter','label_projection','unet','frame_encoder','vae','vocoder','scheduler')
+
+COMPONENTS = (
+    "weights",
+    "frame_adapter",
+    "temporal_adapter",
+    "label_projection",
+    "unet",
+    "frame_encoder",
+    "vae",
+    "vocoder",
+    "scheduler",
+)
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #bbd77075
 def with_parts(
     pipe,
-    **folders,    # Component -> folder
-):                # A pipeline with these components
+    **folders,  # Component -> folder
+):  # A pipeline with these components
     "The same pipeline with other weights in places"
-    if folder:=folders.pop('weights', None):
-        pipe = SmoothFoleyPipeline.from_pretrained(folder).to(pipe.device); pipe.folder = folder
+    if folder := folders.pop("weights", None):
+        pipe = SmoothFoleyPipeline.from_pretrained(folder).to(pipe.device)
+        pipe.folder = folder
         pipe.set_progress_bar_config(disable=True)
-    if not folders: return pipe
+    if not folders:
+        return pipe
     new = {}
     for name, folder in folders.items():
         kind = type(getattr(pipe, name))
-        if not Path(folder).is_dir(): raise FoleyError(f'{name}={folder}: no such folder; give one with config.json and weights')
+        if not Path(folder).is_dir():
+            raise FoleyError(f"{name}={folder}: no such folder; give one with config.json and weights")
         new[name] = load_part(Path(folder), kind.__module__, kind.__name__, pipe.unet.dtype)
-        if isinstance(new[name], torch.nn.Module): new[name].requires_grad_(False).to(pipe.device)
-    settings = {k:v for k,v in pipe.config.items() if k in type(pipe)._get_signature_keys(type(pipe))[1]}
+        if isinstance(new[name], torch.nn.Module):
+            new[name].requires_grad_(False).to(pipe.device)
+    settings = {k: v for k, v in pipe.config.items() if k in type(pipe)._get_signature_keys(type(pipe))[1]}
     out = type(pipe)(**{**pipe.components, **new}, **settings)
-    out.folder, out.swapped = getattr(pipe, 'folder', None), tuple(new)
+    out.folder, out.swapped = getattr(pipe, "folder", None), tuple(new)
     out.set_progress_bar_config(disable=True)
     return out
 
-def pipe_is_mini(pipe)->bool:
+
+def pipe_is_mini(pipe) -> bool:
     "Is its UNet the one inside the package?"
     from safetensors import safe_open
-    file = mini_path()/'unet'/'diffusion_pytorch_model.safetensors'
-    if not file.is_file(): return False
-    with safe_open(file, 'pt') as f: w = f.get_tensor('conv_in.weight')
+
+    file = mini_path() / "unet" / "diffusion_pytorch_model.safetensors"
+    if not file.is_file():
+        return False
+    with safe_open(file, "pt") as f:
+        w = f.get_tensor("conv_in.weight")
     mine = pipe.unet.conv_in.weight
-    return w.shape==mine.shape and torch.equal(w.to(mine.dtype), mine.detach().cpu())
+    return w.shape == mine.shape and torch.equal(w.to(mine.dtype), mine.detach().cpu())
+
 
 def fingerprint(
-    parts:dict,       # Name -> anything; only modules count
-)->str:
+    parts: dict,  # Name -> anything; only modules count
+) -> str:
     "Twelve letters that stand for these weights"
     h = hashlib.sha256()
     for name, m in sorted(parts.items()):
-        h.update(f'{name}:{type(m).__name__}'.encode())
+        h.update(f"{name}:{type(m).__name__}".encode())
         if isinstance(m, torch.nn.Module):
-            for k,v in sorted(m.state_dict().items()): h.update(f'{name}.{k}'.encode()+v.detach().float().cpu().numpy().tobytes())
+            for k, v in sorted(m.state_dict().items()):
+                h.update(f"{name}.{k}".encode() + v.detach().float().cpu().numpy().tobytes())
     return h.hexdigest()[:12]
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #1a36e060
 def build(
-    spec:System, pipe,
-    seed:int=0, steps:int=None,
-)->tuple:       # `sound(takes)`, description
+    spec: System,
+    pipe,
+    seed: int = 0,
+    steps: int = None,
+) -> tuple:  # `sound(takes)`, description
     "A system ready to sound"
     mine = with_parts(pipe, **spec.parts)
     sound = SYSTEMS[spec.base][0](mine, **spec.options)
-    steps = spec.options.get('num_inference_steps', steps or mine.config.num_inference_steps)
-    settings = {k:mine.config[k] for k in ('guidance_scale','frame_scale','temporal_scale','threshold','fps')}
-    about = dict(base=spec.base, options=spec.options, weights=fingerprint({**mine.components, **getattr(sound, 'modules', {})}), settings=settings, seed=seed, steps=steps)
+    steps = spec.options.get("num_inference_steps", steps or mine.config.num_inference_steps)
+    settings = {k: mine.config[k] for k in ("guidance_scale", "frame_scale", "temporal_scale", "threshold", "fps")}
+    about = dict(
+        base=spec.base,
+        options=spec.options,
+        weights=fingerprint({**mine.components, **getattr(sound, "modules", {})}),
+        settings=settings,
+        seed=seed,
+        steps=steps,
+    )
     return (lambda takes: sound(takes, seed, steps)), about
 
+
 def claim(
-    folder,          # Of the system's sounds
-    about:dict,      # Its description
+    folder,  # Of the system's sounds
+    about: dict,  # Its description
 ):
     "Make the folder of a system, or refuse to mix"
-    path = Path(folder)/'system.json'; Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / "system.json"
+    Path(folder).mkdir(parents=True, exist_ok=True)
     if path.exists():
-        old = json.loads(path.read_text()); differ = [k for k in about if old.get(k)!=about[k]]
-        if differ: raise FoleyError(f'{folder}: was made with other {", ".join(differ)} ({", ".join(f"{k} {old.get(k)} there, {about[k]} now" for k in differ)}); give another --out, or remove this folder')
+        old = json.loads(path.read_text())
+        differ = [k for k in about if old.get(k) != about[k]]
+        if differ:
+            raise FoleyError(
+                f"{folder}: was made with other {', '.join(differ)} ({', '.join(f'{k} {old.get(k)} there, {about[k]} now' for k in differ)}); give another --out, or remove this folder"
+            )
     else:
-        with atomic_path(path) as tmp: tmp.write_text(json.dumps(about, indent=1)+'\n')
+        with atomic_path(path) as tmp:
+            tmp.write_text(json.dumps(about, indent=1) + "\n")
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #78e2afbd
 def save_npz(path, **arrays):
     "Arrays in a file that is whole or not there"
-    with atomic_path(path) as tmp: np.savez_compressed(tmp, **arrays)
+    with atomic_path(path) as tmp:
+        np.savez_compressed(tmp, **arrays)
+
 
 def save_sound(folder, name, audio, cond, seconds):
     "A sound with its condition; the wav comes last and says that all is there"
-    more = {} if cond is None else dict(times=cond.times, similarity=cond.similarity.astype(np.float32), active=cond.active, duration=cond.duration)
-    save_npz(folder/f'{name}.npz', seconds=seconds, **more)
-    write_wav(folder/f'{name}.wav', audio, SR)
+    more = (
+        {}
+        if cond is None
+        else dict(
+            times=cond.times, similarity=cond.similarity.astype(np.float32), active=cond.active, duration=cond.duration
+        )
+    )
+    save_npz(folder / f"{name}.npz", seconds=seconds, **more)
+    write_wav(folder / f"{name}.wav", audio, SR)
+
 
 def judge_eyes(pipe):
     "The CLIP whose pictures the judges' student knows: that of the small model, whatever `pipe` looks through"
-    if pipe_is_mini(pipe) and 'frame_encoder' not in getattr(pipe, 'swapped', ()): return pipe.frame_encoder
+    if pipe_is_mini(pipe) and "frame_encoder" not in getattr(pipe, "swapped", ()):
+        return pipe.frame_encoder
     from smooth_foley.clip import FrameEncoder
-    return FrameEncoder.from_pretrained(mini_path()/'frame_encoder')
+
+    return FrameEncoder.from_pretrained(mini_path() / "frame_encoder")
+
 
 @torch.no_grad()
-def save_truth(out, c:TestClip, take:Take, eyes):
+def save_truth(out, c: TestClip, take: Take, eyes):
     "What measuring needs to know about a clip"
     frames = np.stack([clip_resize(f, eyes.image_size) for f in take.clip.frames])
-    know = {k:v for k in KNOWN if (v:=getattr(take, k)) is not None}
+    know = {k: v for k in KNOWN if (v := getattr(take, k)) is not None}
     seen = eyes.encode_frames(frames).float().cpu().numpy().astype(np.float16)
-    if take.audio is not None: write_wav(out/'truth'/f'{c.id}.wav', take.audio, SR)
-    save_npz(out/'clips'/f'{c.id}.npz', label=c.label, split=c.split, times=take.clip.times, duration=take.clip.duration, frames=seen, **know)
+    if take.audio is not None:
+        write_wav(out / "truth" / f"{c.id}.wav", take.audio, SR)
+    save_npz(
+        out / "clips" / f"{c.id}.npz",
+        label=c.label,
+        split=c.split,
+        times=take.clip.times,
+        duration=take.clip.duration,
+        frames=seen,
+        **know,
+    )
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #7112328f
 def generate_all(
-    systems:dict,         # Name -> `sound(takes)`
-    clips:list,           # `TestClip`s
-    eyes, out,            # `judge_eyes`, the folder
-    batch:int=4,          # Clips per call
-    rank:int=0, world:int=1,  # This process, and how many there are
+    systems: dict,  # Name -> `sound(takes)`
+    clips: list,  # `TestClip`s
+    eyes,
+    out,  # `judge_eyes`, the folder
+    batch: int = 4,  # Clips per call
+    rank: int = 0,
+    world: int = 1,  # This process, and how many there are
 ):
     "Every sound that is missing"
     out = Path(out)
-    for f in ('truth','clips',*systems): (out/f).mkdir(parents=True, exist_ok=True)
-    groups = [clips[k:k+batch] for k in range(0, len(clips), batch)][rank::world]
-    missing = lambda g, f, kind: [c for c in g if not (out/f/f'{c.id}.{kind}').exists()]
-    for g in progress(groups, desc='generate', unit='group'):
-        todo = [s for s in systems if missing(g, s, 'wav')]
-        if not todo and not missing(g, 'clips', 'npz'): continue
+    for f in ("truth", "clips", *systems):
+        (out / f).mkdir(parents=True, exist_ok=True)
+    groups = [clips[k : k + batch] for k in range(0, len(clips), batch)][rank::world]
+    missing = lambda g, f, kind: [c for c in g if not (out / f / f"{c.id}.{kind}").exists()]
+    for g in progress(groups, desc="generate", unit="group"):
+        todo = [s for s in systems if missing(g, s, "wav")]
+        if not todo and not missing(g, "clips", "npz"):
+            continue
         takes = [c.load() for c in g]
-        for c,t in zip(g, takes):
-            if missing([c], 'clips', 'npz'): save_truth(out, c, t, eyes)
+        for c, t in zip(g, takes):
+            if missing([c], "clips", "npz"):
+                save_truth(out, c, t, eyes)
         for s in todo:
-            start = time.perf_counter(); audios, conds = systems[s](takes); took = (time.perf_counter()-start)/len(g)
-            for c,a,cond in zip(g, audios, conds):
-                if missing([c], s, 'wav'): save_sound(out/s, c.id, a, cond, took)
+            start = time.perf_counter()
+            audios, conds = systems[s](takes)
+            took = (time.perf_counter() - start) / len(g)
+            for c, a, cond in zip(g, audios, conds):
+                if missing([c], s, "wav"):
+                    save_sound(out / s, c.id, a, cond, took)
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #a8f2d2e5
-def processes(device:str=None):
+def processes(device: str = None):
     "Accelerate's view of this run; one process where nobody launched more"
     from accelerate import PartialState
-    cpu = (device or default_device())=='cpu'
+
+    cpu = (device or default_device()) == "cpu"
     return PartialState(cpu=cpu, timeout=timedelta(days=30)) if not PartialState._shared_state else PartialState()
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #952531c7
-def load_ears()->dict: # Kind -> judge
+def load_ears() -> dict:  # Kind -> judge
     "The judges that are there"
     from smooth_foley.metrics.judges import KINDS, judge_path, load_judge
-    ears = {k:load_judge(kind=k) for k in KINDS if (judge_path(k)/'config.json').is_file()}
-    if 'classifier' not in ears: raise FoleyError(f'{judge_path("classifier")}: the judge is missing; install the package again')
+
+    ears = {k: load_judge(kind=k) for k in KINDS if (judge_path(k) / "config.json").is_file()}
+    if "classifier" not in ears:
+        raise FoleyError(f"{judge_path('classifier')}: the judge is missing; install the package again")
     return ears
+
 
 @torch.no_grad()
 def listen(
-    ears:dict,          # From `load_ears`
-    audio:np.ndarray,   # `(n,)` at 16 kHz
-)->dict:                # Kind -> embedding `(d,)`, and 'logits'
+    ears: dict,  # From `load_ears`
+    audio: np.ndarray,  # `(n,)` at 16 kHz
+) -> dict:  # Kind -> embedding `(d,)`, and 'logits'
     "What the judges hear, one clip at a time"
     x = torch.from_numpy(np.ascontiguousarray(audio, np.float32))[None]
-    heard = {k:e.listen(x)[0].numpy() for k,e in ears.items()}
-    c = ears['classifier']
-    return dict(heard, logits=c.out(torch.from_numpy(heard['classifier'])[None].to(c.device))[0].float().cpu().numpy())
+    heard = {k: e.listen(x)[0].numpy() for k, e in ears.items()}
+    c = ears["classifier"]
+    return dict(heard, logits=c.out(torch.from_numpy(heard["classifier"])[None].to(c.device))[0].float().cpu().numpy())
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #64bcd645
 def condition_counts(
-    cond,          # times `(T,)` s, active `(T,)`, duration s
-    times,         # Of the video frames, s
-    sounding,      # Truth at 100 Hz
-)->np.ndarray:     # tp, fp, fn
+    cond,  # times `(T,)` s, active `(T,)`, duration s
+    times,  # Of the video frames, s
+    sounding,  # Truth at 100 Hz
+) -> np.ndarray:  # tp, fp, fn
     "Condition against truth, in the middle of every video frame"
-    mid = np.asarray(times)+.5*np.median(np.diff(times)) if len(times)>1 else np.asarray(times)
-    mine = np.asarray(cond['active'])[np.searchsorted(cond['times'], mid, side='right').clip(1)-1]&(mid<float(cond['duration']))
-    return counts(mine, np.asarray(sounding)[(mid*100).astype(int).clip(0, len(sounding)-1)])
+    mid = np.asarray(times) + 0.5 * np.median(np.diff(times)) if len(times) > 1 else np.asarray(times)
+    mine = np.asarray(cond["active"])[np.searchsorted(cond["times"], mid, side="right").clip(1) - 1] & (
+        mid < float(cond["duration"])
+    )
+    return counts(mine, np.asarray(sounding)[(mid * 100).astype(int).clip(0, len(sounding) - 1)])
 
-def facts_of_timing(audio, truth, cond)->dict:
+
+def facts_of_timing(audio, truth, cond) -> dict:
     "Counts of condition and activity"
     out = {}
-    if 'sounding' not in truth: return out
-    if cond is not None and 'active' in cond: out |= dict(zip(('cond_tp','cond_fp','cond_fn'), condition_counts(cond, truth['times'], truth['sounding'])))
-    on, true = activity(audio, SR), truth['sounding']; n = min(len(on), len(true))
-    return out | dict(zip(('act_tp','act_fp','act_fn'), counts(on[:n], true[:n])))
+    if "sounding" not in truth:
+        return out
+    if cond is not None and "active" in cond:
+        out |= dict(zip(("cond_tp", "cond_fp", "cond_fn"), condition_counts(cond, truth["times"], truth["sounding"])))
+    on, true = activity(audio, SR), truth["sounding"]
+    n = min(len(on), len(true))
+    return out | dict(zip(("act_tp", "act_fp", "act_fn"), counts(on[:n], true[:n])))
 
-def facts_of_meaning(heard, real, truth, ears)->dict:
+
+def facts_of_meaning(heard, real, truth, ears) -> dict:
     "What it is, and whether it fits pictures and text"
-    names, label = ears['classifier'].config.labels, str(truth['label'])
-    p = np.exp(log_softmax(heard['logits'])); out = dict(heard=names[int(p.argmax())], prob=float(p.max()))
-    if label in names: out['right'] = float(out['heard']==label)
-    if real is not None: out['kl'] = kl_per_clip(real['logits'][None], heard['logits'][None])[0]
-    if 'student' in ears: out['clip_score'] = clip_cosine(heard['student'], truth['frames'])
-    if 'text' in ears and label in names: out['text_score'] = clip_cosine(heard['text'], ears['text'].embed_text([label]).detach().cpu())
+    names, label = ears["classifier"].config.labels, str(truth["label"])
+    p = np.exp(log_softmax(heard["logits"]))
+    out = dict(heard=names[int(p.argmax())], prob=float(p.max()))
+    if label in names:
+        out["right"] = float(out["heard"] == label)
+    if real is not None:
+        out["kl"] = kl_per_clip(real["logits"][None], heard["logits"][None])[0]
+    if "student" in ears:
+        out["clip_score"] = clip_cosine(heard["student"], truth["frames"])
+    if "text" in ears and label in names:
+        out["text_score"] = clip_cosine(heard["text"], ears["text"].embed_text([label]).detach().cpu())
     return out
 
-def facts_of_pitch(audio, truth, real_audio)->dict:
+
+def facts_of_pitch(audio, truth, real_audio) -> dict:
     "Doppler, and strikes"
-    label, out = str(truth['label']), {}
-    if 'f0' in truth and label in passby.TONAL:
-        f = doppler_adherence(audio, SR, label, truth['f0'])
-        out |= {f'f0_{k}':float(f[k]) for k in ('correlation','slope','cents')}
-        if np.isfinite(f0_correlation(truth['f0'], truth['f0'])['correlation']): out['f0_adherence'] = float(np.nan_to_num(f['correlation']))
-    if 'doppler' in truth and label in CENTROID_LABELS: out['centroid_correlation'] = centroid_adherence(audio, SR, truth['doppler'], truth['sounding'])['correlation']
-    if 'doppler' not in truth and real_audio is not None: out['centroid_correlation'] = reference_adherence(audio, real_audio, SR, 'centroid')['correlation']
-    if 'doppler' in truth and label not in passby.CONTINUOUS:
-        starts = np.flatnonzero(np.diff(np.r_[0, truth['sounding'].astype(int)])==1)/100
-        out |= {f'onset_{k}':float(v) for k,v in onset_scores(audio, SR, starts).items() if k in ('accuracy','ap','f1')}
+    label, out = str(truth["label"]), {}
+    if "f0" in truth and label in passby.TONAL:
+        f = doppler_adherence(audio, SR, label, truth["f0"])
+        out |= {f"f0_{k}": float(f[k]) for k in ("correlation", "slope", "cents")}
+        if np.isfinite(f0_correlation(truth["f0"], truth["f0"])["correlation"]):
+            out["f0_adherence"] = float(np.nan_to_num(f["correlation"]))
+    if "doppler" in truth and label in CENTROID_LABELS:
+        out["centroid_correlation"] = centroid_adherence(audio, SR, truth["doppler"], truth["sounding"])["correlation"]
+    if "doppler" not in truth and real_audio is not None:
+        out["centroid_correlation"] = reference_adherence(audio, real_audio, SR, "centroid")["correlation"]
+    if "doppler" in truth and label not in passby.CONTINUOUS:
+        starts = np.flatnonzero(np.diff(np.r_[0, truth["sounding"].astype(int)]) == 1) / 100
+        out |= {
+            f"onset_{k}": float(v) for k, v in onset_scores(audio, SR, starts).items() if k in ("accuracy", "ap", "f1")
+        }
     return out
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #b7343d8a
@@ -464,10 +713,12 @@ def _on_timeline(x, n):
     "A track of `n` instants; nan where it is shorter"
     return np.r_[x[:n], np.full(max(0, n - len(x)), np.nan)]
 
-def facts_of_level(audio, truth, real_audio)->dict:
+
+def facts_of_level(audio, truth, real_audio) -> dict:
     "Loudness, closest approach, and pauses"
     label = str(truth["label"])
-    if "sounding" not in truth or label in set(passby.LABELS) - set(passby.CONTINUOUS): return {}
+    if "sounding" not in truth or label in set(passby.LABELS) - set(passby.CONTINUOUS):
+        return {}
     sounding, n = truth["sounding"], len(truth["sounding"])
     level, out = _on_timeline(level_track(audio, SR), n), {}
     true = truth["level"] if "level" in truth else level_track(real_audio, SR) if real_audio is not None else None
@@ -482,478 +733,820 @@ def facts_of_level(audio, truth, real_audio)->dict:
     return out | dict(dropouts=pauses["per_second"], dropout_share=pauses["share"])
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #c1a1a519
-def ears_mark(ears)->str:
+def ears_mark(ears) -> str:
     "Which judges, and which way of measuring"
-    return f'{VERSION}-{fingerprint(ears)}'
+    return f"{VERSION}-{fingerprint(ears)}"
 
-VERSION = 2    # Of the rows; a change measures everything again
+
+VERSION = 2  # Of the rows; a change measures everything again
+
 
 def measure_clip(
-    out:Path, name:str,     # Folder of the run, clip
-    systems:list,           # Names; 'truth' is always measured, and first
-    ears:dict, mark:str,    # Judges, and `ears_mark` of them
+    out: Path,
+    name: str,  # Folder of the run, clip
+    systems: list,  # Names; 'truth' is always measured, and first
+    ears: dict,
+    mark: str,  # Judges, and `ears_mark` of them
 ):
     "Write the rows that are missing for one clip"
-    path = lambda s: out/'measured'/s/f'{name}.npz'
-    todo = [s for s in ('truth',*systems) if (out/s/f'{name}.wav').exists() and not _is_measured(path(s), mark)]
-    if not todo: return
-    truth, has_real = dict(np.load(out/'clips'/f'{name}.npz')), (out/'truth'/f'{name}.wav').exists()
-    real_audio = read_audio(out/'truth'/f'{name}.wav', SR) if has_real else None
+    path = lambda s: out / "measured" / s / f"{name}.npz"
+    todo = [s for s in ("truth", *systems) if (out / s / f"{name}.wav").exists() and not _is_measured(path(s), mark)]
+    if not todo:
+        return
+    truth, has_real = dict(np.load(out / "clips" / f"{name}.npz")), (out / "truth" / f"{name}.wav").exists()
+    real_audio = read_audio(out / "truth" / f"{name}.wav", SR) if has_real else None
     real = listen(ears, real_audio) if has_real else None
     for s in todo:
-        start = time.perf_counter(); audio = read_audio(out/s/f'{name}.wav', SR); heard = real if s=='truth' else listen(ears, audio)
-        cond = dict(np.load(out/s/f'{name}.npz')) if s!='truth' else None
-        row = facts_of_timing(audio, truth, cond)|facts_of_meaning(heard, real, truth, ears)|facts_of_pitch(audio, truth, real_audio)|facts_of_level(audio, truth, real_audio)
-        row = dict(clip=name, split=str(truth['split']), label=str(truth['label']), system=s, **{k:v if isinstance(v, str) else float(v) for k,v in row.items()})
+        start = time.perf_counter()
+        audio = read_audio(out / s / f"{name}.wav", SR)
+        heard = real if s == "truth" else listen(ears, audio)
+        cond = dict(np.load(out / s / f"{name}.npz")) if s != "truth" else None
+        row = (
+            facts_of_timing(audio, truth, cond)
+            | facts_of_meaning(heard, real, truth, ears)
+            | facts_of_pitch(audio, truth, real_audio)
+            | facts_of_level(audio, truth, real_audio)
+        )
+        row = dict(
+            clip=name,
+            split=str(truth["split"]),
+            label=str(truth["label"]),
+            system=s,
+            **{k: v if isinstance(v, str) else float(v) for k, v in row.items()},
+        )
         path(s).parent.mkdir(parents=True, exist_ok=True)
-        save_npz(path(s), row=json.dumps(row), mark=mark, seconds=time.perf_counter()-start, **{k:heard[k] for k in (*ears,'logits')})
+        save_npz(
+            path(s),
+            row=json.dumps(row),
+            mark=mark,
+            seconds=time.perf_counter() - start,
+            **{k: heard[k] for k in (*ears, "logits")},
+        )
 
-def _is_measured(path, mark): return path.exists() and str(np.load(path)['mark'])==mark
+
+def _is_measured(path, mark):
+    return path.exists() and str(np.load(path)["mark"]) == mark
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #9656e695
 def measure_all(
-    systems:list,         # Names
-    ids:list,             # Clips
+    systems: list,  # Names
+    ids: list,  # Clips
     out,
-    ears:dict=None,       # None: the shipped judges
-    rank:int=0, world:int=1,
+    ears: dict = None,  # None: the shipped judges
+    rank: int = 0,
+    world: int = 1,
 ):
     "Every row that is missing"
-    out, ears = Path(out), ears or load_ears(); mark = ears_mark(ears)
-    for name in progress(ids[rank::world], desc='measure', unit='clip'): measure_clip(out, name, systems, ears, mark)
+    out, ears = Path(out), ears or load_ears()
+    mark = ears_mark(ears)
+    for name in progress(ids[rank::world], desc="measure", unit="clip"):
+        measure_clip(out, name, systems, ears, mark)
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #ac6640f8
-COLUMNS = ['split','clip','label','system'] + [f'{k}_{c}' for k in ('cond','act') for c in ('tp','fp','fn')] + \
-    ['heard','prob','right','kl','clip_score','text_score','f0_adherence','f0_correlation','f0_slope','f0_cents','centroid_correlation','onset_accuracy','onset_ap','onset_f1'] + \
-    ['level_adherence','level_slope','distance_slope','closest_level','closest_pitch','dropouts','dropout_share']
+COLUMNS = (
+    ["split", "clip", "label", "system"]
+    + [f"{k}_{c}" for k in ("cond", "act") for c in ("tp", "fp", "fn")]
+    + [
+        "heard",
+        "prob",
+        "right",
+        "kl",
+        "clip_score",
+        "text_score",
+        "f0_adherence",
+        "f0_correlation",
+        "f0_slope",
+        "f0_cents",
+        "centroid_correlation",
+        "onset_accuracy",
+        "onset_ap",
+        "onset_f1",
+    ]
+    + [
+        "level_adherence",
+        "level_slope",
+        "distance_slope",
+        "closest_level",
+        "closest_pitch",
+        "dropouts",
+        "dropout_share",
+    ]
+)
 
-def _text(v): return '' if isinstance(v, float) and not np.isfinite(v) else f'{v:.6g}' if isinstance(v, float) else v
+
+def _text(v):
+    return "" if isinstance(v, float) and not np.isfinite(v) else f"{v:.6g}" if isinstance(v, float) else v
+
 
 def write_rows(
     path,
-    rows:list,        # Dicts
-    fields:list,      # Columns
+    rows: list,  # Dicts
+    fields: list,  # Columns
 ):
     "Replace a CSV at once"
-    with atomic_path(path) as tmp, open(tmp, 'w', newline='') as f:
-        w = csv.DictWriter(f, fields, lineterminator='\n', restval=''); w.writeheader()
-        w.writerows({k:_text(v) for k,v in r.items()} for r in rows)
+    with atomic_path(path) as tmp, open(tmp, "w", newline="") as f:
+        w = csv.DictWriter(f, fields, lineterminator="\n", restval="")
+        w.writeheader()
+        w.writerows({k: _text(v) for k, v in r.items()} for r in rows)
 
-def read_rows(path)->list: # Dicts of text
+
+def read_rows(path) -> list:  # Dicts of text
     "Rows of a CSV"
-    if not Path(path).exists(): raise FoleyError(f'{path}: no such file; run `smooth-foley evaluate` first')
-    with open(path, newline='') as f: return list(csv.DictReader(f))
+    if not Path(path).exists():
+        raise FoleyError(f"{path}: no such file; run `smooth-foley evaluate` first")
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
 
 def collect(
-    out,               # Folder of the run
-    mark:str,          # Rows of other judges are left out
-)->list:               # Rows
+    out,  # Folder of the run
+    mark: str,  # Rows of other judges are left out
+) -> list:  # Rows
     "Gather what is measured: clips.csv and embeddings/SYSTEM.npz"
-    out, rows = Path(out), []; (out/'embeddings').mkdir(exist_ok=True)
-    for folder in sorted((out/'measured').iterdir()):
-        found = [z for z in (dict(np.load(p)) for p in sorted(folder.glob('[!.]*.npz'))) if str(z['mark'])==mark]
-        if not found: continue
-        mine = [json.loads(str(z['row'])) for z in found]; rows += mine
-        save_npz(out/'embeddings'/f'{folder.name}.npz', clips=[r['clip'] for r in mine], splits=[r['split'] for r in mine], **{k:np.stack([z[k] for z in found]) for k in found[0] if k not in ('row','mark','seconds')})
-    rows.sort(key=lambda r: (r['split'], r['clip'], r['system']!='truth', r['system']))
-    write_rows(out/'clips.csv', rows, COLUMNS)
+    out, rows = Path(out), []
+    (out / "embeddings").mkdir(exist_ok=True)
+    for folder in sorted((out / "measured").iterdir()):
+        found = [z for z in (dict(np.load(p)) for p in sorted(folder.glob("[!.]*.npz"))) if str(z["mark"]) == mark]
+        if not found:
+            continue
+        mine = [json.loads(str(z["row"])) for z in found]
+        rows += mine
+        save_npz(
+            out / "embeddings" / f"{folder.name}.npz",
+            clips=[r["clip"] for r in mine],
+            splits=[r["split"] for r in mine],
+            **{k: np.stack([z[k] for z in found]) for k in found[0] if k not in ("row", "mark", "seconds")},
+        )
+    rows.sort(key=lambda r: (r["split"], r["clip"], r["system"] != "truth", r["system"]))
+    write_rows(out / "clips.csv", rows, COLUMNS)
     return rows
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #4c605a6b
 @dataclass(frozen=True)
 class Measure:
     "A number of the table"
-    name:str        # As printed
-    columns:tuple   # Of clips.csv
-    score:str=None  # Of summed counts: 'f1', 'iou', 'recall'; 'median' or, None, mean over clips
-    better:int=1    # 1: larger, -1: smaller, 0: neither
 
-MEASURES = [Measure(f'{what} {name}', (f'{k}_tp',f'{k}_fp',f'{k}_fn'), score) for what,k,names in (('condition','cond',(('F1','f1'),('IoU','iou'))),('activity','act',(('F1','f1'),('IoU','iou'),('coverage','recall')))) for name,score in names] + [
-    Measure('recognised', ('right',)), Measure('MKL', ('kl',), better=-1), Measure('CLIP score', ('clip_score',)), Measure('text score', ('text_score',)),
-    Measure('f0 adherence', ('f0_adherence',)), Measure('f0 correlation', ('f0_correlation',)), Measure('f0 slope', ('f0_slope',), better=0), Measure('f0 error (cents)', ('f0_cents',), better=-1), Measure('centroid correlation', ('centroid_correlation',)),
-    Measure('onset AP', ('onset_ap',)), Measure('onset F1', ('onset_f1',)),
-    Measure('level adherence', ('level_adherence',)), Measure('level slope', ('level_slope',), better=0), Measure('level/distance slope', ('distance_slope',), better=0),
-    Measure('closest approach by level (s)', ('closest_level',), 'median', -1), Measure('closest approach by pitch (s)', ('closest_pitch',), 'median', -1),
-    Measure('dropouts per s', ('dropouts',), better=-1)]
+    name: str  # As printed
+    columns: tuple  # Of clips.csv
+    score: str = None  # Of summed counts: 'f1', 'iou', 'recall'; 'median' or, None, mean over clips
+    better: int = 1  # 1: larger, -1: smaller, 0: neither
+
+
+MEASURES = [
+    Measure(f"{what} {name}", (f"{k}_tp", f"{k}_fp", f"{k}_fn"), score)
+    for what, k, names in (
+        ("condition", "cond", (("F1", "f1"), ("IoU", "iou"))),
+        ("activity", "act", (("F1", "f1"), ("IoU", "iou"), ("coverage", "recall"))),
+    )
+    for name, score in names
+] + [
+    Measure("recognised", ("right",)),
+    Measure("MKL", ("kl",), better=-1),
+    Measure("CLIP score", ("clip_score",)),
+    Measure("text score", ("text_score",)),
+    Measure("f0 adherence", ("f0_adherence",)),
+    Measure("f0 correlation", ("f0_correlation",)),
+    Measure("f0 slope", ("f0_slope",), better=0),
+    Measure("f0 error (cents)", ("f0_cents",), better=-1),
+    Measure("centroid correlation", ("centroid_correlation",)),
+    Measure("onset AP", ("onset_ap",)),
+    Measure("onset F1", ("onset_f1",)),
+    Measure("level adherence", ("level_adherence",)),
+    Measure("level slope", ("level_slope",), better=0),
+    Measure("level/distance slope", ("distance_slope",), better=0),
+    Measure("closest approach by level (s)", ("closest_level",), "median", -1),
+    Measure("closest approach by pitch (s)", ("closest_pitch",), "median", -1),
+    Measure("dropouts per s", ("dropouts",), better=-1),
+]
+
 
 def values_of(
-    rows:list,       # Of one system and split
-    m:Measure,
-)->dict:             # Clip -> `(k,)` finite numbers
+    rows: list,  # Of one system and split
+    m: Measure,
+) -> dict:  # Clip -> `(k,)` finite numbers
     "A measure's numbers, where a clip has them"
-    get = lambda r: np.array([float(r[c]) if r.get(c, '')!='' else np.nan for c in m.columns])
-    return {r['clip']:v for r in rows if np.isfinite(v:=get(r)).all()}
+    get = lambda r: np.array([float(r[c]) if r.get(c, "") != "" else np.nan for c in m.columns])
+    return {r["clip"]: v for r in rows if np.isfinite(v := get(r)).all()}
+
 
 def statistic(
-    score:str,       # Of a `Measure`
-):                   # For `bootstrap_interval(of=...)`
+    score: str,  # Of a `Measure`
+):  # For `bootstrap_interval(of=...)`
     "The median over clips, or a score of summed counts"
-    if score=='median': return lambda rows: np.median(rows, -2)[...,0]
+    if score == "median":
+        return lambda rows: np.median(rows, -2)[..., 0]
     return pooled(score)
 
-def interval_of(x, m:Measure)->tuple: # value, low, high
+
+def interval_of(x, m: Measure) -> tuple:  # value, low, high
     "A measure over clips with its interval"
     return bootstrap_interval(x, of=statistic(m.score) if m.score else None)
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #4642197d
 def paired_pooled(
-    a, b,              # Counts per clip, `(n, 3)` each, the same clips; one value, `(n, 1)`, for the median
-    score:str,         # 'f1', 'iou', 'recall', 'precision' or 'median'
-    n:int=2000,        # Resamples
-    seed:int=0,
-)->dict:               # n, difference, low, high, p
+    a,
+    b,  # Counts per clip, `(n, 3)` each, the same clips; one value, `(n, 1)`, for the median
+    score: str,  # 'f1', 'iou', 'recall', 'precision' or 'median'
+    n: int = 2000,  # Resamples
+    seed: int = 0,
+) -> dict:  # n, difference, low, high, p
     "Difference of pooled scores, its bootstrap interval, and a test by exchange"
-    a, b, of = np.asarray(a, float), np.asarray(b, float), statistic(score); rng = np.random.default_rng(seed)
-    k = rng.integers(len(a), size=(n, len(a))); d = of(a)-of(b)
-    low, high = np.percentile(of(a[k])-of(b[k]), [2.5, 97.5])
+    a, b, of = np.asarray(a, float), np.asarray(b, float), statistic(score)
+    rng = np.random.default_rng(seed)
+    k = rng.integers(len(a), size=(n, len(a)))
+    d = of(a) - of(b)
+    low, high = np.percentile(of(a[k]) - of(b[k]), [2.5, 97.5])
     flip = rng.integers(2, size=(n, len(a), 1)).astype(bool)
-    moved = of(np.where(flip, b, a))-of(np.where(flip, a, b))
-    return dict(n=len(a), difference=float(d), low=float(low), high=float(high), p=float((1+(np.abs(moved)>=abs(d)-1e-12).sum())/(n+1)))
+    moved = of(np.where(flip, b, a)) - of(np.where(flip, a, b))
+    return dict(
+        n=len(a),
+        difference=float(d),
+        low=float(low),
+        high=float(high),
+        p=float((1 + (np.abs(moved) >= abs(d) - 1e-12).sum()) / (n + 1)),
+    )
 
-def difference_of(a:dict, b:dict, m:Measure)->dict: # n, difference, low, high, p
+
+def difference_of(a: dict, b: dict, m: Measure) -> dict:  # n, difference, low, high, p
     "Two systems on the clips that both have"
-    both = sorted(a.keys()&b.keys()); x, y = (np.stack([d[c] for c in both]) for d in (a, b))
-    return paired_pooled(x, y, m.score) if m.score else paired_difference(x[:,0], y[:,0])
+    both = sorted(a.keys() & b.keys())
+    x, y = (np.stack([d[c] for c in both]) for d in (a, b))
+    return paired_pooled(x, y, m.score) if m.score else paired_difference(x[:, 0], y[:, 0])
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #520f13f4
-def shifted(value:float, draws)->tuple: # value, low, high
+def shifted(value: float, draws) -> tuple:  # value, low, high
     "Interval of draws that are moved to have the mean `value`"
-    return (value, *(float(q)+value-float(np.mean(draws)) for q in np.percentile(draws, [2.5, 97.5])))
+    return (value, *(float(q) + value - float(np.mean(draws)) for q in np.percentile(draws, [2.5, 97.5])))
+
 
 def set_distances(
-    embeddings:dict,   # System -> {'clips', kind: `(n, d)`}, one of them 'truth'
-    kind:str,          # Of embedding
-    n:int=200,         # Resamples
-)->dict:               # System -> (value, draws, number of clips)
+    embeddings: dict,  # System -> {'clips', kind: `(n, d)`}, one of them 'truth'
+    kind: str,  # Of embedding
+    n: int = 200,  # Resamples
+) -> dict:  # System -> (value, draws, number of clips)
     "Fréchet distance of each system to the truth, clip by clip resampled"
-    out, truth = {}, dict(zip(embeddings['truth']['clips'], embeddings['truth'][kind]))
-    for s,e in embeddings.items():
-        keep = [i for i,c in enumerate(e['clips']) if c in truth]
-        if s=='truth' or len(keep)<MIN_SET: continue
-        x, y = e[kind][keep], np.stack([truth[e['clips'][i]] for i in keep])
+    out, truth = {}, dict(zip(embeddings["truth"]["clips"], embeddings["truth"][kind]))
+    for s, e in embeddings.items():
+        keep = [i for i, c in enumerate(e["clips"]) if c in truth]
+        if s == "truth" or len(keep) < MIN_SET:
+            continue
+        x, y = e[kind][keep], np.stack([truth[e["clips"][i]] for i in keep])
         out[s] = frechet_distance(x, y).value, frechet_draws(x, y, n=n), len(keep)
     return out
 
-MIN_SET = 10    # Fewer clips give no distance between sets
+
+MIN_SET = 10  # Fewer clips give no distance between sets
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #105b1f0f
-def load_embeddings(out, split:str)->dict: # System -> arrays of this split
+def load_embeddings(out, split: str) -> dict:  # System -> arrays of this split
     "What the judges heard"
-    sets = {p.stem:dict(np.load(p)) for p in sorted((Path(out)/'embeddings').glob('*.npz'))}
-    return {s:{k:v[e['splits']==split] for k,v in e.items() if k!='splits'} for s,e in sets.items() if (e['splits']==split).any()}
+    sets = {p.stem: dict(np.load(p)) for p in sorted((Path(out) / "embeddings").glob("*.npz"))}
+    return {
+        s: {k: v[e["splits"] == split] for k, v in e.items() if k != "splits"}
+        for s, e in sets.items()
+        if (e["splits"] == split).any()
+    }
+
 
 def set_rows(
-    out, split:str,
-    against:str,       # System of the differences
-)->tuple:              # Rows of summary.csv and differences.csv
+    out,
+    split: str,
+    against: str,  # System of the differences
+) -> tuple:  # Rows of summary.csv and differences.csv
     "FAD and inception score of one split"
-    sets = load_embeddings(out, split); values, diffs = [], []
-    if 'truth' not in sets: return values, diffs
-    for kind in [k for k in sets['truth'] if k not in ('clips','logits')]:
-        d = set_distances(sets, kind); name = f'FAD {kind}'
-        for s,(v,draws,n) in d.items():
-            values.append(dict(split=split, measure=name, system=s, n=n, **dict(zip(('value','low','high'), shifted(v, draws))), better=-1))
-            if against in d and s!=against and d[against][2]==n:
-                w, other, _ = d[against]; delta = shifted(v-w, draws-other)
-                diffs.append(dict(split=split, measure=name, system=s, against=against, n=n, **dict(zip(('difference','low','high'), delta)), p=exchange_test(sets[s], sets[against], sets['truth'], kind, v-w)))
-    for s,e in sets.items():
-        if len(e['clips'])>=MIN_SET: values.append(dict(split=split, measure='inception score', system=s, n=len(e['clips']), value=inception_score(e['logits'], splits=1)[0], low=np.nan, high=np.nan, better=1))
+    sets = load_embeddings(out, split)
+    values, diffs = [], []
+    if "truth" not in sets:
+        return values, diffs
+    for kind in [k for k in sets["truth"] if k not in ("clips", "logits")]:
+        d = set_distances(sets, kind)
+        name = f"FAD {kind}"
+        for s, (v, draws, n) in d.items():
+            values.append(
+                dict(
+                    split=split,
+                    measure=name,
+                    system=s,
+                    n=n,
+                    **dict(zip(("value", "low", "high"), shifted(v, draws))),
+                    better=-1,
+                )
+            )
+            if against in d and s != against and d[against][2] == n:
+                w, other, _ = d[against]
+                delta = shifted(v - w, draws - other)
+                diffs.append(
+                    dict(
+                        split=split,
+                        measure=name,
+                        system=s,
+                        against=against,
+                        n=n,
+                        **dict(zip(("difference", "low", "high"), delta)),
+                        p=exchange_test(sets[s], sets[against], sets["truth"], kind, v - w),
+                    )
+                )
+    for s, e in sets.items():
+        if len(e["clips"]) >= MIN_SET:
+            values.append(
+                dict(
+                    split=split,
+                    measure="inception score",
+                    system=s,
+                    n=len(e["clips"]),
+                    value=inception_score(e["logits"], splits=1)[0],
+                    low=np.nan,
+                    high=np.nan,
+                    better=1,
+                )
+            )
     return values, diffs
 
-def exchange_test(a, b, truth, kind, difference, n:int=200, seed:int=0)->float:
+
+def exchange_test(a, b, truth, kind, difference, n: int = 200, seed: int = 0) -> float:
     "How often exchanging two systems' sounds clip by clip makes as large a difference"
-    rows = [dict(zip(e['clips'], e[kind])) for e in (a, b, truth)]; both = sorted(set(a['clips'])&set(b['clips'])&set(truth['clips']))
-    x, y, t = (np.stack([r[c] for c in both]) for r in rows); rng, hits = np.random.default_rng(seed), 0
+    rows = [dict(zip(e["clips"], e[kind])) for e in (a, b, truth)]
+    both = sorted(set(a["clips"]) & set(b["clips"]) & set(truth["clips"]))
+    x, y, t = (np.stack([r[c] for c in both]) for r in rows)
+    rng, hits = np.random.default_rng(seed), 0
     for _ in range(n):
-        f = rng.integers(2, size=(len(x),1)).astype(bool)
-        hits += abs(frechet_distance(np.where(f,y,x), t).value-frechet_distance(np.where(f,x,y), t).value)>=abs(difference)
-    return (1+hits)/(n+1)
+        f = rng.integers(2, size=(len(x), 1)).astype(bool)
+        hits += abs(frechet_distance(np.where(f, y, x), t).value - frechet_distance(np.where(f, x, y), t).value) >= abs(
+            difference
+        )
+    return (1 + hits) / (n + 1)
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #72d2339e
 def summarise(
-    out,                # Folder of the run
-    against:str='ours', # System that the others are compared with; the first one where it is missing
-)->dict:                # summary and differences, as written to CSV
+    out,  # Folder of the run
+    against: str = "ours",  # System that the others are compared with; the first one where it is missing
+) -> dict:  # summary and differences, as written to CSV
     "summary.csv, differences.csv and tables.md"
-    out, rows = Path(out), read_rows(Path(out)/'clips.csv'); by = defaultdict(list)
-    for r in rows: by[r['split'],r['system']].append(r)
+    out, rows = Path(out), read_rows(Path(out) / "clips.csv")
+    by = defaultdict(list)
+    for r in rows:
+        by[r["split"], r["system"]].append(r)
     values, diffs = [], []
-    for split in dict.fromkeys(s for s,_ in by):
-        systems = [s for p,s in by if p==split]; base = against if against in systems else next((s for s in systems if s!='truth'), 'truth')
+    for split in dict.fromkeys(s for s, _ in by):
+        systems = [s for p, s in by if p == split]
+        base = against if against in systems else next((s for s in systems if s != "truth"), "truth")
         for m in MEASURES:
-            x = {s:v for s in systems if (v:=values_of(by[split,s], m))}
-            values += [dict(split=split, measure=m.name, system=s, n=len(v), **dict(zip(('value','low','high'), interval_of(np.stack(list(v.values())), m))), better=m.better) for s,v in x.items()]
-            diffs += [dict(split=split, measure=m.name, system=s, against=base, **difference_of(v, x[base], m)) for s,v in x.items() if base in x and s!=base and v.keys()&x[base].keys()]
-        a, b = set_rows(out, split, base); values += a; diffs += b
+            x = {s: v for s in systems if (v := values_of(by[split, s], m))}
+            values += [
+                dict(
+                    split=split,
+                    measure=m.name,
+                    system=s,
+                    n=len(v),
+                    **dict(zip(("value", "low", "high"), interval_of(np.stack(list(v.values())), m))),
+                    better=m.better,
+                )
+                for s, v in x.items()
+            ]
+            diffs += [
+                dict(split=split, measure=m.name, system=s, against=base, **difference_of(v, x[base], m))
+                for s, v in x.items()
+                if base in x and s != base and v.keys() & x[base].keys()
+            ]
+        a, b = set_rows(out, split, base)
+        values += a
+        diffs += b
     diffs = holm(diffs)
-    write_rows(out/'summary.csv', values, ['split','measure','system','n','value','low','high','better'])
-    write_rows(out/'differences.csv', diffs, ['split','measure','system','against','n','difference','low','high','p','p_holm'])
-    with atomic_path(out/'tables.md') as tmp: tmp.write_text(tables(out)+'\n')
+    write_rows(out / "summary.csv", values, ["split", "measure", "system", "n", "value", "low", "high", "better"])
+    write_rows(
+        out / "differences.csv",
+        diffs,
+        ["split", "measure", "system", "against", "n", "difference", "low", "high", "p", "p_holm"],
+    )
+    with atomic_path(out / "tables.md") as tmp:
+        tmp.write_text(tables(out) + "\n")
     return dict(summary=values, differences=diffs)
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #a6820d73
 def holm(
-    rows:list,        # Dicts with split, measure, p
-)->list:              # The same with p_holm
+    rows: list,  # Dicts with split, measure, p
+) -> list:  # The same with p_holm
     "p values corrected for the number of systems compared by one measure"
     groups = defaultdict(list)
-    for r in rows: groups[r['split'],r['measure']].append(r)
+    for r in rows:
+        groups[r["split"], r["measure"]].append(r)
     for g in groups.values():
-        most = 0.
-        for k,r in enumerate(sorted((r for r in g if np.isfinite(r['p'])), key=lambda r: r['p'])):
-            most = max(most, min(1., r['p']*(sum(np.isfinite(x['p']) for x in g)-k))); r['p_holm'] = most
+        most = 0.0
+        for k, r in enumerate(sorted((r for r in g if np.isfinite(r["p"])), key=lambda r: r["p"])):
+            most = max(most, min(1.0, r["p"] * (sum(np.isfinite(x["p"]) for x in g) - k)))
+            r["p_holm"] = most
     return rows
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #5239bd89
 def tables(
-    out,              # Folder of the run
-    measures=None,    # Names, in order; None: all that there are
-    digits:int=3,
-)->str:               # Markdown
+    out,  # Folder of the run
+    measures=None,  # Names, in order; None: all that there are
+    digits: int = 3,
+) -> str:  # Markdown
     "System by measure, with intervals; a star where the difference to the system in bold survives Holm's correction at 5%"
-    rows, diffs = read_rows(Path(out)/'summary.csv'), read_rows(Path(out)/'differences.csv'); text = []
-    star = {(d['split'],d['measure'],d['system']) for d in diffs if d['p_holm'] and float(d['p_holm'])<.05}
-    base = {d['split']:d['against'] for d in diffs}
-    for split in dict.fromkeys(r['split'] for r in rows):
-        part = {(r['measure'],r['system']):r for r in rows if r['split']==split}
-        names, systems = [m for m in (measures or dict.fromkeys(k for k,_ in part))], list(dict.fromkeys(s for _,s in part))
-        cell = lambda r,k: '–' if r is None else f"{float(r['value']):.{digits}g}" + (f" [{float(r['low']):.{digits}g}, {float(r['high']):.{digits}g}]" if r['low'] else '') + ('*' if (split,*k) in star else '') + f" ({r['n']})"
-        arrow = {m:{'1':' ↑','-1':' ↓'}.get(next((r['better'] for (k,_),r in part.items() if k==m), ''), '') for m in names}
-        text += [f'**{split}**', '', '| |'+'|'.join(f' {m}{arrow[m]} ' for m in names)+'|', '|---'*(len(names)+1)+'|']
-        text += [f"| {f'**{s}**' if s==base.get(split) else s} |"+'|'.join(f' {cell(part.get((m,s)), (m,s))} ' for m in names)+'|' for s in systems] + ['']
-    return '\n'.join(text).strip()
+    rows, diffs = read_rows(Path(out) / "summary.csv"), read_rows(Path(out) / "differences.csv")
+    text = []
+    star = {(d["split"], d["measure"], d["system"]) for d in diffs if d["p_holm"] and float(d["p_holm"]) < 0.05}
+    base = {d["split"]: d["against"] for d in diffs}
+    for split in dict.fromkeys(r["split"] for r in rows):
+        part = {(r["measure"], r["system"]): r for r in rows if r["split"] == split}
+        names, systems = (
+            [m for m in (measures or dict.fromkeys(k for k, _ in part))],
+            list(dict.fromkeys(s for _, s in part)),
+        )
+        cell = lambda r, k: (
+            "–"
+            if r is None
+            else f"{float(r['value']):.{digits}g}"
+            + (f" [{float(r['low']):.{digits}g}, {float(r['high']):.{digits}g}]" if r["low"] else "")
+            + ("*" if (split, *k) in star else "")
+            + f" ({r['n']})"
+        )
+        arrow = {
+            m: {"1": " ↑", "-1": " ↓"}.get(next((r["better"] for (k, _), r in part.items() if k == m), ""), "")
+            for m in names
+        }
+        text += [
+            f"**{split}**",
+            "",
+            "| |" + "|".join(f" {m}{arrow[m]} " for m in names) + "|",
+            "|---" * (len(names) + 1) + "|",
+        ]
+        text += [
+            f"| {f'**{s}**' if s == base.get(split) else s} |"
+            + "|".join(f" {cell(part.get((m, s)), (m, s))} " for m in names)
+            + "|"
+            for s in systems
+        ] + [""]
+    return "\n".join(text).strip()
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #534e9794
-SOUNDS = ('.wav','.flac','.ogg','.mp3','.m4a','.aac','.mp4','.mov','.mkv','.webm')
-PAIRED, OF_SETS = ('kl','activity','centroid'), ('fad','fad_inf','kid','is')
-SHORTEST = .1    # s; nothing can be heard in less
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac", ".mp4", ".mov", ".mkv", ".webm")
+PAIRED, OF_SETS = ("kl", "activity", "centroid"), ("fad", "fad_inf", "kid", "is")
+SHORTEST = 0.1  # s; nothing can be heard in less
 
-def listed(names, most:int=8)->str:
+
+def listed(names, most: int = 8) -> str:
     "Some names, and how many more"
-    names = sorted(names); return ', '.join(names[:most])+(f' and {len(names)-most} more' if len(names)>most else '')
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-def sounds_in(folder, what:str)->dict: # Name without suffix -> path
+
+def sounds_in(folder, what: str) -> dict:  # Name without suffix -> path
     "The sounds of a folder"
     folder = Path(folder)
-    if not folder.is_dir(): raise FoleyError(f'--{what} {folder}: no such folder; give one with sound files')
-    files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SOUNDS and p.name[0]!='.']
-    if not files: raise FoleyError(f'--{what} {folder}: no sound in it; looked for {", ".join(SOUNDS)}')
+    if not folder.is_dir():
+        raise FoleyError(f"--{what} {folder}: no such folder; give one with sound files")
+    files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SOUNDS and p.name[0] != "."]
+    if not files:
+        raise FoleyError(f"--{what} {folder}: no sound in it; looked for {', '.join(SOUNDS)}")
     stems = [p.stem for p in files]
-    if twice:={s for s in stems if stems.count(s)>1}: raise FoleyError(f'--{what} {folder}: several files are called {listed(twice)}; keep one of each')
+    if twice := {s for s in stems if stems.count(s) > 1}:
+        raise FoleyError(f"--{what} {folder}: several files are called {listed(twice)}; keep one of each")
     return dict(zip(stems, files))
 
-def faults_of(x, sr:int, rate:int)->list: # Words
+
+def faults_of(x, sr: int, rate: int) -> list:  # Words
     "What is doubtful about a sound"
     out, level = [], np.abs(x)
-    if level.max()<10**(-90/20): out.append('silent')
-    if (level>=1-2**-15).any(0).mean()>.001: out.append('clipped')
-    if sr<.9*rate: out.append(f'recorded at {sr/1000:g} kHz, empty above {sr/2000:g} kHz')
+    if level.max() < 10 ** (-90 / 20):
+        out.append("silent")
+    if (level >= 1 - 2**-15).any(0).mean() > 0.001:
+        out.append("clipped")
+    if sr < 0.9 * rate:
+        out.append(f"recorded at {sr / 1000:g} kHz, empty above {sr / 2000:g} kHz")
     return out
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #3d4600a3
-def embedders_of(name:str, weights=None)->dict: # Name -> network
+def embedders_of(name: str, weights=None) -> dict:  # Name -> network
     "The networks behind one word of --embedder"
-    if name=='mini-judges': return load_ears()
-    return {name.replace('_','-'):load_embedder(name.replace('_','-'), weights)}
+    if name == "mini-judges":
+        return load_ears()
+    return {name.replace("_", "-"): load_embedder(name.replace("_", "-"), weights)}
+
 
 def hear_folder(
-    files:dict,         # Of `sounds_in`
-    models:dict,        # Of `embedders_of`
-    what:str,           # Name of the folder in messages
-    seconds:float=None, # Cut or pad all to this length
-)->tuple:               # Name -> what is known, fault -> names
+    files: dict,  # Of `sounds_in`
+    models: dict,  # Of `embedders_of`
+    what: str,  # Name of the folder in messages
+    seconds: float = None,  # Cut or pad all to this length
+) -> tuple:  # Name -> what is known, fault -> names
     "Every sound of a folder"
     known, faults, rate = {}, defaultdict(list), max(m.rate for m in models.values())
-    for name, path in progress(files.items(), desc=what, unit='file', total=len(files)):
-        x, sr = decode(path); mono(x, str(path))
-        if x.shape[1]<SHORTEST*sr: raise FoleyError(f'{path}: lasts {x.shape[1]} sample{"s"*(x.shape[1]!=1)} ({1000*x.shape[1]/sr:.3g} ms), and at least {SHORTEST:g} s are needed; take it out of the folder')
-        for f in faults_of(x, sr, rate): faults[f].append(path.name)
-        heard = {k:listen_to(m, [x], sr, seconds) for k,m in models.items()}; low = load_audio(x, SR, sr, seconds or x.shape[1]/sr)
-        known[name] = dict(seconds=x.shape[1]/sr, active=activity(low, SR), centroid=centroid_track(low, SR),
-                           rows={k:h['embeddings'] for k,h in heard.items()}, scores={k:h['scores'] for k,h in heard.items() if h['scores'] is not None})
+    for name, path in progress(files.items(), desc=what, unit="file", total=len(files)):
+        x, sr = decode(path)
+        mono(x, str(path))
+        if x.shape[1] < SHORTEST * sr:
+            raise FoleyError(
+                f"{path}: lasts {x.shape[1]} sample{'s' * (x.shape[1] != 1)} ({1000 * x.shape[1] / sr:.3g} ms), and at least {SHORTEST:g} s are needed; take it out of the folder"
+            )
+        for f in faults_of(x, sr, rate):
+            faults[f].append(path.name)
+        heard = {k: listen_to(m, [x], sr, seconds) for k, m in models.items()}
+        low = load_audio(x, SR, sr, seconds or x.shape[1] / sr)
+        known[name] = dict(
+            seconds=x.shape[1] / sr,
+            active=activity(low, SR),
+            centroid=centroid_track(low, SR),
+            rows={k: h["embeddings"] for k, h in heard.items()},
+            scores={k: h["scores"] for k, h in heard.items() if h["scores"] is not None},
+        )
     return known, faults
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #211945f2
-def check_names(generated:dict, reference:dict, asked:list, chosen:bool)->tuple: # Metrics that can be had, notes
+def check_names(generated: dict, reference: dict, asked: list, chosen: bool) -> tuple:  # Metrics that can be had, notes
     "Which metrics the names allow"
-    bad = [m for m in asked if m not in PAIRED+OF_SETS]
-    if bad: raise FoleyError(f'--metrics {bad[0]}: there is no such metric; choose from {", ".join(OF_SETS+PAIRED)}')
-    only = [f'only in --{w}: {listed(a.keys()-b.keys())}' for w,a,b in (('generated',generated,reference),('reference',reference,generated)) if a.keys()-b.keys()]
-    if not only: return asked, []
-    why = f'{len(generated)} generated and {len(reference)} reference sounds, whose names do not all match ({"; ".join(only)})'
-    if chosen and (need:=[m for m in asked if m in PAIRED]): raise FoleyError(f'--metrics {",".join(need)}: compares pairs, but there are {why}; rename or remove files, or ask for {", ".join(OF_SETS)} alone')
-    return [m for m in asked if m not in PAIRED], [f'{why}: {", ".join(PAIRED)} left out']
+    bad = [m for m in asked if m not in PAIRED + OF_SETS]
+    if bad:
+        raise FoleyError(f"--metrics {bad[0]}: there is no such metric; choose from {', '.join(OF_SETS + PAIRED)}")
+    only = [
+        f"only in --{w}: {listed(a.keys() - b.keys())}"
+        for w, a, b in (("generated", generated, reference), ("reference", reference, generated))
+        if a.keys() - b.keys()
+    ]
+    if not only:
+        return asked, []
+    why = f"{len(generated)} generated and {len(reference)} reference sounds, whose names do not all match ({'; '.join(only)})"
+    if chosen and (need := [m for m in asked if m in PAIRED]):
+        raise FoleyError(
+            f"--metrics {','.join(need)}: compares pairs, but there are {why}; rename or remove files, or ask for {', '.join(OF_SETS)} alone"
+        )
+    return [m for m in asked if m not in PAIRED], [f"{why}: {', '.join(PAIRED)} left out"]
+
 
 def set_metric(
-    metric:str,
-    x, clips_x, y, clips_y, # Embeddings of generated and real sounds, and the clip of each row
-    scores,                 # Class scores of the generated sounds, or None
-)->dict:                    # value, low, high, n, note
+    metric: str,
+    x,
+    clips_x,
+    y,
+    clips_y,  # Embeddings of generated and real sounds, and the clip of each row
+    scores,  # Class scores of the generated sounds, or None
+) -> dict:  # value, low, high, n, note
     "A distance between two sets, or the inception score of one"
-    n = f'{clips_x[-1]+1}/{clips_y[-1]+1}'
-    if metric=='is': return dict(value=inception_score(scores, splits=1)[0], n=len(scores))
-    if metric=='kid': return dict(value=kid(x, y)[0], n=n)
-    if metric=='fad_inf':
-        f = frechet_infinity(x, y, clips_x, clips_y); return dict(value=f.value, n=n, note='' if f.r2>.8 else f'not a line over 1/n (r² {f.r2:.2f}): do not trust it')
+    n = f"{clips_x[-1] + 1}/{clips_y[-1] + 1}"
+    if metric == "is":
+        return dict(value=inception_score(scores, splits=1)[0], n=len(scores))
+    if metric == "kid":
+        return dict(value=kid(x, y)[0], n=n)
+    if metric == "fad_inf":
+        f = frechet_infinity(x, y, clips_x, clips_y)
+        return dict(
+            value=f.value, n=n, note="" if f.r2 > 0.8 else f"not a line over 1/n (r² {f.r2:.2f}): do not trust it"
+        )
     f = frechet_distance(x, y)
-    return dict(zip(('value','low','high'), frechet_interval(x, y, clips_x, clips_y))) | dict(n=n, note=f'{min(f.n1, f.n2)} rows for {f.d} dimensions: mostly bias of few clips, compare at equal n alone' if f.few else '')
+    return dict(zip(("value", "low", "high"), frechet_interval(x, y, clips_x, clips_y))) | dict(
+        n=n,
+        note=f"{min(f.n1, f.n2)} rows for {f.d} dimensions: mostly bias of few clips, compare at equal n alone"
+        if f.few
+        else "",
+    )
 
-def pair_values(metric:str, a:dict, b:dict, kind:str)->float:
+
+def pair_values(metric: str, a: dict, b: dict, kind: str) -> float:
     "One pair; nan where it cannot be said"
-    if metric=='kl': return kl_per_clip(b['scores'][kind], a['scores'][kind])[0]
-    n = min(len(a[k:='active' if metric=='activity' else 'centroid']), len(b[k]))
-    return frame_scores(a[k][:n], b[k][:n])['iou'] if metric=='activity' else f0_correlation(a[k][:n], b[k][:n])['correlation']
+    if metric == "kl":
+        return kl_per_clip(b["scores"][kind], a["scores"][kind])[0]
+    n = min(len(a[k := "active" if metric == "activity" else "centroid"]), len(b[k]))
+    return (
+        frame_scores(a[k][:n], b[k][:n])["iou"]
+        if metric == "activity"
+        else f0_correlation(a[k][:n], b[k][:n])["correlation"]
+    )
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #092cc9db
 def compare_folders(
-    generated, reference,          # Folders
-    embedder:str='mini-judges',    # Or vggish, cnn14_16k, cnn14_32k, clap, melception
-    metrics:str=None,              # Comma-separated; None: all that apply
-    weights=None,                  # File or folder of the embedder's weights
-    seconds:float=None,            # Cut or pad all sounds to this length
-)->dict:                           # rows (metric, embedder, value, low, high, n, note), clips (per pair), notes
+    generated,
+    reference,  # Folders
+    embedder: str = "mini-judges",  # Or vggish, cnn14_16k, cnn14_32k, clap, melception
+    metrics: str = None,  # Comma-separated; None: all that apply
+    weights=None,  # File or folder of the embedder's weights
+    seconds: float = None,  # Cut or pad all sounds to this length
+) -> dict:  # rows (metric, embedder, value, low, high, n, note), clips (per pair), notes
     "Score a folder of sounds against another"
-    models = embedders_of(embedder, weights); files = [sounds_in(f, w) for f,w in ((generated,'generated'),(reference,'reference'))]
-    asked, notes = check_names(*files, [m.strip().lower() for m in metrics.split(',') if m.strip()] if metrics else list(OF_SETS+PAIRED), bool(metrics))
+    models = embedders_of(embedder, weights)
+    files = [sounds_in(f, w) for f, w in ((generated, "generated"), (reference, "reference"))]
+    asked, notes = check_names(
+        *files,
+        [m.strip().lower() for m in metrics.split(",") if m.strip()] if metrics else list(OF_SETS + PAIRED),
+        bool(metrics),
+    )
     _check_counts(asked, *files, bool(metrics), notes)
-    gen, ref = [_noted(hear_folder(f, models, w, seconds), w, notes) for f,w in zip(files, ('generated','reference'))]
-    apart = [k for k in gen.keys()&ref.keys() if abs(gen[k]['seconds']-ref[k]['seconds'])>.05]
-    if apart: notes.append(f'{len(apart)} pairs differ in length by more than 0.05 s: {listed(apart)}')
-    rows, clips = [], [dict(clip=k) for k in sorted(gen)] if gen.keys()==ref.keys() else []
+    gen, ref = [_noted(hear_folder(f, models, w, seconds), w, notes) for f, w in zip(files, ("generated", "reference"))]
+    apart = [k for k in gen.keys() & ref.keys() if abs(gen[k]["seconds"] - ref[k]["seconds"]) > 0.05]
+    if apart:
+        notes.append(f"{len(apart)} pairs differ in length by more than 0.05 s: {listed(apart)}")
+    rows, clips = [], [dict(clip=k) for k in sorted(gen)] if gen.keys() == ref.keys() else []
     for metric in asked:
-        for kind in models if metric in OF_SETS+('kl',) else ['']: rows += _one_metric(metric, kind, gen, ref, clips, bool(metrics), embedder)
+        for kind in models if metric in OF_SETS + ("kl",) else [""]:
+            rows += _one_metric(metric, kind, gen, ref, clips, bool(metrics), embedder)
     return dict(rows=rows, clips=clips, notes=notes)
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #7362bf82
 def _noted(heard, what, notes):
     "Keep what is known, note what is doubtful"
     known, faults = heard
-    notes += [f'{len(v)} {what} file{"s are" if len(v)>1 else " is"} {k}: {listed(v)}' for k,v in faults.items()]
+    notes += [f"{len(v)} {what} file{'s are' if len(v) > 1 else ' is'} {k}: {listed(v)}" for k, v in faults.items()]
     return known
+
 
 def _check_counts(asked, gen, ref, chosen, notes):
     "Too few clips: refused where it was asked for, left out with a note where not"
-    n = min(len(gen), len(ref)); least = dict(fad=2, kid=2, fad_inf=10)
-    for m in [m for m in asked if n<least.get(m, 1)]:
-        why = f'{m} needs at least {least[m]} clips on each side, and there are {len(gen)} and {len(ref)}'
-        if chosen: raise FoleyError(f'--metrics {why}; give more clips')
-        notes.append(f'{why}: left out'); asked.remove(m)
+    n = min(len(gen), len(ref))
+    least = dict(fad=2, kid=2, fad_inf=10)
+    for m in [m for m in asked if n < least.get(m, 1)]:
+        why = f"{m} needs at least {least[m]} clips on each side, and there are {len(gen)} and {len(ref)}"
+        if chosen:
+            raise FoleyError(f"--metrics {why}; give more clips")
+        notes.append(f"{why}: left out")
+        asked.remove(m)
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #ed44d11d
 def _one_metric(metric, kind, gen, ref, clips, chosen, embedder):
     "Rows of one metric by one network"
-    has = kind in next(iter(gen.values()))['scores']
-    if metric in ('kl','is') and not has:
-        if chosen and embedder!='mini-judges': raise FoleyError(f'--metrics {metric}: {embedder} names no classes; use cnn14_16k, cnn14_32k, melception or mini-judges')
+    has = kind in next(iter(gen.values()))["scores"]
+    if metric in ("kl", "is") and not has:
+        if chosen and embedder != "mini-judges":
+            raise FoleyError(
+                f"--metrics {metric}: {embedder} names no classes; use cnn14_16k, cnn14_32k, melception or mini-judges"
+            )
         return []
     if metric in PAIRED:
-        v = np.array([pair_values(metric, gen[c['clip']], ref[c['clip']], kind) for c in clips])
-        for c,x in zip(clips, v): c[metric] = float(x)
-        return [dict(metric=metric, embedder=kind, n=int(np.isfinite(v).sum()), **dict(zip(('value','low','high'), bootstrap_interval(v))))]
-    rows = [(np.concatenate([o['rows'][kind] for o in s.values()]), np.repeat(np.arange(len(s)), [len(o['rows'][kind]) for o in s.values()])) for s in (gen, ref)]
-    scores = np.concatenate([o['scores'][kind] for o in gen.values()]) if has else None
+        v = np.array([pair_values(metric, gen[c["clip"]], ref[c["clip"]], kind) for c in clips])
+        for c, x in zip(clips, v):
+            c[metric] = float(x)
+        return [
+            dict(
+                metric=metric,
+                embedder=kind,
+                n=int(np.isfinite(v).sum()),
+                **dict(zip(("value", "low", "high"), bootstrap_interval(v))),
+            )
+        ]
+    rows = [
+        (
+            np.concatenate([o["rows"][kind] for o in s.values()]),
+            np.repeat(np.arange(len(s)), [len(o["rows"][kind]) for o in s.values()]),
+        )
+        for s in (gen, ref)
+    ]
+    scores = np.concatenate([o["scores"][kind] for o in gen.values()]) if has else None
     return [dict(metric=metric, embedder=kind, **set_metric(metric, *rows[0], *rows[1], scores))]
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #317b7c61
-def show_folders(r:dict)->str: # Text
+def show_folders(r: dict) -> str:  # Text
     "The rows as a table, and what is to be known about them"
-    cell = lambda x: f'{x:.4g}' if np.isfinite(x) else 'nan'
-    span = lambda o: f"[{cell(o['low'])}, {cell(o['high'])}]" if 'low' in o else ''
-    head = f'{"metric":<10}{"embedder":<12}{"value":>10}  {"95% interval":<22}{"n":>10}'
-    body = [f"{o['metric']:<10}{o['embedder']:<12}{cell(o['value']):>10}  {span(o):<22}{o['n']:>10}  {o.get('note','')}".rstrip() for o in r['rows']]
-    return '\n'.join([*(f'note: {n}' for n in r['notes']), head, *body])
+    cell = lambda x: f"{x:.4g}" if np.isfinite(x) else "nan"
+    span = lambda o: f"[{cell(o['low'])}, {cell(o['high'])}]" if "low" in o else ""
+    head = f"{'metric':<10}{'embedder':<12}{'value':>10}  {'95% interval':<22}{'n':>10}"
+    body = [
+        f"{o['metric']:<10}{o['embedder']:<12}{cell(o['value']):>10}  {span(o):<22}{o['n']:>10}  {o.get('note', '')}".rstrip()
+        for o in r["rows"]
+    ]
+    return "\n".join([*(f"note: {n}" for n in r["notes"]), head, *body])
 
-def save_folders(r:dict, out):
+
+def save_folders(r: dict, out):
     "folders.csv and folder_clips.csv"
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    write_rows(out/'folders.csv', r['rows'], ['metric','embedder','value','low','high','n','note'])
-    if r['clips']: write_rows(out/'folder_clips.csv', r['clips'], list(r['clips'][0]))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out / "folders.csv", r["rows"], ["metric", "embedder", "value", "low", "high", "n", "note"])
+    if r["clips"]:
+        write_rows(out / "folder_clips.csv", r["clips"], list(r["clips"][0]))
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #508aa729
-def check_systems(systems)->list[System]:
+def check_systems(systems) -> list[System]:
     "Systems of a comma-separated list, each name once"
-    specs = [parse_system(s) for s in (systems.split(',') if isinstance(systems, str) else systems) if s.strip()]
+    specs = [parse_system(s) for s in (systems.split(",") if isinstance(systems, str) else systems) if s.strip()]
     names = [s.name for s in specs]
-    if not specs: raise FoleyError(f'systems is empty: name one or more of {", ".join(SYSTEMS)}')
-    if twice:=[n for n in names if names.count(n)>1]: raise FoleyError(f'systems: {twice[0]!r} stands there twice; give the second another name, as in {twice[0]}2=...')
+    if not specs:
+        raise FoleyError(f"systems is empty: name one or more of {', '.join(SYSTEMS)}")
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise FoleyError(
+            f"systems: {twice[0]!r} stands there twice; give the second another name, as in {twice[0]}2=..."
+        )
     return specs
 
+
 def evaluate(
-    systems='ours,ours-clipwise',  # Comma-separated, see `parse_system`
-    split:str='passby',            # Passby's splits or folders with videos and labels.csv, comma-separated
-    out='evaluation',              # Folder of everything that is made
-    n:int=None,                    # Clips per split; None: 200 of Passby, all of a folder
-    seed:int=0,                    # Of the noise
-    steps:int=None,                # Diffusion steps; None for the model's own
-    batch:int=4,                   # Clips per call of a system
-    pipe=None, model=None,         # A pipeline, or the name of one; None for the small model of the package
-    device:str=None,               # None for the best there is
-    only:str=None,                 # 'generate' or 'measure'; None for both
-)->Path:                           # `out`
+    systems="ours,ours-clipwise",  # Comma-separated, see `parse_system`
+    split: str = "passby",  # Passby's splits or folders with videos and labels.csv, comma-separated
+    out="evaluation",  # Folder of everything that is made
+    n: int = None,  # Clips per split; None: 200 of Passby, all of a folder
+    seed: int = 0,  # Of the noise
+    steps: int = None,  # Diffusion steps; None for the model's own
+    batch: int = 4,  # Clips per call of a system
+    pipe=None,
+    model=None,  # A pipeline, or the name of one; None for the small model of the package
+    device: str = None,  # None for the best there is
+    only: str = None,  # 'generate' or 'measure'; None for both
+) -> Path:  # `out`
     "Generate what is missing, measure, and write the tables"
     specs, out, state = check_systems(systems), Path(out), processes(device)
-    if only not in (None,'generate','measure'): raise FoleyError(f'only={only!r}: use generate or measure, or leave it out')
+    if only not in (None, "generate", "measure"):
+        raise FoleyError(f"only={only!r}: use generate or measure, or leave it out")
     pipe = _load(pipe, model, device or str(state.device))
     clips = test_clips(split, n, pipe.config.fps, pipe.frame_encoder.image_size)
     out.mkdir(parents=True, exist_ok=True)
-    if only!='measure': _generate(specs, clips, pipe, out, seed, steps, batch, state)
-    if only!='generate': _measure([s.name for s in specs], clips, out, state)
+    if only != "measure":
+        _generate(specs, clips, pipe, out, seed, steps, batch, state)
+    if only != "generate":
+        _measure([s.name for s in specs], clips, out, state)
     return out
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #38451658
 def _load(pipe, model, device):
     "A silent pipeline on the device"
-    if pipe is None: pipe = SmoothFoleyPipeline.from_pretrained(model); pipe.folder = model
+    if pipe is None:
+        pipe = SmoothFoleyPipeline.from_pretrained(model)
+        pipe.folder = model
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
 
 def _generate(specs, clips, pipe, out, seed, steps, batch, state):
     "All processes generate; then all is there"
     made = {}
     for s in specs:
         made[s.name], about = build(s, pipe, seed, steps)
-        claim(out/s.name, about)
+        claim(out / s.name, about)
     generate_all(made, clips, judge_eyes(pipe), out, batch, state.process_index, state.num_processes)
     state.wait_for_everyone()
 
-def save_cost(out)->dict: # As written to cost.json
+
+def save_cost(out) -> dict:  # As written to cost.json
     "Seconds per clip, by system and part, and the machine"
     from smooth_foley.train.loop import hardware
-    out = Path(out); mean = lambda folder: {s.name:round(float(np.mean(v)), 3) for s in sorted(folder) if (v:=[np.load(p)['seconds'] for p in s.glob('[!.]*.npz')])}
-    about = dict(clips=len(list((out/'clips').glob('[!.]*.npz'))), generate=mean(p.parent for p in out.glob('*/system.json')), measure=mean((out/'measured').iterdir()), hardware=hardware())
-    with atomic_path(out/'cost.json') as tmp: tmp.write_text(json.dumps(about, indent=1)+'\n')
+
+    out = Path(out)
+    mean = lambda folder: {
+        s.name: round(float(np.mean(v)), 3)
+        for s in sorted(folder)
+        if (v := [np.load(p)["seconds"] for p in s.glob("[!.]*.npz")])
+    }
+    about = dict(
+        clips=len(list((out / "clips").glob("[!.]*.npz"))),
+        generate=mean(p.parent for p in out.glob("*/system.json")),
+        measure=mean((out / "measured").iterdir()),
+        hardware=hardware(),
+    )
+    with atomic_path(out / "cost.json") as tmp:
+        tmp.write_text(json.dumps(about, indent=1) + "\n")
     return about
+
 
 def _measure(names, clips, out, state):
     "All processes measure; the first one writes the tables"
-    ears, names = load_ears(), sorted({*names, *(p.parent.name for p in out.glob('*/system.json'))})     # earlier ones too: they may be measured with other judges
+    ears, names = (
+        load_ears(),
+        sorted({*names, *(p.parent.name for p in out.glob("*/system.json"))}),
+    )  # earlier ones too: they may be measured with other judges
     measure_all(names, [c.id for c in clips], out, ears, state.process_index, state.num_processes)
     state.wait_for_everyone()
-    if state.is_main_process: collect(out, ears_mark(ears)); summarise(out); save_cost(out)
+    if state.is_main_process:
+        collect(out, ears_mark(ears))
+        summarise(out)
+        save_cost(out)
     state.wait_for_everyone()
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #e63db515
-def run_command(args)->str: # What is to be printed
+def run_command(args) -> str:  # What is to be printed
     "`smooth-foley evaluate`"
     if args.generated or args.reference:
-        if not (args.generated and args.reference): raise FoleyError(f'--{"reference" if args.generated else "generated"}: is missing; two folders are compared, give both')
-        if args.systems or args.split: raise FoleyError('--systems, --split: belong to generating; leave them out to compare two folders')
+        if not (args.generated and args.reference):
+            raise FoleyError(
+                f"--{'reference' if args.generated else 'generated'}: is missing; two folders are compared, give both"
+            )
+        if args.systems or args.split:
+            raise FoleyError("--systems, --split: belong to generating; leave them out to compare two folders")
         r = compare_folders(args.generated, args.reference, args.embedder, args.metrics, args.weights)
-        if args.out: save_folders(r, args.out)
+        if args.out:
+            save_folders(r, args.out)
         return show_folders(r)
-    out = evaluate(args.systems or 'ours,ours-clipwise', args.split or 'passby', args.out or 'evaluation', args.n, args.seed, args.steps, args.batch,
-                   model=None if args.model=='mini' else args.model, device=args.device, only=args.only)
-    if args.only=='generate' or not processes().is_main_process: return ''
-    return f'{(out/"tables.md").read_text()}\nwritten: {out}/clips.csv, summary.csv, differences.csv, tables.md'
+    out = evaluate(
+        args.systems or "ours,ours-clipwise",
+        args.split or "passby",
+        args.out or "evaluation",
+        args.n,
+        args.seed,
+        args.steps,
+        args.batch,
+        model=None if args.model == "mini" else args.model,
+        device=args.device,
+        only=args.only,
+    )
+    if args.only == "generate" or not processes().is_main_process:
+        return ""
+    return f"{(out / 'tables.md').read_text()}\nwritten: {out}/clips.csv, summary.csv, differences.csv, tables.md"
 
 # %% ../../nbs/metrics/46_evaluate.ipynb #6e263ec4
 def hours(
-    clips:int,          # How many
-    seconds:float,      # Per clip and system
-    workers:int=1,      # Processes that share the clips
-    systems:int=1,
-)->float:
+    clips: int,  # How many
+    seconds: float,  # Per clip and system
+    workers: int = 1,  # Processes that share the clips
+    systems: int = 1,
+) -> float:
     "What an evaluation takes if the workers share it evenly"
-    if workers<1: raise FoleyError(f'workers={workers}: at least one has to do it')
-    return clips*systems*seconds/workers/3600
+    if workers < 1:
+        raise FoleyError(f"workers={workers}: at least one has to do it")
+    return clips * systems * seconds / workers / 3600

@@ -13,57 +13,80 @@ from ..core import FoleyError
 
 # %% ../../nbs/metrics/40_frechet.ipynb #ab1ee544
 def embedding_rows(
-    x,              # Embeddings, `(n, d)`, array or tensor
-    name:str='x',   # What to call it in an error
-    least:int=2,    # Fewest rows that will do
-)->np.ndarray:      # `(n, d)` float64
+    x,  # Embeddings, `(n, d)`, array or tensor
+    name: str = "x",  # What to call it in an error
+    least: int = 2,  # Fewest rows that will do
+) -> np.ndarray:  # `(n, d)` float64
     "Rows of numbers, or one line about what is wrong with them"
-    x = np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x, np.float64)
-    if x.ndim!=2 or not x.shape[-1]: raise FoleyError(f'{name}: has shape {x.shape}; give one row of numbers per sound, (n, d)')
-    if len(x)<least: raise FoleyError(f'{name}: has {len(x)} row{"s"*(len(x)!=1)}, and this needs at least {least}; give more clips')
+    x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, np.float64)
+    if x.ndim != 2 or not x.shape[-1]:
+        raise FoleyError(f"{name}: has shape {x.shape}; give one row of numbers per sound, (n, d)")
+    if len(x) < least:
+        raise FoleyError(
+            f"{name}: has {len(x)} row{'s' * (len(x) != 1)}, and this needs at least {least}; give more clips"
+        )
     bad = np.flatnonzero(~np.isfinite(x).all(1))
-    if len(bad): raise FoleyError(f'{name}: {len(bad)} of {len(x)} rows hold nan or inf (rows {", ".join(map(str,bad[:5]))}{", ..." if len(bad)>5 else ""}); leave those clips out, or mend them')
+    if len(bad):
+        raise FoleyError(
+            f"{name}: {len(bad)} of {len(x)} rows hold nan or inf (rows {', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}); leave those clips out, or mend them"
+        )
     return x
 
-def embedding_pair(x, y, least:int=2)->tuple: # Both as float64
+
+def embedding_pair(x, y, least: int = 2) -> tuple:  # Both as float64
     "Two sets of rows of the same width"
-    x, y = embedding_rows(x, 'x', least), embedding_rows(y, 'y', least)
-    if x.shape[1]!=y.shape[1]: raise FoleyError(f'x has {x.shape[1]} numbers per row and y {y.shape[1]}; embed both sets with the same network')
+    x, y = embedding_rows(x, "x", least), embedding_rows(y, "y", least)
+    if x.shape[1] != y.shape[1]:
+        raise FoleyError(
+            f"x has {x.shape[1]} numbers per row and y {y.shape[1]}; embed both sets with the same network"
+        )
     return x, y
 
 # %% ../../nbs/metrics/40_frechet.ipynb #1aca991b
 def _centred(x):
     "Mean, and rows whose Gram matrix is the covariance: at most d of them"
-    mean = x.mean(0); A = (x-mean)/np.sqrt(len(x)-1)
-    return mean, np.linalg.qr(A, mode='r') if len(A)>A.shape[1] else A
+    mean = x.mean(0)
+    A = (x - mean) / np.sqrt(len(x) - 1)
+    return mean, np.linalg.qr(A, mode="r") if len(A) > A.shape[1] else A
+
 
 def _distance(x, y):
     (m1, A), (m2, B) = _centred(x), _centred(y)
-    root = np.linalg.svd(A@B.T, compute_uv=False).sum()
-    means = ((m1-m2)**2).sum()
-    return float(max(means+(A*A).sum()+(B*B).sum()-2*root, 0.)), float(means)
+    root = np.linalg.svd(A @ B.T, compute_uv=False).sum()
+    means = ((m1 - m2) ** 2).sum()
+    return float(max(means + (A * A).sum() + (B * B).sum() - 2 * root, 0.0)), float(means)
 
 # %% ../../nbs/metrics/40_frechet.ipynb #a18ec724
 @dataclass(frozen=True)
 class Frechet:
     "A Fréchet distance and what is needed to read it"
-    value:float   # d²
-    means:float   # Its part |mu1-mu2|²; the rest is the difference of the covariances
-    n1:int        # Rows of the one set
-    n2:int        # Rows of the other
-    d:int         # Numbers per row
-    def __float__(self): return self.value
+
+    value: float  # d²
+    means: float  # Its part |mu1-mu2|²; the rest is the difference of the covariances
+    n1: int  # Rows of the one set
+    n2: int  # Rows of the other
+    d: int  # Numbers per row
+
+    def __float__(self):
+        return self.value
+
     @property
-    def few(self)->bool: # Some covariance is singular
-        return min(self.n1, self.n2)<=self.d
+    def few(self) -> bool:  # Some covariance is singular
+        return min(self.n1, self.n2) <= self.d
+
     def __str__(self):
-        note = '; no more rows than dimensions: the distance is much too large, compare only at equal n' if self.few else ''
-        return f'{self.value:.4g} (n = {self.n1} and {self.n2}, d = {self.d}{note})'
+        note = (
+            "; no more rows than dimensions: the distance is much too large, compare only at equal n"
+            if self.few
+            else ""
+        )
+        return f"{self.value:.4g} (n = {self.n1} and {self.n2}, d = {self.d}{note})"
+
 
 def frechet_distance(
-    x,          # Embeddings of the one set, `(n1, d)`, at least 2 rows
-    y,          # Embeddings of the other, `(n2, d)`
-)->Frechet:     # `.value` is d²
+    x,  # Embeddings of the one set, `(n1, d)`, at least 2 rows
+    y,  # Embeddings of the other, `(n2, d)`
+) -> Frechet:  # `.value` is d²
     "Fréchet distance of the Gaussians of two sets of embeddings"
     x, y = embedding_pair(x, y)
     return Frechet(*_distance(x, y), len(x), len(y), x.shape[1])
@@ -71,104 +94,132 @@ def frechet_distance(
 # %% ../../nbs/metrics/40_frechet.ipynb #b02e783f
 def _clip_rows(n, clips, name):
     "Indices of the rows of each clip"
-    if clips is None: return list(np.arange(n)[:,None])
+    if clips is None:
+        return list(np.arange(n)[:, None])
     clips = np.asarray(clips)
-    if clips.shape!=(n,): raise FoleyError(f'{name}: has shape {clips.shape} for {n} rows; give the clip of each row')
-    order = np.argsort(clips, kind='stable')
-    return np.split(order, np.flatnonzero(np.diff(np.unique(clips, return_inverse=True)[1][order]))+1)
+    if clips.shape != (n,):
+        raise FoleyError(f"{name}: has shape {clips.shape} for {n} rows; give the clip of each row")
+    order = np.argsort(clips, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(np.unique(clips, return_inverse=True)[1][order])) + 1)
+
 
 @dataclass(frozen=True)
 class FrechetInfinity:
     "A Fréchet distance extrapolated to endless clips"
-    value:float        # Intercept: d² at 1/n = 0
-    slope:float        # By 1/share
-    r2:float           # Of the line; well under 1: not a line, don't trust the intercept
-    shares:np.ndarray  # Of the clips, `(k,)`
-    values:np.ndarray  # d² there, `(k,)`
-    def __float__(self): return self.value
+
+    value: float  # Intercept: d² at 1/n = 0
+    slope: float  # By 1/share
+    r2: float  # Of the line; well under 1: not a line, don't trust the intercept
+    shares: np.ndarray  # Of the clips, `(k,)`
+    values: np.ndarray  # d² there, `(k,)`
+
+    def __float__(self):
+        return self.value
 
 # %% ../../nbs/metrics/40_frechet.ipynb #1dae657a
 def frechet_infinity(
-    x, y,              # Embeddings, `(n1, d)` and `(n2, d)`
-    clips_x=None,      # Clip of each row of x, `(n1,)`; None: every row is a clip
-    clips_y=None,      # Clip of each row of y
-    k:int=10,          # Sizes, evenly spaced in 1/n
-    lowest:float=.3,   # Smallest share of the clips
-    draws:int=3,       # Subsets of each size
-    seed:int=0,        # Of the drawing
-)->FrechetInfinity:    # `.value` may be a little below 0 for sets that are alike
+    x,
+    y,  # Embeddings, `(n1, d)` and `(n2, d)`
+    clips_x=None,  # Clip of each row of x, `(n1,)`; None: every row is a clip
+    clips_y=None,  # Clip of each row of y
+    k: int = 10,  # Sizes, evenly spaced in 1/n
+    lowest: float = 0.3,  # Smallest share of the clips
+    draws: int = 3,  # Subsets of each size
+    seed: int = 0,  # Of the drawing
+) -> FrechetInfinity:  # `.value` may be a little below 0 for sets that are alike
     "Fréchet distance extrapolated over 1/n to endless clips"
     x, y = embedding_pair(x, y)
-    X, Y = _clip_rows(len(x), clips_x, 'clips_x'), _clip_rows(len(y), clips_y, 'clips_y')
-    if min(len(X), len(Y))<10: raise FoleyError(f'x has {len(X)} clips and y {len(Y)}; to extrapolate over their number takes at least 10 of each')
-    rng, shares = np.random.default_rng(seed), 1/np.linspace(1, 1/lowest, k)
-    some = lambda G, s: np.concatenate([G[i] for i in rng.permutation(len(G))[:max(3, round(s*len(G)))]])
-    one = lambda s: _distance(x[some(X,s)], y[some(Y,s)])[0]
-    values = np.array([np.mean([one(s) for _ in range(draws if s<1 else 1)]) for s in shares])
-    slope, at0 = np.polyfit(1/shares, values, 1)
-    left = ((values-at0-slope/shares)**2).sum()/max(((values-values.mean())**2).sum(), 1e-300)
-    return FrechetInfinity(float(at0), float(slope), float(1-left), shares, values)
+    X, Y = _clip_rows(len(x), clips_x, "clips_x"), _clip_rows(len(y), clips_y, "clips_y")
+    if min(len(X), len(Y)) < 10:
+        raise FoleyError(
+            f"x has {len(X)} clips and y {len(Y)}; to extrapolate over their number takes at least 10 of each"
+        )
+    rng, shares = np.random.default_rng(seed), 1 / np.linspace(1, 1 / lowest, k)
+    some = lambda G, s: np.concatenate([G[i] for i in rng.permutation(len(G))[: max(3, round(s * len(G)))]])
+    one = lambda s: _distance(x[some(X, s)], y[some(Y, s)])[0]
+    values = np.array([np.mean([one(s) for _ in range(draws if s < 1 else 1)]) for s in shares])
+    slope, at0 = np.polyfit(1 / shares, values, 1)
+    left = ((values - at0 - slope / shares) ** 2).sum() / max(((values - values.mean()) ** 2).sum(), 1e-300)
+    return FrechetInfinity(float(at0), float(slope), float(1 - left), shares, values)
 
 # %% ../../nbs/metrics/40_frechet.ipynb #f2de6e7f
 def frechet_draws(
-    x, y,              # Embeddings, `(n1, d)` and `(n2, d)`
-    clips_x=None,      # Clip of each row of x; None: every row is a clip
-    clips_y=None,      # Clip of each row of y
-    n:int=200,         # Resamples
-    seed:int=0,        # Of the resampling
-)->np.ndarray:         # `(n,)`
+    x,
+    y,  # Embeddings, `(n1, d)` and `(n2, d)`
+    clips_x=None,  # Clip of each row of x; None: every row is a clip
+    clips_y=None,  # Clip of each row of y
+    n: int = 200,  # Resamples
+    seed: int = 0,  # Of the resampling
+) -> np.ndarray:  # `(n,)`
     "Fréchet distances of clips drawn again with replacement"
     x, y = embedding_pair(x, y)
-    X, Y = _clip_rows(len(x), clips_x, 'clips_x'), _clip_rows(len(y), clips_y, 'clips_y')
+    X, Y = _clip_rows(len(x), clips_x, "clips_x"), _clip_rows(len(y), clips_y, "clips_y")
     rng, out = np.random.default_rng(seed), []
     for _ in range(n):
         i = rng.integers(len(X), size=len(X))
-        j = i if len(X)==len(Y) else rng.integers(len(Y), size=len(Y))
+        j = i if len(X) == len(Y) else rng.integers(len(Y), size=len(Y))
         out.append(_distance(x[np.concatenate([X[a] for a in i])], y[np.concatenate([Y[a] for a in j])])[0])
     return np.array(out)
 
+
 def frechet_interval(
-    x, y, clips_x=None, clips_y=None, n:int=200, seed:int=0, # As `frechet_draws`
-)->tuple:                                                     # value, low, high; like the value, too large for few clips
+    x,
+    y,
+    clips_x=None,
+    clips_y=None,
+    n: int = 200,
+    seed: int = 0,  # As `frechet_draws`
+) -> tuple:  # value, low, high; like the value, too large for few clips
     "A Fréchet distance with the 95% spread of another choice of clips"
     value, draws = float(frechet_distance(x, y)), frechet_draws(x, y, clips_x, clips_y, n, seed)
-    return (value, *(float(max(q, 0.)) for q in value+np.percentile(draws-draws.mean(), [2.5, 97.5])))
+    return (value, *(float(max(q, 0.0)) for q in value + np.percentile(draws - draws.mean(), [2.5, 97.5])))
+
 
 def frechet_difference(
-    a, b,              # Embeddings of two systems, `(n, d)` each, the same clips in the same order
-    y,                 # Embeddings both are compared with, `(m, d)`
-    clips=None,        # Clip of each row of a and of b; None: every row is a clip
-    clips_y=None,      # Clip of each row of y
-    n:int=200, seed:int=0, # Resamples and seed
-)->dict:               # difference (a - b), low, high (95%)
+    a,
+    b,  # Embeddings of two systems, `(n, d)` each, the same clips in the same order
+    y,  # Embeddings both are compared with, `(m, d)`
+    clips=None,  # Clip of each row of a and of b; None: every row is a clip
+    clips_y=None,  # Clip of each row of y
+    n: int = 200,
+    seed: int = 0,  # Resamples and seed
+) -> dict:  # difference (a - b), low, high (95%)
     "Is one system's Fréchet distance smaller than another's on the same clips?"
     a, b = embedding_pair(a, b)
-    if len(a)!=len(b): raise FoleyError(f'a has {len(a)} rows and b {len(b)}; give the same clips of both systems, in the same order')
-    value = float(frechet_distance(a, y))-float(frechet_distance(b, y))
-    draws = frechet_draws(a, y, clips, clips_y, n, seed)-frechet_draws(b, y, clips, clips_y, n, seed)
-    return dict(difference=value, **dict(zip(('low','high'), map(float, value+np.percentile(draws-draws.mean(), [2.5, 97.5])))))
+    if len(a) != len(b):
+        raise FoleyError(f"a has {len(a)} rows and b {len(b)}; give the same clips of both systems, in the same order")
+    value = float(frechet_distance(a, y)) - float(frechet_distance(b, y))
+    draws = frechet_draws(a, y, clips, clips_y, n, seed) - frechet_draws(b, y, clips, clips_y, n, seed)
+    return dict(
+        difference=value,
+        **dict(zip(("low", "high"), map(float, value + np.percentile(draws - draws.mean(), [2.5, 97.5])))),
+    )
 
 # %% ../../nbs/metrics/40_frechet.ipynb #928c40c9
 def _mmd2(x, y, degree, gamma, coef0):
-    k = lambda a, b: (a@b.T*gamma+coef0)**degree
-    off = lambda K: (K.sum()-np.trace(K))/(len(K)*(len(K)-1))
-    return float(off(k(x,x))+off(k(y,y))-2*k(x,y).mean())
+    k = lambda a, b: (a @ b.T * gamma + coef0) ** degree
+    off = lambda K: (K.sum() - np.trace(K)) / (len(K) * (len(K) - 1))
+    return float(off(k(x, x)) + off(k(y, y)) - 2 * k(x, y).mean())
+
 
 def kid(
-    x, y,                  # Embeddings, `(n1, d)` and `(n2, d)`
-    subsets:int=None,      # Average over so many random subsets; None: all rows, once
-    subset_size:int=50,    # Rows of each side in a subset
-    degree:int=3,          # Of the polynomial kernel
-    gamma:float=None,      # Factor of the scalar product; None: 1/d
-    coef0:float=1.,        # Constant of the kernel
-    seed:int=2020,         # Of the subsets, as av-benchmark draws them
-)->tuple:                  # mean, standard deviation over subsets (0 without)
+    x,
+    y,  # Embeddings, `(n1, d)` and `(n2, d)`
+    subsets: int = None,  # Average over so many random subsets; None: all rows, once
+    subset_size: int = 50,  # Rows of each side in a subset
+    degree: int = 3,  # Of the polynomial kernel
+    gamma: float = None,  # Factor of the scalar product; None: 1/d
+    coef0: float = 1.0,  # Constant of the kernel
+    seed: int = 2020,  # Of the subsets, as av-benchmark draws them
+) -> tuple:  # mean, standard deviation over subsets (0 without)
     "Kernel inception distance: unbiased squared MMD with a polynomial kernel"
     x, y = embedding_pair(x, y)
-    how = (degree, 1/x.shape[1] if gamma is None else gamma, coef0)
-    if subsets is None: return _mmd2(x, y, *how), 0.
+    how = (degree, 1 / x.shape[1] if gamma is None else gamma, coef0)
+    if subsets is None:
+        return _mmd2(x, y, *how), 0.0
     least = min(len(x), len(y))
-    if not 2<=subset_size<=least: raise FoleyError(f'subset_size={subset_size}: the smaller set has {least} rows; choose from 2 to {least}')
+    if not 2 <= subset_size <= least:
+        raise FoleyError(f"subset_size={subset_size}: the smaller set has {least} rows; choose from 2 to {least}")
     rng = np.random.RandomState(seed)
     draw = lambda z: z[rng.choice(len(z), subset_size, replace=False)]
     v = [_mmd2(draw(x), draw(y), *how) for _ in range(subsets)]

@@ -26,351 +26,487 @@ from ..train.loop import TrainConfig, train, hardware
 # %% ../../nbs/metrics/40a_judges.ipynb #a4370f27
 class ConvBlock(nn.Module):
     "Two 3x3 convolutions and average pooling"
-    def __init__(self, n_in:int, n_out:int, pool=2):
+
+    def __init__(self, n_in: int, n_out: int, pool=2):
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
+        self.conv1, self.conv2 = (
+            nn.Conv2d(n_in, n_out, 3, padding=1, bias=False),
+            nn.Conv2d(n_out, n_out, 3, padding=1, bias=False),
+        )
         self.bn1, self.bn2, self.pool = nn.BatchNorm2d(n_out), nn.BatchNorm2d(n_out), nn.AvgPool2d(pool)
-    def forward(self, x): return self.pool(F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))))
+
+    def forward(self, x):
+        return self.pool(F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))))
+
 
 class Ear(ModelMixin, ConfigMixin):
     "What the judges share"
-    def build(self,
-        channels:list,  # Of each block; each halves both axes
-        n_mels:int,     # Rows of the log-mel
-        embed_dim:int,  # Size of an embedding
+
+    def build(
+        self,
+        channels: list,  # Of each block; each halves both axes
+        n_mels: int,  # Rows of the log-mel
+        embed_dim: int,  # Size of an embedding
     ):
         "Make the layers, named as in every judge's weights"
         self.bn0 = nn.BatchNorm2d(n_mels)
-        self.blocks = nn.Sequential(*[ConvBlock(a,b) for a,b in zip([1,*channels[:-1]], channels)])
-        self.frame = nn.Linear(channels[-1]*(n_mels>>len(channels)), embed_dim)
+        self.blocks = nn.Sequential(*[ConvBlock(a, b) for a, b in zip([1, *channels[:-1]], channels)])
+        self.frame = nn.Linear(channels[-1] * (n_mels >> len(channels)), embed_dim)
 
-    rate = 16000    # Hz
+    rate = 16000  # Hz
+
     @cached_property
-    def mel(self): return MelTransform.mini()
+    def mel(self):
+        return MelTransform.mini()
 
 # %% ../../nbs/metrics/40a_judges.ipynb #60c66b1b
 @patch
-def embed(self:Ear,
-    log_mel:Tensor, # Natural-log mel of `MelTransform.mini`, `(b, n_mels, n_cols)`, `n_cols` at least 32
-)->Tensor:          # `(b, embed_dim)`
+def embed(
+    self: Ear,
+    log_mel: Tensor,  # Natural-log mel of `MelTransform.mini`, `(b, n_mels, n_cols)`, `n_cols` at least 32
+) -> Tensor:  # `(b, embed_dim)`
     "What the network heard"
     c = self.mel.config
-    x = (log_mel.to(self.frame.weight.dtype).clamp(c.log_min, c.log_max)-c.log_min)/(c.log_max-c.log_min)
-    x = self.bn0(F.avg_pool1d(x, 2)[...,None]).transpose(1,3).transpose(2,3)                # (b, 1, n_mels, n_cols/2)
+    x = (log_mel.to(self.frame.weight.dtype).clamp(c.log_min, c.log_max) - c.log_min) / (c.log_max - c.log_min)
+    x = self.bn0(F.avg_pool1d(x, 2)[..., None]).transpose(1, 3).transpose(2, 3)  # (b, 1, n_mels, n_cols/2)
     x = self.blocks(x.contiguous(memory_format=torch.channels_last))
-    x = F.relu(self.frame(x.flatten(1,2).transpose(1,2)))                                   # (b, frames, embed_dim)
-    return x.amax(1)+x.mean(1)
+    x = F.relu(self.frame(x.flatten(1, 2).transpose(1, 2)))  # (b, frames, embed_dim)
+    return x.amax(1) + x.mean(1)
+
 
 @patch
-def hear(self:Ear,
-    audio,          # Waveforms at 16 kHz, `(b, n)` tensor or array
-)->Tensor:          # Natural-log mel, `(b, n_mels, 1024)`, on the judge's device
+def hear(
+    self: Ear,
+    audio,  # Waveforms at 16 kHz, `(b, n)` tensor or array
+) -> Tensor:  # Natural-log mel, `(b, n_mels, 1024)`, on the judge's device
     "The log-mel of sound as a judge wants it"
     x = torch.as_tensor(np.asarray(audio) if not isinstance(audio, Tensor) else audio, dtype=torch.float32)
-    if x.dim()!=2 or not x.numel(): raise FoleyError(f'audio has shape {tuple(x.shape)}; give a batch of mono waveforms at 16 kHz, (b, n)')
-    if not x.isfinite().all(): raise FoleyError('audio has values that are no numbers; a judge hears finite samples only')
+    if x.dim() != 2 or not x.numel():
+        raise FoleyError(f"audio has shape {tuple(x.shape)}; give a batch of mono waveforms at 16 kHz, (b, n)")
+    if not x.isfinite().all():
+        raise FoleyError("audio has values that are no numbers; a judge hears finite samples only")
     return self.mel.log_mel(x).to(self.device)
 
 # %% ../../nbs/metrics/40a_judges.ipynb #6261467f
 class SoundClassifier(Ear):
     "Log-mel to label, CNN14-like"
+
     @register_to_config
-    def __init__(self,
-        labels:list=list(passby.LABELS),    # Names of the classes
-        channels:list=[16,32,64,128],       # Of each block; each halves both axes
-        n_mels:int=128,                     # Rows of the log-mel
-        embed_dim:int=128,                  # Size of an embedding
+    def __init__(
+        self,
+        labels: list = list(passby.LABELS),  # Names of the classes
+        channels: list = [16, 32, 64, 128],  # Of each block; each halves both axes
+        n_mels: int = 128,  # Rows of the log-mel
+        embed_dim: int = 128,  # Size of an embedding
     ):
-        super().__init__(); self.build(channels, n_mels, embed_dim)
+        super().__init__()
+        self.build(channels, n_mels, embed_dim)
         self.out = nn.Linear(embed_dim, len(labels))
-    def forward(self,
-        log_mel:Tensor, # `(b, n_mels, n_cols)`
-    )->Tensor:          # Logits, `(b, n_labels)`
+
+    def forward(
+        self,
+        log_mel: Tensor,  # `(b, n_mels, n_cols)`
+    ) -> Tensor:  # Logits, `(b, n_labels)`
         "Scores of the labels"
         return self.out(self.embed(log_mel))
 
+
 @patch
 @torch.no_grad()
-def classify(self:SoundClassifier,
-    audio,          # Waveforms at 16 kHz, `(b, n)` tensor or array
-)->Tensor:          # Probabilities, `(b, n_labels)`
+def classify(
+    self: SoundClassifier,
+    audio,  # Waveforms at 16 kHz, `(b, n)` tensor or array
+) -> Tensor:  # Probabilities, `(b, n_labels)`
     "How probable is each label?"
     return self(self.hear(audio)).float().softmax(-1).cpu()
 
 # %% ../../nbs/metrics/40a_judges.ipynb #d46ed465
 class SoundStudent(Ear):
     "Log-mel into the space of mini's CLIP, Wav2CLIP-like"
+
     @register_to_config
-    def __init__(self,
-        clip_dim:int=96,                    # Size of CLIP's space
-        channels:list=[16,32,64,128],       # Of each block; each halves both axes
-        n_mels:int=128,                     # Rows of the log-mel
-        embed_dim:int=192,                  # Between ear and CLIP
+    def __init__(
+        self,
+        clip_dim: int = 96,  # Size of CLIP's space
+        channels: list = [16, 32, 64, 128],  # Of each block; each halves both axes
+        n_mels: int = 128,  # Rows of the log-mel
+        embed_dim: int = 192,  # Between ear and CLIP
     ):
-        super().__init__(); self.build(channels, n_mels, embed_dim)
+        super().__init__()
+        self.build(channels, n_mels, embed_dim)
         self.out = nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, clip_dim))
-    def forward(self,
-        log_mel:Tensor, # `(b, n_mels, n_cols)`
-    )->Tensor:          # `(b, clip_dim)`, length 1
+
+    def forward(
+        self,
+        log_mel: Tensor,  # `(b, n_mels, n_cols)`
+    ) -> Tensor:  # `(b, clip_dim)`, length 1
         "Where CLIP would put the pictures"
         return F.normalize(self.out(self.embed(log_mel)).float(), dim=-1)
 
 # %% ../../nbs/metrics/40a_judges.ipynb #0bd246a9
-MOVES, TIMES = ('coming closer', 'going away', 'passing', 'staying'), ('all along', 'starting', 'stopping', 'on and off')
-NOTHING = 'nothing but ambience'
+MOVES, TIMES = (
+    ("coming closer", "going away", "passing", "staying"),
+    ("all along", "starting", "stopping", "on and off"),
+)
+NOTHING = "nothing but ambience"
 
-def words(text:str)->list: # Lower-case words
+
+def words(text: str) -> list:  # Lower-case words
     "Split a text, without its punctuation"
-    return re.findall('[a-z]+', text.lower())
+    return re.findall("[a-z]+", text.lower())
+
 
 VOCABULARY = sorted({w for t in (*passby.LABELS, *MOVES, *TIMES, NOTHING) for w in words(t)})
 
 # %% ../../nbs/metrics/40a_judges.ipynb #31d01a81
 class SoundText(Ear):
     "Log-mel and text onto one sphere, CLAP-like"
+
     @register_to_config
-    def __init__(self,
-        vocabulary:list=VOCABULARY,         # Words it knows
-        dim:int=64,                         # Of the sphere's space
-        channels:list=[16,32,64,128],       # Of each block; each halves both axes
-        n_mels:int=128,                     # Rows of the log-mel
-        embed_dim:int=192,                  # Between ear and sphere
-        width:int=64,                       # Of the text side
+    def __init__(
+        self,
+        vocabulary: list = VOCABULARY,  # Words it knows
+        dim: int = 64,  # Of the sphere's space
+        channels: list = [16, 32, 64, 128],  # Of each block; each halves both axes
+        n_mels: int = 128,  # Rows of the log-mel
+        embed_dim: int = 192,  # Between ear and sphere
+        width: int = 64,  # Of the text side
     ):
-        super().__init__(); self.build(channels, n_mels, embed_dim)
+        super().__init__()
+        self.build(channels, n_mels, embed_dim)
         self.out = nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, dim))
-        self.words = nn.EmbeddingBag(len(vocabulary), width, mode='mean')
-        self.text = nn.Sequential(nn.Linear(width, 2*width), nn.ReLU(), nn.Linear(2*width, dim))
-    def forward(self,
-        log_mel:Tensor, # `(b, n_mels, n_cols)`
-    )->Tensor:          # `(b, dim)`, length 1
+        self.words = nn.EmbeddingBag(len(vocabulary), width, mode="mean")
+        self.text = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, dim))
+
+    def forward(
+        self,
+        log_mel: Tensor,  # `(b, n_mels, n_cols)`
+    ) -> Tensor:  # `(b, dim)`, length 1
         "Where the sound is"
         return F.normalize(self.out(self.embed(log_mel)).float(), dim=-1)
 
+
 @patch
-def embed_text(self:SoundText,
-    texts:list,     # Texts
-)->Tensor:          # `(n, dim)`, length 1
+def embed_text(
+    self: SoundText,
+    texts: list,  # Texts
+) -> Tensor:  # `(n, dim)`, length 1
     "Where the texts are"
-    v = {w:i for i,w in enumerate(self.config.vocabulary)}; ids = [[v[w] for w in words(t) if w in v] for t in texts]
-    for t,i in zip(texts, ids):
-        if not i: raise FoleyError(f"text {t!r}: no word of it is known, e.g. {' or '.join(map(repr, suggest(t, self.config.vocabulary)))} would be")
-    flat = torch.tensor([i for k in ids for i in k], device=self.device); off = torch.tensor(np.cumsum([0]+[len(k) for k in ids[:-1]]), device=self.device)
+    v = {w: i for i, w in enumerate(self.config.vocabulary)}
+    ids = [[v[w] for w in words(t) if w in v] for t in texts]
+    for t, i in zip(texts, ids):
+        if not i:
+            raise FoleyError(
+                f"text {t!r}: no word of it is known, e.g. {' or '.join(map(repr, suggest(t, self.config.vocabulary)))} would be"
+            )
+    flat = torch.tensor([i for k in ids for i in k], device=self.device)
+    off = torch.tensor(np.cumsum([0] + [len(k) for k in ids[:-1]]), device=self.device)
     return F.normalize(self.text(self.words(flat, off)).float(), dim=-1)
 
 # %% ../../nbs/metrics/40a_judges.ipynb #6b4f79ac
 @patch
 @torch.no_grad()
-def listen(self:Ear,
-    audio,          # Waveforms at 16 kHz, `(b, n)` tensor or array
-)->Tensor:          # `(b, dim)`: what the classifier heard; a point of CLIP's or of the text's space
+def listen(
+    self: Ear,
+    audio,  # Waveforms at 16 kHz, `(b, n)` tensor or array
+) -> Tensor:  # `(b, dim)`: what the classifier heard; a point of CLIP's or of the text's space
     "The embedding of sound"
     m = self.hear(audio)
     return (self.embed(m) if isinstance(self, SoundClassifier) else self(m)).float().cpu()
 
+
 @patch
 @torch.no_grad()
-def hear_both(self:SoundClassifier,
-    audio,          # Waveforms at 16 kHz, `(b, n)` tensor or array
-)->tuple:           # Embeddings `(b, embed_dim)`, logits `(b, n_labels)`
+def hear_both(
+    self: SoundClassifier,
+    audio,  # Waveforms at 16 kHz, `(b, n)` tensor or array
+) -> tuple:  # Embeddings `(b, embed_dim)`, logits `(b, n_labels)`
     "The embedding and the scores of the labels"
     e = self.embed(self.hear(audio))
     return e.float().cpu(), self.out(e).float().cpu()
 
 # %% ../../nbs/metrics/40a_judges.ipynb #5fdb5638
 def crop(
-    batch:dict,         # mel `(b, n_mels, 1024)`, sounding `(b, 1024)`
-    draw,               # Random numbers of the step
-    cols:int=320,       # Length, columns
-    quiet:float=1/6,    # Share of crops for which silence is sought
-)->tuple:               # log-mels `(b, n_mels, cols)`, first columns `(b,)`, mute `(b,)`
+    batch: dict,  # mel `(b, n_mels, 1024)`, sounding `(b, 1024)`
+    draw,  # Random numbers of the step
+    cols: int = 320,  # Length, columns
+    quiet: float = 1 / 6,  # Share of crops for which silence is sought
+) -> tuple:  # log-mels `(b, n_mels, cols)`, first columns `(b,)`, mute `(b,)`
     "Crops at any gain and tilt"
-    heard = F.pad(batch['sounding'].float().cumsum(1), (1,0)); heard = heard[:,cols:]-heard[:,:-cols]      # (b, starts)
-    start, seek = draw.integers(heard.shape[1]), (draw.uniform()<quiet)&(heard.amin(1)==0)
-    start = torch.where(seek, ((heard==0)*(.5+draw.uniform(heard.shape[1]))).argmax(1), start)
-    mute = heard.gather(1, start[:,None])[:,0]<10
-    x = torch.stack([m[:,s:s+cols] for m,s in zip(batch['mel'].float(), start)])
-    tilt = torch.linspace(-1,1,x.shape[1], device=x.device)[:,None]*(draw.uniform(1,1)-.5)
-    return x + tilt + torch.where(mute, draw.uniform()*6.9-2.3, draw.uniform()*3-2.3)[:,None,None], start, mute     # natural log
+    heard = F.pad(batch["sounding"].float().cumsum(1), (1, 0))
+    heard = heard[:, cols:] - heard[:, :-cols]  # (b, starts)
+    start, seek = draw.integers(heard.shape[1]), (draw.uniform() < quiet) & (heard.amin(1) == 0)
+    start = torch.where(seek, ((heard == 0) * (0.5 + draw.uniform(heard.shape[1]))).argmax(1), start)
+    mute = heard.gather(1, start[:, None])[:, 0] < 10
+    x = torch.stack([m[:, s : s + cols] for m, s in zip(batch["mel"].float(), start)])
+    tilt = torch.linspace(-1, 1, x.shape[1], device=x.device)[:, None] * (draw.uniform(1, 1) - 0.5)
+    return (
+        x + tilt + torch.where(mute, draw.uniform() * 6.9 - 2.3, draw.uniform() * 3 - 2.3)[:, None, None],
+        start,
+        mute,
+    )  # natural log
 
 # %% ../../nbs/metrics/40a_judges.ipynb #54eef7ef
 class JudgeStage(nn.Module):
     "Crops of real log-mels and what the source did in them"
-    def __init__(self, model:SoundClassifier, cols:int=320, quiet:float=1/6):
-        super().__init__(); self.model, self.cols, self.quiet = model, cols, quiet
+
+    def __init__(self, model: SoundClassifier, cols: int = 320, quiet: float = 1 / 6):
+        super().__init__()
+        self.model, self.cols, self.quiet = model, cols, quiet
+
     def forward(self, batch, draw):
-        x, start, mute = crop(batch, draw, self.cols, self.quiet); n = len(self.model.config.labels)
-        goal = torch.where(mute[:,None], torch.full((1,n), 1/n, device=x.device), F.one_hot(batch['label'], n)*.95+.05/n)
+        x, start, mute = crop(batch, draw, self.cols, self.quiet)
+        n = len(self.model.config.labels)
+        goal = torch.where(
+            mute[:, None], torch.full((1, n), 1 / n, device=x.device), F.one_hot(batch["label"], n) * 0.95 + 0.05 / n
+        )
         return F.cross_entropy(self.model(x).float(), goal)
 
 # %% ../../nbs/metrics/40a_judges.ipynb #adb53f58
 def contrast(
-    cos:Tensor,         # Cosines, `(b, b)`: sounds by pictures or texts
-    match:Tensor,       # Which belong together, `(b, b)` bool; every row and column has one
-    scale,              # Factor before the softmax
-)->Tensor:              # Scalar
+    cos: Tensor,  # Cosines, `(b, b)`: sounds by pictures or texts
+    match: Tensor,  # Which belong together, `(b, b)` bool; every row and column has one
+    scale,  # Factor before the softmax
+) -> Tensor:  # Scalar
     "Cross-entropy both ways, with all partners equally right"
-    one = lambda c,m: F.cross_entropy(c*scale, m.float()/m.sum(1, keepdim=True))
-    return .5*(one(cos, match)+one(cos.T, match.T))
+    one = lambda c, m: F.cross_entropy(c * scale, m.float() / m.sum(1, keepdim=True))
+    return 0.5 * (one(cos, match) + one(cos.T, match.T))
+
 
 class StudentStage(nn.Module):
     "Crops of real log-mels and the frames that belong to them"
-    def __init__(self, model:SoundStudent, cols:int=512, fps:float=3.):
-        super().__init__(); self.model, self.cols, self.fps = model, cols, fps
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.)))
+
+    def __init__(self, model: SoundStudent, cols: int = 512, fps: float = 3.0):
+        super().__init__()
+        self.model, self.cols, self.fps = model, cols, fps
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
     def forward(self, batch, draw):
-        x, start, mute = crop(batch, draw, self.cols, 0.)
-        t = (torch.arange(batch['frame_emb'].shape[1], device=x.device)+.5)/self.fps*100
-        inside = ((t>=start[:,None])&(t<start[:,None]+self.cols)).float()
-        goal = F.normalize((batch['frame_emb'].float()*inside[...,None]).sum(1), dim=-1)
-        cos = self.model(x)@goal.T
-        return (1-cos.diagonal()).mean() + .5*contrast(cos, torch.eye(len(x), dtype=torch.bool, device=x.device), self.log_scale.exp().clamp(max=50.))
+        x, start, mute = crop(batch, draw, self.cols, 0.0)
+        t = (torch.arange(batch["frame_emb"].shape[1], device=x.device) + 0.5) / self.fps * 100
+        inside = ((t >= start[:, None]) & (t < start[:, None] + self.cols)).float()
+        goal = F.normalize((batch["frame_emb"].float() * inside[..., None]).sum(1), dim=-1)
+        cos = self.model(x) @ goal.T
+        return (1 - cos.diagonal()).mean() + 0.5 * contrast(
+            cos, torch.eye(len(x), dtype=torch.bool, device=x.device), self.log_scale.exp().clamp(max=50.0)
+        )
 
 # %% ../../nbs/metrics/40a_judges.ipynb #9f0421c1
 def happening(
-    distance:Tensor,    # log2 of the distance in m, `(b, cols)`
-    sounding:Tensor,    # Is the source heard?, `(b, cols)` bool
-)->tuple:               # Indices into `MOVES` and `TIMES`, `(b,)` each
+    distance: Tensor,  # log2 of the distance in m, `(b, cols)`
+    sounding: Tensor,  # Is the source heard?, `(b, cols)` bool
+) -> tuple:  # Indices into `MOVES` and `TIMES`, `(b,)` each
     "What a source does in a crop"
     d, near, edge = distance.float(), distance.float().amin(1), 20
-    rise, fall = d[:,-1]-near>.2, d[:,0]-near>.2
-    move = torch.where(rise&fall, 2, torch.where(fall, 0, torch.where(rise, 1, 3)))
-    first, last = sounding[:,:edge].float().mean(1)>.5, sounding[:,-edge:].float().mean(1)>.5
-    whole = sounding.float().mean(1)>.95
-    return move, torch.where(whole, 0, torch.where(~first&last, 1, torch.where(first&~last, 2, 3)))
+    rise, fall = d[:, -1] - near > 0.2, d[:, 0] - near > 0.2
+    move = torch.where(rise & fall, 2, torch.where(fall, 0, torch.where(rise, 1, 3)))
+    first, last = sounding[:, :edge].float().mean(1) > 0.5, sounding[:, -edge:].float().mean(1) > 0.5
+    whole = sounding.float().mean(1) > 0.95
+    return move, torch.where(whole, 0, torch.where(~first & last, 1, torch.where(first & ~last, 2, 3)))
+
 
 class TextStage(nn.Module):
     "Crops of real log-mels and captions of what is heard in them"
-    def __init__(self, model:SoundText, cols:int=512, quiet:float=1/10):
-        super().__init__(); self.model, self.cols, self.quiet = model, cols, quiet
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.)))
+
+    def __init__(self, model: SoundText, cols: int = 512, quiet: float = 1 / 10):
+        super().__init__()
+        self.model, self.cols, self.quiet = model, cols, quiet
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
     def forward(self, batch, draw):
         x, start, mute = crop(batch, draw, self.cols, self.quiet)
-        at = start[:,None]+torch.arange(self.cols, device=x.device)
-        move, when = happening(batch['distance'].gather(1, at), batch['sounding'].gather(1, at)); told = draw.uniform(2)<.5
-        label = torch.where(mute, -1, batch['label'])
-        holds = (label[:,None]==label)&(((move[:,None]==move)|~told[:,0])&((when[:,None]==when)|~told[:,1])|mute)   # sound by caption
-        texts = [NOTHING if l<0 else ' '.join([passby.LABELS[l], MOVES[m] if a else '', TIMES[w] if b else '']) for l,m,w,(a,b) in zip(label.tolist(), move.tolist(), when.tolist(), told.tolist())]
-        return contrast(self.model(x)@self.model.embed_text(texts).T, holds, self.log_scale.exp().clamp(max=50.))
+        at = start[:, None] + torch.arange(self.cols, device=x.device)
+        move, when = happening(batch["distance"].gather(1, at), batch["sounding"].gather(1, at))
+        told = draw.uniform(2) < 0.5
+        label = torch.where(mute, -1, batch["label"])
+        holds = (label[:, None] == label) & (
+            ((move[:, None] == move) | ~told[:, 0]) & ((when[:, None] == when) | ~told[:, 1]) | mute
+        )  # sound by caption
+        texts = [
+            NOTHING if l < 0 else " ".join([passby.LABELS[l], MOVES[m] if a else "", TIMES[w] if b else ""])
+            for l, m, w, (a, b) in zip(label.tolist(), move.tolist(), when.tolist(), told.tolist())
+        ]
+        return contrast(self.model(x) @ self.model.embed_text(texts).T, holds, self.log_scale.exp().clamp(max=50.0))
 
 # %% ../../nbs/metrics/40a_judges.ipynb #64f72d3e
-JUDGES = 3_000_000    # First seed of the range that only judges hear
+JUDGES = 3_000_000  # First seed of the range that only judges hear
 HELD_OUT = 3_900_000  # From here on, judges are only tested
 
-def judge_scene(
-    seed:int,           # Of the judges' range
-    **kw                # Of `passby.scene`
-):                      # A scene; every second one of the continuous split
-    "Scene number `seed` of the judges"
-    return passby.scene(seed, 'passby_continuous' if seed%2 else 'passby', **kw)
 
-def _cached(path, make)->dict:
+def judge_scene(
+    seed: int,  # Of the judges' range
+    **kw,  # Of `passby.scene`
+):  # A scene; every second one of the continuous split
+    "Scene number `seed` of the judges"
+    return passby.scene(seed, "passby_continuous" if seed % 2 else "passby", **kw)
+
+
+def _cached(path, make) -> dict:
     "Read an npz, or make it and write it whole"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True); tmp = path.with_name('.part.npz')
-        np.savez(tmp, **make()); tmp.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_name(".part.npz")
+        np.savez(tmp, **make())
+        tmp.replace(path)
     return dict(np.load(path))
 
+
 def judge_mels(
-    folder,             # Where the cache is, or goes
-    n_scenes:int,       # How many
-    first_seed:int=JUDGES,
-)->dict:                # mel `(n, 128, 1024)` float16, sounding `(n, 1024)` bool, distance `(n, 1024)` float16 log2 m, label `(n,)`
+    folder,  # Where the cache is, or goes
+    n_scenes: int,  # How many
+    first_seed: int = JUDGES,
+) -> dict:  # mel `(n, 128, 1024)` float16, sounding `(n, 1024)` bool, distance `(n, 1024)` float16 log2 m, label `(n,)`
     "Log-mels of real audio, without the floor that `mini` gives them, so that they can be amplified"
+
     def make():
-        mel = MelTransform.mini(log_min=math.log(1e-7)); rows = []
-        for i in progress(range(n_scenes), desc='judge scenes', unit='scene'):
-            s = judge_scene(first_seed+i, frames=False)
-            rows.append((mel.log_mel(torch.from_numpy(s.audio)[None])[0].half().numpy(), s.truth['sounding'], np.log2(s.truth['distance']).astype(np.float16), passby.LABELS.index(s.label)))
-        return {k:np.stack(v) for k,v in zip(('mel','sounding','distance','label'), zip(*rows))}
-    return _cached(Path(folder)/f'judge_{first_seed}_{n_scenes}.npz', make)
+        mel = MelTransform.mini(log_min=math.log(1e-7))
+        rows = []
+        for i in progress(range(n_scenes), desc="judge scenes", unit="scene"):
+            s = judge_scene(first_seed + i, frames=False)
+            rows.append(
+                (
+                    mel.log_mel(torch.from_numpy(s.audio)[None])[0].half().numpy(),
+                    s.truth["sounding"],
+                    np.log2(s.truth["distance"]).astype(np.float16),
+                    passby.LABELS.index(s.label),
+                )
+            )
+        return {k: np.stack(v) for k, v in zip(("mel", "sounding", "distance", "label"), zip(*rows))}
+
+    return _cached(Path(folder) / f"judge_{first_seed}_{n_scenes}.npz", make)
+
 
 def judge_pictures(
-    folder,             # Where the cache is, or goes
-    n_scenes:int,       # How many
-    frame_encoder,      # mini's `FrameEncoder`
-    first_seed:int=JUDGES,
-    fps:float=3.,       # Frames per second of the pictures
-)->dict:                # frame_emb `(n, T, D)` float16
+    folder,  # Where the cache is, or goes
+    n_scenes: int,  # How many
+    frame_encoder,  # mini's `FrameEncoder`
+    first_seed: int = JUDGES,
+    fps: float = 3.0,  # Frames per second of the pictures
+) -> dict:  # frame_emb `(n, T, D)` float16
     "CLIP's frame embeddings of the same scenes"
+
     def make():
-        return dict(frame_emb=np.stack([frame_encoder.encode_frames(judge_scene(first_seed+i, fps=fps, audio=False).frames).half().numpy()
-            for i in progress(range(n_scenes), desc='judge pictures', unit='scene')]))
-    return _cached(Path(folder)/f'pictures_{first_seed}_{n_scenes}_{fps:g}.npz', make)
+        return dict(
+            frame_emb=np.stack(
+                [
+                    frame_encoder.encode_frames(judge_scene(first_seed + i, fps=fps, audio=False).frames).half().numpy()
+                    for i in progress(range(n_scenes), desc="judge pictures", unit="scene")
+                ]
+            )
+        )
+
+    return _cached(Path(folder) / f"pictures_{first_seed}_{n_scenes}_{fps:g}.npz", make)
 
 # %% ../../nbs/metrics/40a_judges.ipynb #8d0e2634
-RECIPES = dict(classifier=dict(steps=500, n_scenes=1500), student=dict(steps=400, n_scenes=2000), text=dict(steps=300, n_scenes=2000))
+RECIPES = dict(
+    classifier=dict(steps=500, n_scenes=1500),
+    student=dict(steps=400, n_scenes=2000),
+    text=dict(steps=300, n_scenes=2000),
+)
 KINDS = dict(classifier=SoundClassifier, student=SoundStudent, text=SoundText)
 
-def _encoder_mark(folder)->str:
+
+def _encoder_mark(folder) -> str:
     "Which CLIP the student follows"
-    return hashlib.sha256((Path(folder)/'open_clip_model.safetensors').read_bytes()).hexdigest()[:16]
+    return hashlib.sha256((Path(folder) / "open_clip_model.safetensors").read_bytes()).hexdigest()[:16]
+
 
 def train_judge(
-    out,                     # Folder for cache, checkpoints and log; the finished judge goes to `out/weights`
-    n_scenes:int=None,       # Scenes of the judges' range; None: as in `RECIPES`
-    steps:int=None,          # Batches; None: as in `RECIPES`
-    batch_size:int=32,
-    mixed_precision:str='bf16',
-    seed:int=0,
-    kind:str='classifier',   # 'classifier', 'student' or 'text'
-    cache=None,              # Folder for the cache; None: `out/cache`
-)->Path:                     # `out/weights`
+    out,  # Folder for cache, checkpoints and log; the finished judge goes to `out/weights`
+    n_scenes: int = None,  # Scenes of the judges' range; None: as in `RECIPES`
+    steps: int = None,  # Batches; None: as in `RECIPES`
+    batch_size: int = 32,
+    mixed_precision: str = "bf16",
+    seed: int = 0,
+    kind: str = "classifier",  # 'classifier', 'student' or 'text'
+    cache=None,  # Folder for the cache; None: `out/cache`
+) -> Path:  # `out/weights`
     "Train a judge on real audio alone"
-    if kind not in KINDS: raise FoleyError(f"kind: no judge is called '{kind}', choose one of {', '.join(KINDS)}")
-    out, steps, n_scenes = Path(out), steps or RECIPES[kind]['steps'], n_scenes or RECIPES[kind]['n_scenes']; cache = Path(cache or out/'cache')
-    cfg = TrainConfig(max_train_steps=steps, train_batch_size=batch_size, learning_rate=2e-3, lr_warmup_steps=min(50,steps), ema_decay=0, mixed_precision=mixed_precision, checkpointing_steps=200, log_steps=max(1,min(10,steps)), seed=seed)
+    if kind not in KINDS:
+        raise FoleyError(f"kind: no judge is called '{kind}', choose one of {', '.join(KINDS)}")
+    out, steps, n_scenes = Path(out), steps or RECIPES[kind]["steps"], n_scenes or RECIPES[kind]["n_scenes"]
+    cache = Path(cache or out / "cache")
+    cfg = TrainConfig(
+        max_train_steps=steps,
+        train_batch_size=batch_size,
+        learning_rate=2e-3,
+        lr_warmup_steps=min(50, steps),
+        ema_decay=0,
+        mixed_precision=mixed_precision,
+        checkpointing_steps=200,
+        log_steps=max(1, min(10, steps)),
+        seed=seed,
+    )
     a, about = judge_mels(cache, n_scenes), dict(kind=kind, n_scenes=n_scenes, first_seed=JUDGES)
-    if kind=='student':
+    if kind == "student":
         from smooth_foley.clip import FrameEncoder
-        enc = mini_path()/'frame_encoder'; a.update(judge_pictures(cache, n_scenes, FrameEncoder.from_pretrained(enc))); about['frame_encoder_sha256'] = _encoder_mark(enc)
-    torch.manual_seed(seed); keys = {'student':('frame_emb',), 'text':('distance',)}.get(kind, ())
-    rows = lambda i: {k:torch.from_numpy(a[k][i]) for k in ('mel','sounding','label',*keys)}
+
+        enc = mini_path() / "frame_encoder"
+        a.update(judge_pictures(cache, n_scenes, FrameEncoder.from_pretrained(enc)))
+        about["frame_encoder_sha256"] = _encoder_mark(enc)
+    torch.manual_seed(seed)
+    keys = {"student": ("frame_emb",), "text": ("distance",)}.get(kind, ())
+    rows = lambda i: {k: torch.from_numpy(a[k][i]) for k in ("mel", "sounding", "label", *keys)}
     stage = dict(classifier=JudgeStage, student=StudentStage, text=TextStage)[kind](KINDS[kind]().train())
     stage = train(stage, rows, n_scenes, cfg, out)
-    nn.Module.to(stage.model.eval(), torch.float16).save_pretrained(out/'weights')
-    shutil.copy(out/'log.csv', out/'weights'/'log.csv')
-    (out/'weights'/'training.json').write_text(json.dumps(dict(**about, config=asdict(cfg), hardware=hardware()), indent=1)+'\n')
-    return out/'weights'
+    nn.Module.to(stage.model.eval(), torch.float16).save_pretrained(out / "weights")
+    shutil.copy(out / "log.csv", out / "weights" / "log.csv")
+    (out / "weights" / "training.json").write_text(
+        json.dumps(dict(**about, config=asdict(cfg), hardware=hardware()), indent=1) + "\n"
+    )
+    return out / "weights"
+
 
 def main(argv=None):
     "`python -m smooth_foley.metrics.judges train --out FOLDER`: train the judges"
     import argparse
-    p = argparse.ArgumentParser(prog='python -m smooth_foley.metrics.judges', description='Train the judges on Passby audio of their own seeds.')
-    q = p.add_subparsers(dest='what', required=True).add_parser('train')
-    q.add_argument('--out', type=Path, required=True, help='folder; judge NAME goes to OUT/NAME/weights')
-    q.add_argument('--kinds', nargs='+', default=list(KINDS), choices=list(KINDS)); q.add_argument('--steps', type=int); q.add_argument('--scenes', type=int)
+
+    p = argparse.ArgumentParser(
+        prog="python -m smooth_foley.metrics.judges", description="Train the judges on Passby audio of their own seeds."
+    )
+    q = p.add_subparsers(dest="what", required=True).add_parser("train")
+    q.add_argument("--out", type=Path, required=True, help="folder; judge NAME goes to OUT/NAME/weights")
+    q.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    q.add_argument("--steps", type=int)
+    q.add_argument("--scenes", type=int)
     a = p.parse_args(argv)
-    for k in a.kinds: print(train_judge(a.out/k, a.scenes, a.steps, kind=k, cache=a.out/'cache'))
+    for k in a.kinds:
+        print(train_judge(a.out / k, a.scenes, a.steps, kind=k, cache=a.out / "cache"))
 
 # %% ../../nbs/metrics/40a_judges.ipynb #759c5439
-if __name__=='__main__' and '__file__' in globals(): main()    # a notebook has no __file__
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # a notebook has no __file__
 
 # %% ../../nbs/metrics/40a_judges.ipynb #fd09c9d9
 def judge_path(
-    kind:str='classifier',  # 'classifier', 'student' or 'text'
-)->Path:
+    kind: str = "classifier",  # 'classifier', 'student' or 'text'
+) -> Path:
     "Folder of a judge that the package ships"
-    if kind not in KINDS: raise FoleyError(f"kind: no judge is called '{kind}', choose one of {', '.join(KINDS)}")
-    return Path(importlib.util.find_spec('smooth_foley').submodule_search_locations[0])/'weights'/'judge'/kind
+    if kind not in KINDS:
+        raise FoleyError(f"kind: no judge is called '{kind}', choose one of {', '.join(KINDS)}")
+    return Path(importlib.util.find_spec("smooth_foley").submodule_search_locations[0]) / "weights" / "judge" / kind
+
 
 def load_judge(
-    folder=None,            # Of a trained judge; None: the shipped one
-    kind:str='classifier',  # 'classifier', 'student' or 'text'
-):                          # float32, ready to listen
+    folder=None,  # Of a trained judge; None: the shipped one
+    kind: str = "classifier",  # 'classifier', 'student' or 'text'
+):  # float32, ready to listen
     "A judge that knows only real Passby audio"
     folder = Path(folder or judge_path(kind))
-    if not (folder/'config.json').exists(): raise FoleyError(f'{folder}: no judge is here; train one with smooth_foley.metrics.judges.train_judge')
+    if not (folder / "config.json").exists():
+        raise FoleyError(f"{folder}: no judge is here; train one with smooth_foley.metrics.judges.train_judge")
     return KINDS[kind].from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
 
-def load_judges()->dict:    # Kind to judge
+
+def load_judges() -> dict:  # Kind to judge
     "All three"
-    return {k:load_judge(kind=k) for k in KINDS}
+    return {k: load_judge(kind=k) for k in KINDS}
+
 
 def judge(
-    model:SoundClassifier,
-    audio,              # Waveforms at 16 kHz, `(b, n)`
-)->list:                # `(label, probability)` per clip
+    model: SoundClassifier,
+    audio,  # Waveforms at 16 kHz, `(b, n)`
+) -> list:  # `(label, probability)` per clip
     "The most probable label of each clip"
     p = model.classify(audio)
-    return [(model.config.labels[k], float(v)) for v,k in zip(*p.max(-1))]
+    return [(model.config.labels[k], float(v)) for v, k in zip(*p.max(-1))]

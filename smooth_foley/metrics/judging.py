@@ -20,105 +20,164 @@ from .divergence import mean_kl, inception_score
 from .clip_score import clip_score
 
 # %% ../../nbs/metrics/43a_judging.ipynb #7e368d1b
-KINDS_OF_SOUND = ('real','vocoded','same label','shuffled','noise','silence')
+KINDS_OF_SOUND = ("real", "vocoded", "same label", "shuffled", "noise", "silence")
+
 
 def partners(
-    labels:list,        # Of the scenes
-    rng,                # `np.random.Generator`
-)->tuple:               # Indices of a scene with the same label, and with another, `(n,)` each
+    labels: list,  # Of the scenes
+    rng,  # `np.random.Generator`
+) -> tuple:  # Indices of a scene with the same label, and with another, `(n,)` each
     "For each scene another one"
-    labels = np.asarray(labels); n = len(labels)
-    same = [rng.choice(c) if len(c:=np.flatnonzero((labels==labels[i])&(np.arange(n)!=i))) else i for i in range(n)]
+    labels = np.asarray(labels)
+    n = len(labels)
+    same = [
+        rng.choice(c) if len(c := np.flatnonzero((labels == labels[i]) & (np.arange(n) != i))) else i for i in range(n)
+    ]
     # a walk through the scenes sorted by label, half-way round: everyone is heard once
-    order = np.argsort(labels, kind='stable'); other = np.empty(n, int); other[order] = np.roll(order, n//2)
+    order = np.argsort(labels, kind="stable")
+    other = np.empty(n, int)
+    other[order] = np.roll(order, n // 2)
     return np.array(same), other
 
+
 def six_kinds(
-    audio:np.ndarray,   # Real sound, `(n, samples)` at 16 kHz
-    labels:list,        # Of each
-    seed:int=0,
-)->dict:                # Kind of sound to `(n, samples)`
+    audio: np.ndarray,  # Real sound, `(n, samples)` at 16 kHz
+    labels: list,  # Of each
+    seed: int = 0,
+) -> dict:  # Kind of sound to `(n, samples)`
     "Sound whose worth is known"
-    rng = np.random.default_rng(seed); same, other = partners(labels, rng)
-    mel, voc = MelTransform.mini(), PhaseVocoder.from_pretrained(mini_path()/'vocoder')
-    again = [vocode(voc, mel.log_mel(torch.from_numpy(a)[None]))[0,:len(a)].numpy() for a in progress(audio, desc='vocoder', unit='clip')]
+    rng = np.random.default_rng(seed)
+    same, other = partners(labels, rng)
+    mel, voc = MelTransform.mini(), PhaseVocoder.from_pretrained(mini_path() / "vocoder")
+    again = [
+        vocode(voc, mel.log_mel(torch.from_numpy(a)[None]))[0, : len(a)].numpy()
+        for a in progress(audio, desc="vocoder", unit="clip")
+    ]
     loud = np.sqrt((audio**2).mean(1, keepdims=True))
-    return dict(zip(KINDS_OF_SOUND, (audio, np.stack(again), audio[same], audio[other], (loud*rng.standard_normal(audio.shape)).astype(np.float32), np.zeros_like(audio))))
+    return dict(
+        zip(
+            KINDS_OF_SOUND,
+            (
+                audio,
+                np.stack(again),
+                audio[same],
+                audio[other],
+                (loud * rng.standard_normal(audio.shape)).astype(np.float32),
+                np.zeros_like(audio),
+            ),
+        )
+    )
 
 # %% ../../nbs/metrics/43a_judging.ipynb #2563cf04
-PAIRED = {'MKL':-1, 'CLIP score':1, 'text score':1}     # 1: more is better
-SETS = {'FAD classifier':-1, 'FAD student':-1, 'FAD text':-1, 'IS':1}
+PAIRED = {"MKL": -1, "CLIP score": 1, "text score": 1}  # 1: more is better
+SETS = {"FAD classifier": -1, "FAD student": -1, "FAD text": -1, "IS": 1}
+
 
 @torch.no_grad()
 def hear_all(
-    ears:dict,          # Of `load_judges`
-    audio:np.ndarray,   # `(n, samples)` at 16 kHz
-)->dict:                # Kind of judge to embeddings, and 'logits'
+    ears: dict,  # Of `load_judges`
+    audio: np.ndarray,  # `(n, samples)` at 16 kHz
+) -> dict:  # Kind of judge to embeddings, and 'logits'
     "All judges on all sounds"
-    parts = [[e.listen(audio[i:i+10]) for i in range(0, len(audio), 10)] for e in ears.values()]
-    heard = {k:torch.cat(p).numpy() for k,p in zip(ears, parts)}
-    return dict(heard, logits=ears['classifier'].out(torch.from_numpy(heard['classifier'])).numpy())
+    parts = [[e.listen(audio[i : i + 10]) for i in range(0, len(audio), 10)] for e in ears.values()]
+    heard = {k: torch.cat(p).numpy() for k, p in zip(ears, parts)}
+    return dict(heard, logits=ears["classifier"].out(torch.from_numpy(heard["classifier"])).numpy())
+
 
 def measure(
-    heard:dict,         # Of `hear_all`: the sounds to judge
-    real:dict,          # The same of the real sounds of these scenes
-    reference:dict,     # The same of real sounds of other scenes
-    frames:list,        # Frame embeddings of each scene, `(T, D)`
-    texts:np.ndarray,   # Text embedding of each scene's label, `(n, dim)`
-)->dict:                # Metric to value
+    heard: dict,  # Of `hear_all`: the sounds to judge
+    real: dict,  # The same of the real sounds of these scenes
+    reference: dict,  # The same of real sounds of other scenes
+    frames: list,  # Frame embeddings of each scene, `(T, D)`
+    texts: np.ndarray,  # Text embedding of each scene's label, `(n, dim)`
+) -> dict:  # Metric to value
     "Every metric of the judges"
-    out = {f'FAD {k}':frechet_distance(heard[k], reference[k]).value for k in ('classifier','student','text')}
-    return out | {'MKL':mean_kl(real['logits'], heard['logits'])['kl'], 'IS':inception_score(heard['logits'], splits=1)[0],
-        'CLIP score':clip_score(heard['student'], frames)['100cos'], 'text score':float(100*(heard['text']*texts).sum(1).mean())}
+    out = {f"FAD {k}": frechet_distance(heard[k], reference[k]).value for k in ("classifier", "student", "text")}
+    return out | {
+        "MKL": mean_kl(real["logits"], heard["logits"])["kl"],
+        "IS": inception_score(heard["logits"], splits=1)[0],
+        "CLIP score": clip_score(heard["student"], frames)["100cos"],
+        "text score": float(100 * (heard["text"] * texts).sum(1).mean()),
+    }
+
 
 def validate_judges(
-    n:int=120,          # Scenes; as many others are the reference
-    ears:dict=None,     # None: the shipped judges
-    first_seed:int=HELD_OUT,
-    fps:float=3.,       # Of the pictures
-)->list:                # Rows: metric, kind of sound, value, n
+    n: int = 120,  # Scenes; as many others are the reference
+    ears: dict = None,  # None: the shipped judges
+    first_seed: int = HELD_OUT,
+    fps: float = 3.0,  # Of the pictures
+) -> list:  # Rows: metric, kind of sound, value, n
     "What every metric says of the six kinds"
     from smooth_foley.clip import FrameEncoder
-    ears, clip = ears or load_judges(), FrameEncoder.from_pretrained(mini_path()/'frame_encoder')
-    scenes = [judge_scene(first_seed+i, fps=fps) for i in progress(range(n), desc='scenes', unit='scene')]
+
+    ears, clip = ears or load_judges(), FrameEncoder.from_pretrained(mini_path() / "frame_encoder")
+    scenes = [judge_scene(first_seed + i, fps=fps) for i in progress(range(n), desc="scenes", unit="scene")]
     labels, audio = [s.label for s in scenes], np.stack([s.audio for s in scenes])
     frames = [clip.encode_frames(s.frames).numpy() for s in scenes]
-    texts = ears['text'].embed_text(labels).detach().numpy()
-    reference = hear_all(ears, np.stack([judge_scene(first_seed+n+i, frames=False).audio for i in range(n)]))
-    heard = {k:hear_all(ears, x) for k,x in six_kinds(audio, labels).items()}
-    rows = [dict(metric=m, sound=k, value=round(float(v),5), n=n) for k,h in heard.items() for m,v in measure(h, heard['real'], reference, frames, texts).items()]
-    return rows + [dict(metric=m, sound=k, value=round(float(v),5), n=n) for k in ('real','vocoded') for m,v in named(ears, clip, heard[k], labels).items()]
+    texts = ears["text"].embed_text(labels).detach().numpy()
+    reference = hear_all(ears, np.stack([judge_scene(first_seed + n + i, frames=False).audio for i in range(n)]))
+    heard = {k: hear_all(ears, x) for k, x in six_kinds(audio, labels).items()}
+    rows = [
+        dict(metric=m, sound=k, value=round(float(v), 5), n=n)
+        for k, h in heard.items()
+        for m, v in measure(h, heard["real"], reference, frames, texts).items()
+    ]
+    return rows + [
+        dict(metric=m, sound=k, value=round(float(v), 5), n=n)
+        for k in ("real", "vocoded")
+        for m, v in named(ears, clip, heard[k], labels).items()
+    ]
 
-def named(ears, clip, heard, labels)->dict: # Share of clips with the right label
+
+def named(ears, clip, heard, labels) -> dict:  # Share of clips with the right label
     "Which label each judge hears: by score, by CLIP's text, by its own text"
-    unit = lambda x: x/np.linalg.norm(x, axis=-1, keepdims=True)
-    space = dict(student=unit(clip.encode_text(list(passby.LABELS)).numpy()), text=ears['text'].embed_text(list(passby.LABELS)).detach().numpy())
-    hits = lambda score: np.mean([passby.LABELS[k]==l for k,l in zip(score.argmax(1), labels)])
-    return {'label by classifier':hits(heard['logits'])} | {f'label by {k}':hits(heard[k]@t.T) for k,t in space.items()}
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    space = dict(
+        student=unit(clip.encode_text(list(passby.LABELS)).numpy()),
+        text=ears["text"].embed_text(list(passby.LABELS)).detach().numpy(),
+    )
+    hits = lambda score: np.mean([passby.LABELS[k] == l for k, l in zip(score.argmax(1), labels)])
+    return {"label by classifier": hits(heard["logits"])} | {
+        f"label by {k}": hits(heard[k] @ t.T) for k, t in space.items()
+    }
 
 # %% ../../nbs/metrics/43a_judging.ipynb #d080fcb1
 def disorder(
-    rows:list,          # Of `validate_judges`
-)->list:                # Sentences; empty: all is in order
+    rows: list,  # Of `validate_judges`
+) -> list:  # Sentences; empty: all is in order
     "Where a metric prefers what is worse"
-    v = {(r['metric'], r['sound']):float(r['value']) for r in rows}; bad = []
+    v = {(r["metric"], r["sound"]): float(r["value"]) for r in rows}
+    bad = []
+
     def expect(m, sign, better, worse):
-        if not sign*v[m,better]>sign*v[m,worse]: bad.append(f'{m}: {better} {v[m,better]:.3g} is no better than {worse} {v[m,worse]:.3g}')
-    for m,sign in PAIRED.items():
-        for good in ('real','vocoded','same label'):
-            for poor in ('shuffled','noise','silence'): expect(m, sign, good, poor)
-    for m,sign in SETS.items():
-        for good in ('real','vocoded','same label','shuffled'):
-            for poor in ('noise','silence'): expect(m, sign, good, poor)
-        if m!='IS': expect(m, sign, 'real', 'vocoded')
+        if not sign * v[m, better] > sign * v[m, worse]:
+            bad.append(f"{m}: {better} {v[m, better]:.3g} is no better than {worse} {v[m, worse]:.3g}")
+
+    for m, sign in PAIRED.items():
+        for good in ("real", "vocoded", "same label"):
+            for poor in ("shuffled", "noise", "silence"):
+                expect(m, sign, good, poor)
+    for m, sign in SETS.items():
+        for good in ("real", "vocoded", "same label", "shuffled"):
+            for poor in ("noise", "silence"):
+                expect(m, sign, good, poor)
+        if m != "IS":
+            expect(m, sign, "real", "vocoded")
     return bad
 
-def save_validation(rows, path)->Path:
+
+def save_validation(rows, path) -> Path:
     "Rows as CSV"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'w', newline='') as f: w = csv.DictWriter(f, ['metric','sound','value','n']); w.writeheader(); w.writerows(rows)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as f:
+        w = csv.DictWriter(f, ["metric", "sound", "value", "n"])
+        w.writeheader()
+        w.writerows(rows)
     return path
 
-def read_validation(path=None)->list: # Rows
+
+def read_validation(path=None) -> list:  # Rows
     "The validation that ships with the judges"
-    with open(path or judge_path().parent/'validation.csv', newline='') as f: return [dict(r, value=float(r['value']), n=int(r['n'])) for r in csv.DictReader(f)]
+    with open(path or judge_path().parent / "validation.csv", newline="") as f:
+        return [dict(r, value=float(r["value"]), n=int(r["n"])) for r in csv.DictReader(f)]

@@ -15,29 +15,31 @@ from .doppler import f0_track
 
 # %% ../../nbs/metrics/45a_physics.ipynb #0f17e313
 def as_heard(
-    distance,         # Of the source as it is seen, `(n,)`, m
-    rate:float=100.,  # Of the timeline, Hz
-)->tuple:             # Level in dB relative to 1 m, and Doppler ratio, `(n,)` each; nan until the first sound arrives
+    distance,  # Of the source as it is seen, `(n,)`, m
+    rate: float = 100.0,  # Of the timeline, Hz
+) -> tuple:  # Level in dB relative to 1 m, and Doppler ratio, `(n,)` each; nan until the first sound arrives
     "Level and shift of pitch at the microphone, from the distance alone"
     r = np.asarray(distance, float)
     if r.ndim != 1 or len(r) < 2 or not (r > 0).all():
         raise FoleyError(f"distance has shape {r.shape}; give one track in metres, (n,), all above 0")
     t = np.arange(len(r)) / rate
     arrival = t + r / C
-    if not (np.diff(arrival) > 0).all(): raise FoleyError("distance: the source comes nearer faster than sound")
+    if not (np.diff(arrival) > 0).all():
+        raise FoleyError("distance: the source comes nearer faster than sound")
     r_e, speed = (np.interp(t, arrival, x, left=np.nan) for x in (r, np.gradient(r, 1 / rate)))
     return -20 * np.log10(r_e), 1 / (1 + speed / C)
 
 # %% ../../nbs/metrics/45a_physics.ipynb #cb524934
 def level_track(
-    audio,           # Waveform, `(n,)`
-    sr:int,          # Hz
-    win:float=.25,   # Power is averaged over so much, s
-    floor:float=60., # Nothing is lower than so much under the loudest moment, dB
-)->np.ndarray:       # dB of full scale at 100 Hz
+    audio,  # Waveform, `(n,)`
+    sr: int,  # Hz
+    win: float = 0.25,  # Power is averaged over so much, s
+    floor: float = 60.0,  # Nothing is lower than so much under the loudest moment, dB
+) -> np.ndarray:  # dB of full scale at 100 Hz
     "Short-time level, smooth enough to be a loudness"
     level = short_time_energy(audio, sr, win=win)
     return np.maximum(level, level.max() - floor) if len(level) else level
+
 
 def _inside(sounding, margin, rate=100):
     "Where something sounds for at least `margin` (s) to both sides, or up to an end of the clip"
@@ -47,60 +49,72 @@ def _inside(sounding, margin, rate=100):
 
 # %% ../../nbs/metrics/45a_physics.ipynb #594dc4c8
 def level_adherence(
-    level,                 # Found, `(n,)`, dB at 100 Hz
-    true,                  # True level, `(n,)`, dB; nan where there is none
-    sounding=None,         # Truly sounds, `(n,)` bool; None: all the time
-    margin:float=.125,     # So near to an on or off nothing is compared, s
-    min_frames:int=100,    # Fewer instants: nan
-    min_db:float=2.,       # Less standard deviation of the true level: nan
-)->dict:                   # correlation, slope, error (mean, dB), frames
+    level,  # Found, `(n,)`, dB at 100 Hz
+    true,  # True level, `(n,)`, dB; nan where there is none
+    sounding=None,  # Truly sounds, `(n,)` bool; None: all the time
+    margin: float = 0.125,  # So near to an on or off nothing is compared, s
+    min_frames: int = 100,  # Fewer instants: nan
+    min_db: float = 2.0,  # Less standard deviation of the true level: nan
+) -> dict:  # correlation, slope, error (mean, dB), frames
     "How well one level follows another"
     a, b = np.asarray(level, float), np.asarray(true, float)
-    if a.shape != b.shape: raise FoleyError(f"level has shape {a.shape} and true {b.shape}; give both on the same timeline")
+    if a.shape != b.shape:
+        raise FoleyError(f"level has shape {a.shape} and true {b.shape}; give both on the same timeline")
     ok = np.isfinite(a) & np.isfinite(b)
-    if sounding is not None: ok &= _inside(sounding, margin)
+    if sounding is not None:
+        ok &= _inside(sounding, margin)
     out = dict(correlation=np.nan, slope=np.nan, error=np.nan, frames=int(ok.sum()))
-    if ok.sum() < min_frames or b[ok].std() < min_db: return out
+    if ok.sum() < min_frames or b[ok].std() < min_db:
+        return out
     a, b = a[ok] - a[ok].mean(), b[ok] - b[ok].mean()
     both = (a * b).mean()
-    return dict(out, correlation=float(both / (a.std() * b.std() + 1e-9)), slope=float(both / b.var()), error=float(np.abs(a - b).mean()))
+    return dict(
+        out,
+        correlation=float(both / (a.std() * b.std() + 1e-9)),
+        slope=float(both / b.var()),
+        error=float(np.abs(a - b).mean()),
+    )
 
 # %% ../../nbs/metrics/45a_physics.ipynb #f35a2b8b
 def plot_level(
-    level, true=None,   # dB at 100 Hz; the true one is moved to the mean of the other
-    ax=None,            # Matplotlib axes
-):                      # The axes
+    level,
+    true=None,  # dB at 100 Hz; the true one is moved to the mean of the other
+    ax=None,  # Matplotlib axes
+):  # The axes
     "Found (thin) and true (broad) level over time"
     if ax is None:
         import matplotlib.pyplot as plt
+
         _, ax = plt.subplots(figsize=(8, 2.2), dpi=80, layout="constrained")
     t = np.arange(len(level)) / 100
     if true is not None:
         true = np.asarray(true, float)
         true = true + np.nanmean(np.where(np.isfinite(true), level, np.nan)) - np.nanmean(true)
-        ax.plot(t, true, color="tab:orange", lw=4, alpha=.5, label="true")
+        ax.plot(t, true, color="tab:orange", lw=4, alpha=0.5, label="true")
     ax.plot(t, level, color="tab:blue", lw=1, label="found")
-    ax.set(xlim=(0, max(len(level) / 100, .01)), xlabel="time (s)", ylabel="level (dB)")
+    ax.set(xlim=(0, max(len(level) / 100, 0.01)), xlabel="time (s)", ylabel="level (dB)")
     ax.legend(fontsize=8)
     return ax
 
 # %% ../../nbs/metrics/45a_physics.ipynb #861c0530
 def loudest(
-    level,           # dB at 100 Hz, `(n,)`
-    where=None,      # Looked at, `(n,)` bool; None: everywhere
-)->float:            # s; nan where there is nothing to look at
+    level,  # dB at 100 Hz, `(n,)`
+    where=None,  # Looked at, `(n,)` bool; None: everywhere
+) -> float:  # s; nan where there is nothing to look at
     "Time of the highest level"
     x = np.asarray(level, float)
     ok = np.isfinite(x) if where is None else np.isfinite(x) & np.asarray(where, bool)
     return float(np.where(ok, x, -np.inf).argmax() / 100) if ok.any() else np.nan
 
+
 def steepest_fall(
-    f0,                # Hz at 100 Hz, `(n,)`, nan where unvoiced
-    smooth:float=.5,   # Length of the line that is fitted, s
-)->float:              # s; nan where the pitch never falls
+    f0,  # Hz at 100 Hz, `(n,)`, nan where unvoiced
+    smooth: float = 0.5,  # Length of the line that is fitted, s
+) -> float:  # s; nan where the pitch never falls
     "Time at which the pitch falls fastest"
     k = round(50 * smooth)
-    if len(f0) < 2 * k + 1: return np.nan
+    if len(f0) < 2 * k + 1:
+        return np.nan
     cents = np.lib.stride_tricks.sliding_window_view(1200 * np.log2(np.asarray(f0, float)), 2 * k + 1)
     ok, u = np.isfinite(cents), np.arange(-k, k + 1) / 100
     n = np.maximum(ok.sum(1), 1)[:, None]
@@ -111,45 +125,49 @@ def steepest_fall(
 
 # %% ../../nbs/metrics/45a_physics.ipynb #c3c07a94
 def closest_approach(
-    audio,             # Sound to judge, `(n,)`
-    sr:int,            # Hz
-    distance,          # `truth["distance"]`, m at 100 Hz
-    sounding,          # `truth["sounding"]`
-    true_f0=None,      # `truth["f0"]`, Hz; None or nan: the pitch is not asked for
-    f0_range=None,     # Where the pitch can lie, from `doppler.f0_range`
-    margin:float=.5,   # Distance from the ends of the sounding stretch, s
-    min_db:float=3.,   # Less standard deviation of the true level: nan
-    agree:float=.3,    # The true pitch falls steepest so near to the closest approach, s
-)->dict:               # level, pitch: absolute errors in s, or nan
+    audio,  # Sound to judge, `(n,)`
+    sr: int,  # Hz
+    distance,  # `truth["distance"]`, m at 100 Hz
+    sounding,  # `truth["sounding"]`
+    true_f0=None,  # `truth["f0"]`, Hz; None or nan: the pitch is not asked for
+    f0_range=None,  # Where the pitch can lie, from `doppler.f0_range`
+    margin: float = 0.5,  # Distance from the ends of the sounding stretch, s
+    min_db: float = 3.0,  # Less standard deviation of the true level: nan
+    agree: float = 0.3,  # The true pitch falls steepest so near to the closest approach, s
+) -> dict:  # level, pitch: absolute errors in s, or nan
     "How far from the closest approach is the loudest moment, and the steepest fall of pitch?"
     law, _ = as_heard(distance)
     where = np.isfinite(law) & _inside(sounding, margin)
     near, out = loudest(law), dict(level=np.nan, pitch=np.nan)
     at_end = not margin <= near <= len(law) / 100 - margin
-    if at_end or not where[round(near * 100)] or law[where].std() < min_db: return out
-    level = level_track(audio, sr, win=.4)[:len(where)]
-    out["level"] = abs(loudest(level, where[:len(level)]) - near)
-    if true_f0 is None or f0_range is None or not abs(steepest_fall(true_f0) - near) <= agree: return out
-    track = f0_track(audio, sr, *f0_range)[:len(where)]
-    fall = steepest_fall(np.where(np.asarray(sounding, bool)[:len(track)], track, np.nan))
+    if at_end or not where[round(near * 100)] or law[where].std() < min_db:
+        return out
+    level = level_track(audio, sr, win=0.4)[: len(where)]
+    out["level"] = abs(loudest(level, where[: len(level)]) - near)
+    if true_f0 is None or f0_range is None or not abs(steepest_fall(true_f0) - near) <= agree:
+        return out
+    track = f0_track(audio, sr, *f0_range)[: len(where)]
+    fall = steepest_fall(np.where(np.asarray(sounding, bool)[: len(track)], track, np.nan))
     return dict(out, pitch=abs(fall - near))
 
 # %% ../../nbs/metrics/45a_physics.ipynb #17b394df
 def dropouts(
-    audio,             # Sound to judge, `(n,)`; what it does not reach is silent
-    sr:int,            # Hz
-    sounding,          # Truly sounds, 100 Hz
-    least:float=.1,    # Longer pauses count, s
-    edge:float=.05,    # Ignored at both ends of a sounding stretch, s
-)->dict:               # per_second, share in [0, 1]; nan where nothing should sound
+    audio,  # Sound to judge, `(n,)`; what it does not reach is silent
+    sr: int,  # Hz
+    sounding,  # Truly sounds, 100 Hz
+    least: float = 0.1,  # Longer pauses count, s
+    edge: float = 0.05,  # Ignored at both ends of a sounding stretch, s
+) -> dict:  # per_second, share in [0, 1]; nan where nothing should sound
     "Pauses in what should go on"
     true = np.asarray(sounding, bool)
-    if true.ndim != 1: raise FoleyError(f"sounding has shape {true.shape}; give one timeline at 100 Hz, (n,)")
+    if true.ndim != 1:
+        raise FoleyError(f"sounding has shape {true.shape}; give one timeline at 100 Hz, (n,)")
     true = _inside(true, edge)
-    if not true.any(): return dict(per_second=np.nan, share=np.nan)
+    if not true.any():
+        return dict(per_second=np.nan, share=np.nan)
     on = np.zeros(len(true), bool)
-    found = activity(audio, sr)[:len(true)]
-    on[:len(found)] = found
+    found = activity(audio, sr)[: len(true)]
+    on[: len(found)] = found
     step = np.diff(np.r_[0, (true & ~on).astype(int), 0])
     pause = np.flatnonzero(step == -1) - np.flatnonzero(step == 1)
     pause = pause[pause > round(100 * least)]
@@ -157,44 +175,55 @@ def dropouts(
 
 # %% ../../nbs/metrics/45a_physics.ipynb #cd337b21
 def turned(
-    a, b,                  # Tracks of the two sounds, `(n,)`: dB, or cents
-    true_a, true_b,        # What they should be, `(n,)`; nan where there is nothing to compare
-    least:float=1.,        # Less standard deviation of the true difference: nan
-    min_frames:int=100,    # Fewer instants: nan, or 1/2 where the sounds are to blame
-    tie:float=.05,         # Less standard deviation of the found difference: 1/2
-)->dict:                   # right (1, 1/2, 0), slope, frames
+    a,
+    b,  # Tracks of the two sounds, `(n,)`: dB, or cents
+    true_a,
+    true_b,  # What they should be, `(n,)`; nan where there is nothing to compare
+    least: float = 1.0,  # Less standard deviation of the true difference: nan
+    min_frames: int = 100,  # Fewer instants: nan, or 1/2 where the sounds are to blame
+    tie: float = 0.05,  # Less standard deviation of the found difference: 1/2
+) -> dict:  # right (1, 1/2, 0), slope, frames
     "Does the difference of two sounds go the way of the true difference?"
     a, b, p, q = (np.asarray(x, float) for x in (a, b, true_a, true_b))
     if not a.shape == b.shape == p.shape == q.shape:
-        raise FoleyError(f"tracks have shapes {a.shape}, {b.shape}, {p.shape} and {q.shape}; give all on the same timeline")
+        raise FoleyError(
+            f"tracks have shapes {a.shape}, {b.shape}, {p.shape} and {q.shape}; give all on the same timeline"
+        )
     d, g = b - a, q - p
     known = np.isfinite(g)
-    if known.sum() < min_frames or g[known].std() < least: return dict(right=np.nan, slope=np.nan, frames=0)
+    if known.sum() < min_frames or g[known].std() < least:
+        return dict(right=np.nan, slope=np.nan, frames=0)
     ok = known & np.isfinite(d)
-    if ok.sum() < min_frames or d[ok].std() < tie: return dict(right=.5, slope=0., frames=int(ok.sum()))
+    if ok.sum() < min_frames or d[ok].std() < tie:
+        return dict(right=0.5, slope=0.0, frames=int(ok.sum()))
     d, g = d[ok] - d[ok].mean(), g[ok] - g[ok].mean()
     both = float((d * g).mean())
     return dict(right=float(1 + np.sign(both)) / 2, slope=both / max(float(g.var()), 1e-9), frames=int(ok.sum()))
 
+
 def same_shift(
-    a, b,               # Found times of the two sounds, s
-    true_a, true_b,     # True times, s
-    least:float=.5,     # Nearer true times: nan
-    tie:float=.05,      # Nearer found times: 1/2, s
-)->float:               # 1, 1/2, 0 or nan
+    a,
+    b,  # Found times of the two sounds, s
+    true_a,
+    true_b,  # True times, s
+    least: float = 0.5,  # Nearer true times: nan
+    tie: float = 0.05,  # Nearer found times: 1/2, s
+) -> float:  # 1, 1/2, 0 or nan
     "Does a moment move the way it should?"
     g, d = true_b - true_a, b - a
-    if not abs(g) >= least: return np.nan
-    return .5 if not abs(d) >= tie else float((d > 0) == (g > 0))
+    if not abs(g) >= least:
+        return np.nan
+    return 0.5 if not abs(d) >= tie else float((d > 0) == (g > 0))
 
 # %% ../../nbs/metrics/45a_physics.ipynb #d8d12deb
 def share_interval(
-    outcomes,    # 1, 1/2 or 0 for each clip, `(n,)`; nan is left out
-)->tuple:        # share, low, high (95%)
+    outcomes,  # 1, 1/2 or 0 for each clip, `(n,)`; nan is left out
+) -> tuple:  # share, low, high (95%)
     "Share of right outcomes with Wilson's interval"
     x = np.asarray(outcomes, float)
     x = x[np.isfinite(x)]
-    if not len(x): return (np.nan,) * 3
+    if not len(x):
+        return (np.nan,) * 3
     p, n, z = x.mean(), len(x), 1.96
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return float(p), float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))

@@ -13,244 +13,304 @@ from ..core import FoleyError
 
 # %% ../../nbs/metrics/44_temporal.ipynb #7ca513a8
 def counts(
-    pred,     # Claimed to sound, `(n,)` bool
-    true,     # Sounds, `(n,)` bool
-)->np.ndarray: # tp, fp, fn
+    pred,  # Claimed to sound, `(n,)` bool
+    true,  # Sounds, `(n,)` bool
+) -> np.ndarray:  # tp, fp, fn
     "How often both, only the claim, only the truth"
     p, t = np.asarray(pred, bool), np.asarray(true, bool)
-    if p.shape!=t.shape: raise FoleyError(f'pred has shape {p.shape} and true {t.shape}; give both on the same timeline')
-    return np.array([(p&t).sum(), (p&~t).sum(), (~p&t).sum()])
+    if p.shape != t.shape:
+        raise FoleyError(f"pred has shape {p.shape} and true {t.shape}; give both on the same timeline")
+    return np.array([(p & t).sum(), (p & ~t).sum(), (~p & t).sum()])
+
 
 def scores(
-    tp, fp, fn, # Counts, numbers or arrays
-)->dict:        # precision, recall, f1, iou, each in [0, 1]
+    tp,
+    fp,
+    fn,  # Counts, numbers or arrays
+) -> dict:  # precision, recall, f1, iou, each in [0, 1]
     "Scores of counts; of nothing against nothing they are 1"
-    share = lambda a, b: np.where(np.asarray(b)>0, a/np.maximum(b,1), 1.)[()]
+    share = lambda a, b: np.where(np.asarray(b) > 0, a / np.maximum(b, 1), 1.0)[()]
     tp, fp, fn = (np.asarray(x, float) for x in (tp, fp, fn))
-    return dict(precision=share(tp, tp+fp), recall=share(tp, tp+fn), f1=share(2*tp, 2*tp+fp+fn), iou=share(tp, tp+fp+fn))
+    return dict(
+        precision=share(tp, tp + fp),
+        recall=share(tp, tp + fn),
+        f1=share(2 * tp, 2 * tp + fp + fn),
+        iou=share(tp, tp + fp + fn),
+    )
+
 
 def frame_scores(
-    pred,     # Claimed to sound, `(n,)` bool
-    true,     # Sounds, `(n,)` bool
-)->dict:      # precision, recall, f1, iou
+    pred,  # Claimed to sound, `(n,)` bool
+    true,  # Sounds, `(n,)` bool
+) -> dict:  # precision, recall, f1, iou
     "Scores of one clip"
-    return {k:float(v) for k,v in scores(*counts(pred, true)).items()}
+    return {k: float(v) for k, v in scores(*counts(pred, true)).items()}
 
 # %% ../../nbs/metrics/44_temporal.ipynb #66aafea5
 def at_frames(
-    timeline,           # Truth, `(n,)`
-    times,              # Start of each frame, `(T,)`, s
-    fps:float,          # Frames per second
-    rate:float=100.,    # Of the timeline, Hz
-)->np.ndarray:          # `(T,)`
+    timeline,  # Truth, `(n,)`
+    times,  # Start of each frame, `(T,)`, s
+    fps: float,  # Frames per second
+    rate: float = 100.0,  # Of the timeline, Hz
+) -> np.ndarray:  # `(T,)`
     "Read a timeline in the middle of each frame's stretch"
-    k = ((np.asarray(times)+.5/fps)*rate).astype(int)
-    return np.asarray(timeline)[np.clip(k, 0, len(timeline)-1)]
+    k = ((np.asarray(times) + 0.5 / fps) * rate).astype(int)
+    return np.asarray(timeline)[np.clip(k, 0, len(timeline) - 1)]
 
-def coverage(pred, true)->float: # In [0, 1]
+
+def coverage(pred, true) -> float:  # In [0, 1]
     "Share of the sounding time that is filled"
-    return frame_scores(pred, true)['recall']
+    return frame_scores(pred, true)["recall"]
 
 # %% ../../nbs/metrics/44_temporal.ipynb #32f418f4
 def short_time_energy(
-    audio,           # Waveform, `(n,)`
-    sr:int,          # Hz
-    hop:float=.01,   # s
-    win:float=.04,   # s
-)->np.ndarray:       # `(round(n/sr/hop),)`, dB of full scale, at least -100
+    audio,  # Waveform, `(n,)`
+    sr: int,  # Hz
+    hop: float = 0.01,  # s
+    win: float = 0.04,  # s
+) -> np.ndarray:  # `(round(n/sr/hop),)`, dB of full scale, at least -100
     "Level around each multiple of `hop`"
     x = np.asarray(audio, np.float64)
-    if x.ndim!=1: raise FoleyError(f'audio has shape {x.shape}; give one mono waveform, (n,)')
-    if not np.isfinite(x).all(): raise FoleyError('audio: has values that are not numbers; look at what wrote it')
-    total, mid = np.r_[0, np.cumsum(x*x)], np.arange(round(len(x)/sr/hop))*hop*sr
-    lo, hi = (np.clip(np.round(mid+k*win*sr/2).astype(int), 0, len(x)) for k in (-1,1))
-    return 10*np.log10(np.maximum((total[hi]-total[lo])/np.maximum(hi-lo,1), 1e-10))
+    if x.ndim != 1:
+        raise FoleyError(f"audio has shape {x.shape}; give one mono waveform, (n,)")
+    if not np.isfinite(x).all():
+        raise FoleyError("audio: has values that are not numbers; look at what wrote it")
+    total, mid = np.r_[0, np.cumsum(x * x)], np.arange(round(len(x) / sr / hop)) * hop * sr
+    lo, hi = (np.clip(np.round(mid + k * win * sr / 2).astype(int), 0, len(x)) for k in (-1, 1))
+    return 10 * np.log10(np.maximum((total[hi] - total[lo]) / np.maximum(hi - lo, 1), 1e-10))
 
 # %% ../../nbs/metrics/44_temporal.ipynb #7c645fda
 def _loudest_near(e, k):
     "Running maximum over `k` steps to both sides"
-    padded = np.pad(e, k, mode='edge')
-    return np.lib.stride_tricks.sliding_window_view(padded, 2*k+1).max(-1)
+    padded = np.pad(e, k, mode="edge")
+    return np.lib.stride_tricks.sliding_window_view(padded, 2 * k + 1).max(-1)
+
 
 def activity(
-    audio,              # Waveform, `(n,)`
-    sr:int,             # Hz
-    margin:float=10.,   # An active instant is so much above the floor, dB
-    depth:float=40.,    # The floor lies at least so much under the loudest instant, dB
-    fade:float=30.,     # An active instant is at most so much under the loudest one nearby, dB
-    near:float=.5,      # Nearby, s
-    win:float=.02,      # Energy window, s
-)->np.ndarray:          # `(100*duration,)` bool
+    audio,  # Waveform, `(n,)`
+    sr: int,  # Hz
+    margin: float = 10.0,  # An active instant is so much above the floor, dB
+    depth: float = 40.0,  # The floor lies at least so much under the loudest instant, dB
+    fade: float = 30.0,  # An active instant is at most so much under the loudest one nearby, dB
+    near: float = 0.5,  # Nearby, s
+    win: float = 0.02,  # Energy window, s
+) -> np.ndarray:  # `(100*duration,)` bool
     "When does a waveform sound, against its own floor, at 100 Hz"
     e = short_time_energy(audio, sr, win=win)
-    if not len(e) or e.max()<=-90: return np.zeros(len(e), bool)
-    floor = min(np.percentile(e, 5), e.max()-depth)
-    return (e>floor+margin)&(e>_loudest_near(e, round(near*100))-fade)
+    if not len(e) or e.max() <= -90:
+        return np.zeros(len(e), bool)
+    floor = min(np.percentile(e, 5), e.max() - depth)
+    return (e > floor + margin) & (e > _loudest_near(e, round(near * 100)) - fade)
 
 # %% ../../nbs/metrics/44_temporal.ipynb #420d2718
 def plot_activity(
-    audio, sr:int,     # Waveform and Hz
-    true=None,         # Timeline at 100 Hz
-    ax=None,           # Matplotlib axes
-):                     # The axes
+    audio,
+    sr: int,  # Waveform and Hz
+    true=None,  # Timeline at 100 Hz
+    ax=None,  # Matplotlib axes
+):  # The axes
     "Level, what is found active (filled), and the truth (line)"
     import matplotlib.pyplot as plt
-    if ax is None: _,ax = plt.subplots(figsize=(8,1.8), dpi=80)
-    e, on = short_time_energy(audio, sr, win=.02), activity(audio, sr)
-    t = np.arange(len(e))/100
-    ax.fill_between(t, -80, 0, where=on, color='tab:blue', alpha=.2, lw=0, label='found')
-    ax.plot(t, e, lw=.8, color='k')
-    if true is not None: ax.plot(t, np.where(true,-2,-78), color='tab:orange', label='truth')
-    ax.set(xlim=(0,len(e)/100), ylim=(-80,0), xlabel='time (s)', ylabel='dB'); ax.legend(fontsize=7, loc='lower right')
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 1.8), dpi=80)
+    e, on = short_time_energy(audio, sr, win=0.02), activity(audio, sr)
+    t = np.arange(len(e)) / 100
+    ax.fill_between(t, -80, 0, where=on, color="tab:blue", alpha=0.2, lw=0, label="found")
+    ax.plot(t, e, lw=0.8, color="k")
+    if true is not None:
+        ax.plot(t, np.where(true, -2, -78), color="tab:orange", label="truth")
+    ax.set(xlim=(0, len(e) / 100), ylim=(-80, 0), xlabel="time (s)", ylabel="dB")
+    ax.legend(fontsize=7, loc="lower right")
     return ax
 
 # %% ../../nbs/metrics/44_temporal.ipynb #4479c021
 def activity_coverage(
-    audio,           # Generated waveform, `(n,)`
-    sr:int,          # Hz
-    true,            # Truly sounds, 100 Hz, `(m,)` bool; what the audio does not reach is not filled
-)->float:            # In [0, 1], or nan
+    audio,  # Generated waveform, `(n,)`
+    sr: int,  # Hz
+    true,  # Truly sounds, 100 Hz, `(m,)` bool; what the audio does not reach is not filled
+) -> float:  # In [0, 1], or nan
     "Share of the truly sounding time in which a waveform is active"
     t = np.asarray(true, bool)
-    if t.ndim!=1: raise FoleyError(f'true has shape {t.shape}; give one timeline at 100 Hz, (m,)')
-    on = np.zeros(len(t), bool); a = activity(audio, sr)[:len(t)]; on[:len(a)] = a
+    if t.ndim != 1:
+        raise FoleyError(f"true has shape {t.shape}; give one timeline at 100 Hz, (m,)")
+    on = np.zeros(len(t), bool)
+    a = activity(audio, sr)[: len(t)]
+    on[: len(a)] = a
     return coverage(on, t) if t.any() else np.nan
 
 # %% ../../nbs/metrics/44_temporal.ipynb #f7e79f87
-ONSET_SR, _REACH = 22050, int(.05*22050)
+ONSET_SR, _REACH = 22050, int(0.05 * 22050)
 ONSET_VARIANTS = dict(
-    plain=dict(window=.1, signed=False, as_published=False, stale=False),
-    condfoleygen=dict(window=.1, signed=False, as_published=True, stale=False),
-    mmaudio=dict(window=.3, signed=True, as_published=True, stale=True))
+    plain=dict(window=0.1, signed=False, as_published=False, stale=False),
+    condfoleygen=dict(window=0.1, signed=False, as_published=True, stale=False),
+    mmaudio=dict(window=0.3, signed=True, as_published=True, stale=True),
+)
+
 
 def _onset_wave(audio, sr):
     x = np.asarray(audio, np.float32)
-    if x.ndim!=1: raise FoleyError(f'audio has shape {x.shape}; give one mono waveform, (n,)')
-    if not np.isfinite(x).all(): raise FoleyError('audio: has values that are not numbers; look at what wrote it')
-    if sr==ONSET_SR or not len(x): return x
+    if x.ndim != 1:
+        raise FoleyError(f"audio has shape {x.shape}; give one mono waveform, (n,)")
+    if not np.isfinite(x).all():
+        raise FoleyError("audio: has values that are not numbers; look at what wrote it")
+    if sr == ONSET_SR or not len(x):
+        return x
     import librosa
+
     return librosa.resample(x, orig_sr=sr, target_sr=ONSET_SR)
 
+
 def detect_onsets(
-    audio,             # Waveform, `(n,)`
-    sr:int,            # Hz; resampled to 22.05 kHz
-    delta:float=.3,    # librosa's threshold over the local mean
-)->np.ndarray:         # s, on librosa's grid of 23 ms
+    audio,  # Waveform, `(n,)`
+    sr: int,  # Hz; resampled to 22.05 kHz
+    delta: float = 0.3,  # librosa's threshold over the local mean
+) -> np.ndarray:  # s, on librosa's grid of 23 ms
     "When librosa hears something begin"
     x = _onset_wave(audio, sr)
-    if len(x)<2048 or not x.any(): return np.zeros(0)
+    if len(x) < 2048 or not x.any():
+        return np.zeros(0)
     import librosa
-    return librosa.onset.onset_detect(y=x, sr=ONSET_SR, units='samples', delta=delta)/ONSET_SR
+
+    return librosa.onset.onset_detect(y=x, sr=ONSET_SR, units="samples", delta=delta) / ONSET_SR
 
 # %% ../../nbs/metrics/44_temporal.ipynb #1367a2d2
 def average_precision(
-    true,      # Is the claim true, `(n,)` bool
+    true,  # Is the claim true, `(n,)` bool
     strength,  # How strongly it is claimed, `(n,)`
-    total:int=None, # How many there are to be found; None: as many as true claims
-)->float:      # In [0, 1]; nan where there is nothing to be found
+    total: int = None,  # How many there are to be found; None: as many as true claims
+) -> float:  # In [0, 1]; nan where there is nothing to be found
     "Area under the steps of precision over recall"
     y, s = np.asarray(true, bool), np.asarray(strength, float)
     total = y.sum() if total is None else total
-    if not total: return np.nan
-    if not len(y): return 0.
-    order = np.argsort(-s, kind='stable'); tp = np.cumsum(y[order])
-    last = np.r_[np.flatnonzero(np.diff(s[order])), len(s)-1]
-    return float((np.diff(np.r_[0, tp[last]])/total*tp[last]/(last+1)).sum())
+    if not total:
+        return np.nan
+    if not len(y):
+        return 0.0
+    order = np.argsort(-s, kind="stable")
+    tp = np.cumsum(y[order])
+    last = np.r_[np.flatnonzero(np.diff(s[order])), len(s) - 1]
+    return float((np.diff(np.r_[0, tp[last]]) / total * tp[last] / (last + 1)).sum())
 
 # %% ../../nbs/metrics/44_temporal.ipynb #ecee4ed6
 def _level(x, signed):
     "Waveform or its absolute value between 0 and 1"
     x = x if signed else np.abs(x)
-    return (x-x.min())/(x.max()-x.min()+(1e-6 if signed else 1e-30))
+    return (x - x.min()) / (x.max() - x.min() + (1e-6 if signed else 1e-30))
 
-def _strength(level, at): return float(level[max(0, at-_REACH):at+_REACH].max())
 
-def _suppress(onsets, strength, every_second, window=.05*ONSET_SR):
+def _strength(level, at):
+    return float(level[max(0, at - _REACH) : at + _REACH].max())
+
+
+def _suppress(onsets, strength, every_second, window=0.05 * ONSET_SR):
     "Of near onsets keep the strongest; samples in, samples out"
     left, kept = list(onsets), []
     for o in np.asarray(onsets)[np.argsort(strength)[::-1]]:
-        if o not in left: continue
-        kept.append(int(o)); left.remove(o)
-        near = [p for p in left if abs(p-o)<window]
-        for p in near[::2 if every_second else 1]: left.remove(p)
+        if o not in left:
+            continue
+        kept.append(int(o))
+        left.remove(o)
+        near = [p for p in left if abs(p - o) < window]
+        for p in near[:: 2 if every_second else 1]:
+            left.remove(p)
     return sorted(kept)
+
 
 def _match(true, found, level, window, as_published, stale):
     "Claims and their strengths: `(y, strength, hits)`; samples"
     free, y, p, hits = list(found), [], [], 0
     for t in true:
-        near = [k for k,o in enumerate(free) if abs(o-t)<window]
+        near = [k for k, o in enumerate(free) if abs(o - t) < window]
         y.append(1)
-        if not near: p.append(0.); continue
+        if not near:
+            p.append(0.0)
+            continue
         here = [level[(found if stale else free)[k]] for k in near]
-        hits += 1; p.append(_strength(level, free.pop(near[np.argsort(here)[-1]])))
-        if as_published and not free: break
-    return y+[0]*len(free), p+[_strength(level, o) for o in free], hits
+        hits += 1
+        p.append(_strength(level, free.pop(near[np.argsort(here)[-1]])))
+        if as_published and not free:
+            break
+    return y + [0] * len(free), p + [_strength(level, o) for o in free], hits
 
 # %% ../../nbs/metrics/44_temporal.ipynb #5448f13f
 def onset_scores(
-    audio,                     # Generated waveform, `(n,)`
-    sr:int,                    # Hz
-    true,                      # True onsets, s: annotated, or `detect_onsets` of the real recording
-    variant:str='plain',       # 'plain', 'condfoleygen' or 'mmaudio'
-)->dict:                       # accuracy, ap, f1 in [0, 1] (nan without true onsets); true, found: how many
+    audio,  # Generated waveform, `(n,)`
+    sr: int,  # Hz
+    true,  # True onsets, s: annotated, or `detect_onsets` of the real recording
+    variant: str = "plain",  # 'plain', 'condfoleygen' or 'mmaudio'
+) -> dict:  # accuracy, ap, f1 in [0, 1] (nan without true onsets); true, found: how many
     "How well the onsets of a sound meet the true ones"
-    if variant not in ONSET_VARIANTS: raise FoleyError(f"variant: there is no '{variant}'; choose one of {', '.join(ONSET_VARIANTS)}")
-    how, x, t = ONSET_VARIANTS[variant], _onset_wave(audio, sr), np.asarray(true, float)*ONSET_SR
-    if t.ndim!=1 or not np.isfinite(t).all(): raise FoleyError('true: give the times of the true onsets in seconds, (n,), without nan')
-    level = _level(x, how['signed']) if len(x) else x
-    found = np.round(detect_onsets(x, ONSET_SR)*ONSET_SR).astype(int)
-    found = _suppress(found, [_strength(level, o) for o in found], how['as_published'])
-    y, p, hits = _match(t, found, level, how['window']*ONSET_SR, how['as_published'], how['stale'])
+    if variant not in ONSET_VARIANTS:
+        raise FoleyError(f"variant: there is no '{variant}'; choose one of {', '.join(ONSET_VARIANTS)}")
+    how, x, t = ONSET_VARIANTS[variant], _onset_wave(audio, sr), np.asarray(true, float) * ONSET_SR
+    if t.ndim != 1 or not np.isfinite(t).all():
+        raise FoleyError("true: give the times of the true onsets in seconds, (n,), without nan")
+    level = _level(x, how["signed"]) if len(x) else x
+    found = np.round(detect_onsets(x, ONSET_SR) * ONSET_SR).astype(int)
+    found = _suppress(found, [_strength(level, o) for o in found], how["as_published"])
+    y, p, hits = _match(t, found, level, how["window"] * ONSET_SR, how["as_published"], how["stale"])
     out = dict(accuracy=np.nan, ap=np.nan, f1=np.nan, true=len(t), found=len(found))
-    if not len(t): return out
-    y, p = np.array(y, bool), np.array(p); claim = p>0
-    ap = average_precision(y, p) if how['as_published'] else average_precision(y[claim], p[claim], len(t))
-    return dict(out, accuracy=hits/len(t), ap=ap, f1=frame_scores(claim, y)['f1'])
+    if not len(t):
+        return out
+    y, p = np.array(y, bool), np.array(p)
+    claim = p > 0
+    ap = average_precision(y, p) if how["as_published"] else average_precision(y[claim], p[claim], len(t))
+    return dict(out, accuracy=hits / len(t), ap=ap, f1=frame_scores(claim, y)["f1"])
 
 # %% ../../nbs/metrics/44_temporal.ipynb #e9bbb20f
 def bootstrap_interval(
-    values,          # One per clip, `(n,)`, or a row of counts per clip, `(n, k)`
-    n:int=2000,      # Resamples
-    seed:int=0,      # Of the resampling
-    of=None,         # Statistic of `(..., clips, k)` rows over axis -2; None: mean of values
-)->tuple:            # value, low, high
+    values,  # One per clip, `(n,)`, or a row of counts per clip, `(n, k)`
+    n: int = 2000,  # Resamples
+    seed: int = 0,  # Of the resampling
+    of=None,  # Statistic of `(..., clips, k)` rows over axis -2; None: mean of values
+) -> tuple:  # value, low, high
     "A statistic over clips with its 95% percentile interval"
     x = np.asarray(values, float)
-    x = x[~np.isnan(x).reshape(len(x),-1).any(1)] if len(x) else x
-    if not len(x): return (np.nan,)*3
-    stat = of or (lambda rows: rows.mean(-2)[...,0])
+    x = x[~np.isnan(x).reshape(len(x), -1).any(1)] if len(x) else x
+    if not len(x):
+        return (np.nan,) * 3
+    stat = of or (lambda rows: rows.mean(-2)[..., 0])
     x = x.reshape(len(x), -1)
     draws = stat(x[np.random.default_rng(seed).integers(len(x), size=(n, len(x)))])
     return (float(stat(x)), *(float(q) for q in np.percentile(draws, [2.5, 97.5])))
 
+
 def pooled(
-    name:str,   # 'f1', 'iou', 'precision' or 'recall'
-):              # For `bootstrap_interval(counts, of=...)`
+    name: str,  # 'f1', 'iou', 'precision' or 'recall'
+):  # For `bootstrap_interval(counts, of=...)`
     "The score of summed counts, as a statistic over clips"
     return lambda rows: scores(*np.moveaxis(rows.sum(-2), -1, 0))[name]
 
 # %% ../../nbs/metrics/44_temporal.ipynb #d7e8e5b1
 def _sign_flips(n, seed, draws=10_000, block=1000):
     "Rows of signs: all of them, or drawn ones, in blocks"
-    if n<=16: yield 1.-2*((np.arange(2**n)[:,None]>>np.arange(n))&1)
+    if n <= 16:
+        yield 1.0 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
     else:
         rng = np.random.default_rng(seed)
-        for _ in range(draws//block): yield 1.-2*rng.integers(2, size=(block, n))
+        for _ in range(draws // block):
+            yield 1.0 - 2 * rng.integers(2, size=(block, n))
+
 
 def paired_difference(
-    a, b,            # One value per clip, `(n,)`, the same clips in the same order; clips with a nan are left out
-    n_boot:int=2000, # Resamples of the interval
-    seed:int=0,      # Of resamples and signs
-)->dict:             # n, difference (mean of a - b), low, high (95%), p (two-sided)
+    a,
+    b,  # One value per clip, `(n,)`, the same clips in the same order; clips with a nan are left out
+    n_boot: int = 2000,  # Resamples of the interval
+    seed: int = 0,  # Of resamples and signs
+) -> dict:  # n, difference (mean of a - b), low, high (95%), p (two-sided)
     "Mean difference over clips, its bootstrap interval, and a sign-flip test"
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.ndim!=1 or a.shape!=b.shape: raise FoleyError(f'a has shape {a.shape} and b {b.shape}; give one value per clip for the same clips, (n,) and (n,)')
-    d = (a-b)[np.isfinite(a)&np.isfinite(b)]
+    if a.ndim != 1 or a.shape != b.shape:
+        raise FoleyError(
+            f"a has shape {a.shape} and b {b.shape}; give one value per clip for the same clips, (n,) and (n,)"
+        )
+    d = (a - b)[np.isfinite(a) & np.isfinite(b)]
     value, low, high = bootstrap_interval(d, n_boot, seed)
-    if not len(d): return dict(n=0, difference=np.nan, low=np.nan, high=np.nan, p=np.nan)
-    size = np.abs(d).sum()*1e-12
-    hits = [(np.abs(s@d)>=abs(d.sum())-size) for s in _sign_flips(len(d), seed)]
+    if not len(d):
+        return dict(n=0, difference=np.nan, low=np.nan, high=np.nan, p=np.nan)
+    size = np.abs(d).sum() * 1e-12
+    hits = [(np.abs(s @ d) >= abs(d.sum()) - size) for s in _sign_flips(len(d), seed)]
     hits, total = sum(int(h.sum()) for h in hits), sum(len(h) for h in hits)
-    p = hits/total if len(d)<=16 else (1+hits)/(1+total)
+    p = hits / total if len(d) <= 16 else (1 + hits) / (1 + total)
     return dict(n=len(d), difference=value, low=low, high=high, p=p)

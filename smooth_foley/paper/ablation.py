@@ -67,7 +67,9 @@ def _heard(judges, sounds):
 def _adherence(scenes, sounds):
     "Mean correlation of pitch (movers with a pitch) and of level with the truth"
     pairs = list(zip(scenes, sounds))
-    tonal = [doppler_adherence(x, s.sr, s.label, s.truth["f0"])["correlation"] for s, x in pairs if s.label in passby.TONAL]
+    tonal = [
+        doppler_adherence(x, s.sr, s.label, s.truth["f0"])["correlation"] for s, x in pairs if s.label in passby.TONAL
+    ]
     levels = [_level(s, x) for s, x in pairs if s.label in passby.MOVERS]
     return float(np.nanmean(tonal)), float(np.nanmean(levels))
 
@@ -179,7 +181,10 @@ def show_conditions(
 ) -> str:  # Markdown
     "F1 of each condition by split"
     rows = read_rows(path)
-    cell = {(r["split"], r["condition"]): "{:.2f} [{:.2f}, {:.2f}]".format(*(float(r[k]) for k in ("f1", "low", "high"))) for r in rows}
+    cell = {
+        (r["split"], r["condition"]): "{:.2f} [{:.2f}, {:.2f}]".format(*(float(r[k]) for k in ("f1", "low", "high")))
+        for r in rows
+    }
     splits = list(dict.fromkeys(r["split"] for r in rows))
     head = ["condition F1", *splits]
     body = [[name, *(cell[s, name] for s in splits)] for name in CONDITIONS]

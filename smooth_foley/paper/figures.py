@@ -16,172 +16,291 @@ from ..metrics.doppler import doppler_adherence, f0_range, f0_track
 
 # %% ../../nbs/paper/51_figures.ipynb #e129cb66
 def small_png(
-    fig,               # Matplotlib figure
-    colours:int=64,    # At most 256
-    dpi:int=70,
-):                     # PIL picture
+    fig,  # Matplotlib figure
+    colours: int = 64,  # At most 256
+    dpi: int = 70,
+):  # PIL picture
     "A figure as a picture of few colours"
     import io
     from PIL import Image
-    buf = io.BytesIO(); fig.savefig(buf, format='png', dpi=dpi)
-    return Image.open(buf).convert('RGB').quantize(colours, dither=Image.Dither.NONE)
+
+    buf = io.BytesIO()
+    fig.savefig(buf, format="png", dpi=dpi)
+    return Image.open(buf).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
 
 # %% ../../nbs/paper/51_figures.ipynb #ed91d20b
 EXAMPLES = dict(
-    airplane=dict(label='airplane flyby', t_nearest=3.4, shrink=.5, blur=1., leaves=None, occluded=None, active=((-9.,99.),), distractors=()),
-    approaching=dict(label='airplane flyby', t_nearest=6.5, leaves=None, occluded=None, active=((-9.,99.),), distractors=()),
-    train=dict(label='railroad car, train wagon', speed=14., nearest=25., tracking=.97, leaves=None, occluded=None, active=((-9.,99.),), distractors=()),
-    two_events=dict(label='train horning', leaves=None, occluded=None, active=((1.2,3.6),(5.6,8.4)), distractors=()),
-    siren=dict(label='civil defense siren', leaves=None, occluded=None, active=((-9.,99.),), distractors=()),
+    airplane=dict(
+        label="airplane flyby",
+        t_nearest=3.4,
+        shrink=0.5,
+        blur=1.0,
+        leaves=None,
+        occluded=None,
+        active=((-9.0, 99.0),),
+        distractors=(),
+    ),
+    approaching=dict(
+        label="airplane flyby", t_nearest=6.5, leaves=None, occluded=None, active=((-9.0, 99.0),), distractors=()
+    ),
+    train=dict(
+        label="railroad car, train wagon",
+        speed=14.0,
+        nearest=25.0,
+        tracking=0.97,
+        leaves=None,
+        occluded=None,
+        active=((-9.0, 99.0),),
+        distractors=(),
+    ),
+    two_events=dict(label="train horning", leaves=None, occluded=None, active=((1.2, 3.6), (5.6, 8.4)), distractors=()),
+    siren=dict(label="civil defense siren", leaves=None, occluded=None, active=((-9.0, 99.0),), distractors=()),
 )
-TEST = 2_000_000   # First seed of the test range
+TEST = 2_000_000  # First seed of the test range
+
 
 def example(
-    name:str,             # A key of `EXAMPLES`
-    seed:int=TEST,        # Decides what the dials leave open
-)->passby.Scene:
+    name: str,  # A key of `EXAMPLES`
+    seed: int = TEST,  # Decides what the dials leave open
+) -> passby.Scene:
     "A scene as the paper describes it"
-    if name not in EXAMPLES: raise FoleyError(f"name: no example {name!r}, choose from {', '.join(EXAMPLES)}")
+    if name not in EXAMPLES:
+        raise FoleyError(f"name: no example {name!r}, choose from {', '.join(EXAMPLES)}")
     return passby.scene(seed, **EXAMPLES[name])
 
-def clip_of(s:passby.Scene, name:str)->Clip:
+
+def clip_of(s: passby.Scene, name: str) -> Clip:
     "A scene as a silent clip; the name decides the noise"
-    return Clip(s.frames, s.times, s.duration, f'figure-{name}')
+    return Clip(s.frames, s.times, s.duration, f"figure-{name}")
 
 # %% ../../nbs/paper/51_figures.ipynb #e5c1dfc2
 def _marks(ax, t, y, color):
     "The three highest and the three lowest values"
     order = np.argsort(y)
-    ax.plot(t[order[-3:]], y[order[-3:]], '^', color=color, ms=5)
-    ax.plot(t[order[:3]], y[order[:3]], 'v', color=color, ms=5)
+    ax.plot(t[order[-3:]], y[order[-3:]], "^", color=color, ms=5)
+    ax.plot(t[order[:3]], y[order[:3]], "v", color=color, ms=5)
+
 
 def plot_conditions(
-    s:passby.Scene,
-    curves:dict,          # Name -> (times, values), e.g. probabilities and similarities
-    axes=None,            # Two axes, for the frames and for the curves
-):                        # The axes
+    s: passby.Scene,
+    curves: dict,  # Name -> (times, values), e.g. probabilities and similarities
+    axes=None,  # Two axes, for the frames and for the curves
+):  # The axes
     "Frames, and what each system believes about them"
     import matplotlib.pyplot as plt
-    if axes is None: _, axes = plt.subplots(2, 1, figsize=(8,2.6), dpi=75, sharex=True, height_ratios=[1,1.7], layout='constrained')
+
+    if axes is None:
+        _, axes = plt.subplots(
+            2, 1, figsize=(8, 2.6), dpi=75, sharex=True, height_ratios=[1, 1.7], layout="constrained"
+        )
     strip, ax = axes
     for k in range(12):
-        t0 = k*s.duration/12
-        strip.imshow(s.frames[int((t0+s.duration/24)*len(s.frames)/s.duration)], extent=(t0, t0+.96*s.duration/12, 0, 1), aspect='auto')
-    strip.set(xlim=(0,s.duration), ylim=(0,1), yticks=[], title=s.label)
-    t = s.truth['t']
-    ax.fill_between(t, 0, 1, where=s.truth['sounding'], color='.88', lw=0, label='sounding')
-    for c,(name,(x,y)) in enumerate(curves.items()):
-        ax.plot(x, y, color=f'C{c}', lw=1.2, label=name); _marks(ax, np.asarray(x), np.asarray(y), f'C{c}')
-    ax.axhline(.5, color='k', lw=.7, ls=':'); ax.set(xlim=(0,s.duration), ylim=(-.05,1.05), xlabel='time (s)')
-    ax.legend(fontsize=7, loc='lower left', ncol=3)
+        t0 = k * s.duration / 12
+        strip.imshow(
+            s.frames[int((t0 + s.duration / 24) * len(s.frames) / s.duration)],
+            extent=(t0, t0 + 0.96 * s.duration / 12, 0, 1),
+            aspect="auto",
+        )
+    strip.set(xlim=(0, s.duration), ylim=(0, 1), yticks=[], title=s.label)
+    t = s.truth["t"]
+    ax.fill_between(t, 0, 1, where=s.truth["sounding"], color=".88", lw=0, label="sounding")
+    for c, (name, (x, y)) in enumerate(curves.items()):
+        ax.plot(x, y, color=f"C{c}", lw=1.2, label=name)
+        _marks(ax, np.asarray(x), np.asarray(y), f"C{c}")
+    ax.axhline(0.5, color="k", lw=0.7, ls=":")
+    ax.set(xlim=(0, s.duration), ylim=(-0.05, 1.05), xlabel="time (s)")
+    ax.legend(fontsize=7, loc="lower left", ncol=3)
     return axes
 
+
 def condition_curves(
-    pipe,                 # `SmoothFoleyPipeline`
-    baseline,             # `FoleyCrafter`
-    s:passby.Scene,
-)->dict:                  # Name -> (times, values)
+    pipe,  # `SmoothFoleyPipeline`
+    baseline,  # `FoleyCrafter`
+    s: passby.Scene,
+) -> dict:  # Name -> (times, values)
     "Probability of the time detector and label-frame similarity"
     seen = baseline.conditions(Clip(s.frames, s.times, s.duration, "figure"))[0]
     with_label = pipe.similarity(pipe.frame_encoder.encode_frames(s.frames), s.label).cpu().numpy()
-    return {'time detector (FoleyCrafter)':(seen.times, seen.similarity), 'label-frame similarity (ours)':(s.times, with_label)}
+    return {
+        "time detector (FoleyCrafter)": (seen.times, seen.similarity),
+        "label-frame similarity (ours)": (s.times, with_label),
+    }
 
 # %% ../../nbs/paper/51_figures.ipynb #3ee56d77
-def _weights(m)->str:
+def _weights(m) -> str:
     "Number of weights of a component, in words"
-    n = sum(p.numel() for p in m.parameters()) if hasattr(m, 'parameters') else 0
-    if not n: return 'no weights'
-    return f'{n/1e6:.2f} M' if n<1e8 else f'{n/1e6:.0f} M'
+    n = sum(p.numel() for p in m.parameters()) if hasattr(m, "parameters") else 0
+    if not n:
+        return "no weights"
+    return f"{n / 1e6:.2f} M" if n < 1e8 else f"{n / 1e6:.0f} M"
+
 
 def pipeline_shapes(
-    pipe,                 # `SmoothFoleyPipeline`
-    frames:int=None,      # Frames of the clip; None for the longest clip at the pipeline's rate
-)->dict:                  # Name of an arrow -> shape
+    pipe,  # `SmoothFoleyPipeline`
+    frames: int = None,  # Frames of the clip; None for the longest clip at the pipeline's rate
+) -> dict:  # Name of an arrow -> shape
     "What goes from component to component, for one clip"
-    T, c = frames or round(pipe.max_duration*pipe.config.fps), pipe.mel.config
+    T, c = frames or round(pipe.max_duration * pipe.config.fps), pipe.mel.config
     size, adapter = pipe.frame_encoder.image_size, pipe.frame_adapter.config
     image = pipe.mel.condition_image(torch.zeros(1, c.n_cols)).shape
-    return dict(frames=(T, size, size, 3), emb=(T, adapter.clip_dim), label=(adapter.clip_dim,), tokens=(T*adapter.num_tokens, adapter.cross_attention_dim),
-        text=(pipe.text_encoder.config.max_position_embeddings, adapter.cross_attention_dim), similarity=(T,), cond=tuple(image[1:]), latent=tuple(pipe.latent_shape),
-        mel=(c.n_mels, c.n_cols), sound=(c.n_cols*c.hop_length,))
+    return dict(
+        frames=(T, size, size, 3),
+        emb=(T, adapter.clip_dim),
+        label=(adapter.clip_dim,),
+        tokens=(T * adapter.num_tokens, adapter.cross_attention_dim),
+        text=(pipe.text_encoder.config.max_position_embeddings, adapter.cross_attention_dim),
+        similarity=(T,),
+        cond=tuple(image[1:]),
+        latent=tuple(pipe.latent_shape),
+        mel=(c.n_mels, c.n_cols),
+        sound=(c.n_cols * c.hop_length,),
+    )
 
 # %% ../../nbs/paper/51_figures.ipynb #703a28c2
-FROZEN, TRAINED, PLAIN = '#cfe2f3', ('#f9cb9c','#ffe599','#b6d7a8'), 'white'
+FROZEN, TRAINED, PLAIN = "#cfe2f3", ("#f9cb9c", "#ffe599", "#b6d7a8"), "white"
 
-def _box(ax, x, y, text, color, w=1.75, h=.62):
+
+def _box(ax, x, y, text, color, w=1.75, h=0.62):
     "A labelled box around a point"
     from matplotlib.patches import FancyBboxPatch
-    ax.add_patch(FancyBboxPatch((x-w/2, y-h/2), w, h, boxstyle='round,pad=.03', fc=color, ec='.3', lw=.8))
-    ax.text(x, y, text, ha='center', va='center', fontsize=6.5)
 
-def _arrow(ax, a, b, shape='', shift=(0,.1)):
+    ax.add_patch(FancyBboxPatch((x - w / 2, y - h / 2), w, h, boxstyle="round,pad=.03", fc=color, ec=".3", lw=0.8))
+    ax.text(x, y, text, ha="center", va="center", fontsize=6.5)
+
+
+def _arrow(ax, a, b, shape="", shift=(0, 0.1)):
     "An arrow with the shape that goes along it"
-    ax.annotate('', b, a, arrowprops=dict(arrowstyle='-|>', lw=.9, color='.25', shrinkA=0, shrinkB=0))
-    text = shape if isinstance(shape, str) else '×'.join(map(str, shape))
-    ax.text((a[0]+b[0])/2+shift[0], (a[1]+b[1])/2+shift[1], text, ha='center', va='center', fontsize=5.8, color='#993300')
+    ax.annotate("", b, a, arrowprops=dict(arrowstyle="-|>", lw=0.9, color=".25", shrinkA=0, shrinkB=0))
+    text = shape if isinstance(shape, str) else "×".join(map(str, shape))
+    ax.text(
+        (a[0] + b[0]) / 2 + shift[0],
+        (a[1] + b[1]) / 2 + shift[1],
+        text,
+        ha="center",
+        va="center",
+        fontsize=5.8,
+        color="#993300",
+    )
+
 
 def plot_pipeline(
-    pipe,                 # `SmoothFoleyPipeline`
-    ax=None,              # Matplotlib axes
-):                        # The axes
+    pipe,  # `SmoothFoleyPipeline`
+    ax=None,  # Matplotlib axes
+):  # The axes
     "Components, shapes, and what trains when"
     import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(8,3.7), dpi=80, layout='constrained')
-    n, s = lambda k: f'{type(getattr(pipe,k)).__name__}\n{_weights(getattr(pipe,k))}', pipeline_shapes(pipe)
-    boxes = dict(video=(.6,3.4,'silent video',PLAIN), words=(.6,1.6,'label',PLAIN), eyes=(2.9,3.4,f'CLIP\n{n("frame_encoder")}',FROZEN), text=(2.9,.4,f'text encoder\n{n("text_encoder")}',FROZEN),
-        frames=(5.6,3.4,f'1. frame adapter\n{n("frame_adapter")}',TRAINED[0]), proj=(2.9,1.9,f'2. label-frame projection\n{n("label_projection")}',TRAINED[1]),
-        when=(5.6,1.9,f'3. temporal adapter\n{n("temporal_adapter")}',TRAINED[2]), unet=(8.2,1.9,f'UNet\n{n("unet")}',FROZEN), vae=(10.5,1.9,f'VAE decoder\n{n("vae")}',FROZEN),
-        voice=(10.5,.4,f'vocoder\n{n("vocoder")}',FROZEN), noise=(8.2,3.4,'noise',PLAIN), sound=(8.2,.4,'sound',PLAIN))
-    for x,y,text,color in boxes.values(): _box(ax, x, y, text, color, w=1. if color==PLAIN else 1.9)
-    L, R = (lambda k,d=.95: (boxes[k][0]-d-.05, boxes[k][1])), (lambda k,d=.95: (boxes[k][0]+d+.05, boxes[k][1]))
-    U, D = (lambda k: (boxes[k][0], boxes[k][1]+.35)), (lambda k: (boxes[k][0], boxes[k][1]-.35))
-    _arrow(ax, R('video',.5), L('eyes'), s['frames'], (0,.5)); _arrow(ax, R('eyes'), L('frames'), s['emb']); _arrow(ax, D('eyes'), U('proj'), s['emb'], (.42,0))
-    _arrow(ax, R('words',.5), L('proj'), s['label'], (-.1,.17)); _arrow(ax, R('words',.5), L('text')); _arrow(ax, R('proj'), L('when'), f"{'×'.join(map(str,s['similarity']))} ≥ {pipe.config.threshold:g}\n{'×'.join(map(str,s['cond']))}", (0,.5))
-    _arrow(ax, R('frames'), (7.4,2.25), s['tokens'], (.3,.22)); _arrow(ax, R('when'), L('unet'), 'residuals'); _arrow(ax, R('text'), (7.5,1.55), s['text'], (-.2,-.22)); _arrow(ax, (5.6,.95), D('when'), '', (0,0))
-    _arrow(ax, D('noise'), U('unet'), s['latent'], (.5,0)); _arrow(ax, R('unet'), L('vae'), s['latent'], (0,.12)); _arrow(ax, D('vae'), U('voice'), s['mel'], (.5,0)); _arrow(ax, L('voice'), R('sound',.5), s['sound'])
-    for k,(name,color) in enumerate(dict(frozen=FROZEN, **{'trains, stage 1':TRAINED[0],'trains, stage 2':TRAINED[1],'trains, stage 3':TRAINED[2]}).items()):
-        ax.plot([], [], 's', ms=7, mfc=color, mec='.3', label=name)
-    ax.legend(loc='upper right', fontsize=6.5, frameon=False); ax.set(xlim=(-.1,11.7), ylim=(-.1,4.)); ax.set_axis_off()
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 3.7), dpi=80, layout="constrained")
+    n, s = lambda k: f"{type(getattr(pipe, k)).__name__}\n{_weights(getattr(pipe, k))}", pipeline_shapes(pipe)
+    boxes = dict(
+        video=(0.6, 3.4, "silent video", PLAIN),
+        words=(0.6, 1.6, "label", PLAIN),
+        eyes=(2.9, 3.4, f"CLIP\n{n('frame_encoder')}", FROZEN),
+        text=(2.9, 0.4, f"text encoder\n{n('text_encoder')}", FROZEN),
+        frames=(5.6, 3.4, f"1. frame adapter\n{n('frame_adapter')}", TRAINED[0]),
+        proj=(2.9, 1.9, f"2. label-frame projection\n{n('label_projection')}", TRAINED[1]),
+        when=(5.6, 1.9, f"3. temporal adapter\n{n('temporal_adapter')}", TRAINED[2]),
+        unet=(8.2, 1.9, f"UNet\n{n('unet')}", FROZEN),
+        vae=(10.5, 1.9, f"VAE decoder\n{n('vae')}", FROZEN),
+        voice=(10.5, 0.4, f"vocoder\n{n('vocoder')}", FROZEN),
+        noise=(8.2, 3.4, "noise", PLAIN),
+        sound=(8.2, 0.4, "sound", PLAIN),
+    )
+    for x, y, text, color in boxes.values():
+        _box(ax, x, y, text, color, w=1.0 if color == PLAIN else 1.9)
+    L, R = (
+        (lambda k, d=0.95: (boxes[k][0] - d - 0.05, boxes[k][1])),
+        (lambda k, d=0.95: (boxes[k][0] + d + 0.05, boxes[k][1])),
+    )
+    U, D = (lambda k: (boxes[k][0], boxes[k][1] + 0.35)), (lambda k: (boxes[k][0], boxes[k][1] - 0.35))
+    _arrow(ax, R("video", 0.5), L("eyes"), s["frames"], (0, 0.5))
+    _arrow(ax, R("eyes"), L("frames"), s["emb"])
+    _arrow(ax, D("eyes"), U("proj"), s["emb"], (0.42, 0))
+    _arrow(ax, R("words", 0.5), L("proj"), s["label"], (-0.1, 0.17))
+    _arrow(ax, R("words", 0.5), L("text"))
+    _arrow(
+        ax,
+        R("proj"),
+        L("when"),
+        f"{'×'.join(map(str, s['similarity']))} ≥ {pipe.config.threshold:g}\n{'×'.join(map(str, s['cond']))}",
+        (0, 0.5),
+    )
+    _arrow(ax, R("frames"), (7.4, 2.25), s["tokens"], (0.3, 0.22))
+    _arrow(ax, R("when"), L("unet"), "residuals")
+    _arrow(ax, R("text"), (7.5, 1.55), s["text"], (-0.2, -0.22))
+    _arrow(ax, (5.6, 0.95), D("when"), "", (0, 0))
+    _arrow(ax, D("noise"), U("unet"), s["latent"], (0.5, 0))
+    _arrow(ax, R("unet"), L("vae"), s["latent"], (0, 0.12))
+    _arrow(ax, D("vae"), U("voice"), s["mel"], (0.5, 0))
+    _arrow(ax, L("voice"), R("sound", 0.5), s["sound"])
+    for k, (name, color) in enumerate(
+        dict(
+            frozen=FROZEN,
+            **{"trains, stage 1": TRAINED[0], "trains, stage 2": TRAINED[1], "trains, stage 3": TRAINED[2]},
+        ).items()
+    ):
+        ax.plot([], [], "s", ms=7, mfc=color, mec=".3", label=name)
+    ax.legend(loc="upper right", fontsize=6.5, frameon=False)
+    ax.set(xlim=(-0.1, 11.7), ylim=(-0.1, 4.0))
+    ax.set_axis_off()
     return ax
 
 # %% ../../nbs/paper/51_figures.ipynb #a865cf9f
 def _rows(mel, hertz):
     "Hz to rows of a mel picture"
     import librosa
+
     c = mel.config
-    return np.interp(hertz, librosa.mel_frequencies(n_mels=c.n_mels, fmin=c.fmin, fmax=c.fmax or c.sample_rate/2), np.arange(c.n_mels)+.5)
+    return np.interp(
+        hertz,
+        librosa.mel_frequencies(n_mels=c.n_mels, fmin=c.fmin, fmax=c.fmax or c.sample_rate / 2),
+        np.arange(c.n_mels) + 0.5,
+    )
+
 
 def plot_sound(
-    audio,                # `(n,)` at the mel's rate
-    s:passby.Scene,
-    mel,                  # `MelTransform`
-    ax=None,              # Matplotlib axes
-):                        # The axes
+    audio,  # `(n,)` at the mel's rate
+    s: passby.Scene,
+    mel,  # `MelTransform`
+    ax=None,  # Matplotlib axes
+):  # The axes
     "Log-mel, the pitch found in it (white), the true pitch (dashed), and when it should sound (green)"
     sr, x = mel.config.sample_rate, torch.as_tensor(np.asarray(audio, np.float32))[None]
-    ax = plot_mel(mel.log_mel(x)[0], ax, vmin=-9., vmax=2.)
-    t = s.truth['t']
+    ax = plot_mel(mel.log_mel(x)[0], ax, vmin=-9.0, vmax=2.0)
+    t = s.truth["t"]
     if passby.SOURCES[s.label].f0:
-        ax.plot(t, np.where(s.truth['sounding'], _rows(mel, s.truth['f0']), np.nan), 'w--', lw=.7)
+        ax.plot(t, np.where(s.truth["sounding"], _rows(mel, s.truth["f0"]), np.nan), "w--", lw=0.7)
         f = f0_track(np.asarray(audio), sr, *f0_range(s.label))
-        ax.plot(np.arange(len(f))/100, _rows(mel, f), color='w', lw=1.2)
-    ax.fill_between(t, -5, -1, where=s.truth['sounding'], color='tab:green', lw=0)
-    ax.set(xlim=(0,s.duration), ylim=(-5,mel.config.n_mels), yticks=[])
+        ax.plot(np.arange(len(f)) / 100, _rows(mel, f), color="w", lw=1.2)
+    ax.fill_between(t, -5, -1, where=s.truth["sounding"], color="tab:green", lw=0)
+    ax.set(xlim=(0, s.duration), ylim=(-5, mel.config.n_mels), yticks=[])
     return ax
 
+
 def plot_comparison(
-    sounds:dict,          # Name of the example -> name of the system -> audio
-    scenes:dict,          # Name of the example -> scene
-    mel,                  # `MelTransform`
-):                        # A matplotlib `Figure`
+    sounds: dict,  # Name of the example -> name of the system -> audio
+    scenes: dict,  # Name of the example -> scene
+    mel,  # `MelTransform`
+):  # A matplotlib `Figure`
     "Spectrograms, systems down and examples across"
     import matplotlib.pyplot as plt
+
     systems = list(next(iter(sounds.values())))
-    fig, axes = plt.subplots(len(systems), len(sounds), figsize=(8,1.25*len(systems)+.4), dpi=75, sharex=True, squeeze=False, layout='constrained')
-    for col,(name,by_system) in zip(axes.T, sounds.items()):
-        for ax,system in zip(col, systems):
+    fig, axes = plt.subplots(
+        len(systems),
+        len(sounds),
+        figsize=(8, 1.25 * len(systems) + 0.4),
+        dpi=75,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for col, (name, by_system) in zip(axes.T, sounds.items()):
+        for ax, system in zip(col, systems):
             plot_sound(by_system[system], scenes[name], mel, ax)
-            ax.set(xlabel='', ylabel=system if ax in axes[:,0] else '')
-        col[0].set_title(scenes[name].label, fontsize=9); col[-1].set_xlabel('time (s)')
+            ax.set(xlabel="", ylabel=system if ax in axes[:, 0] else "")
+        col[0].set_title(scenes[name].label, fontsize=9)
+        col[-1].set_xlabel("time (s)")
     plt.close(fig)
     return fig

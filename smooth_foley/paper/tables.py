@@ -18,178 +18,332 @@ from ..metrics.counterfactual import films_table
 from ..metrics.temporal import scores
 
 # %% ../../nbs/paper/50_tables.ipynb #cff24118
-PRINTED = {   # Row -> measure -> (VGG-C, VGG)
-    'FC (w. prompt)':         {'MKL':(3.937,2.672), 'CLIP score':(54.400,53.641), 'FAD CLAP':(.25,.14), 'FAD VGGish':(8.58,3.18), 'FAD PANNs':(54.99,21.36)},
-    'FC (w/o prompt)':        {'MKL':(1.855,4.032), 'CLIP score':(54.400,52.811), 'FAD CLAP':(.25,.13), 'FAD VGGish':(8.58,5.62), 'FAD PANNs':(54.00,29.95)},
-    'DF':                     {'MKL':(4.844,4.770), 'CLIP score':(52.867,52.779), 'FAD CLAP':(.58,.21), 'FAD VGGish':(28.73,6.39), 'FAD PANNs':(106.45,34.51)},
-    'ours (frame-wise)':      {'MKL':(1.558,2.515), 'CLIP score':(55.124,55.236), 'FAD CLAP':(.18,.11), 'FAD VGGish':(5.44,2.54), 'FAD PANNs':(33.54,18.31)},
-    'ours (w/o frame-wise)':  {'MKL':(1.559,2.498), 'CLIP score':(55.076,55.233), 'FAD CLAP':(.18,.10), 'FAD VGGish':(5.78,2.26), 'FAD PANNs':(32.99,13.07)},
+PRINTED = {  # Row -> measure -> (VGG-C, VGG)
+    "FC (w. prompt)": {
+        "MKL": (3.937, 2.672),
+        "CLIP score": (54.400, 53.641),
+        "FAD CLAP": (0.25, 0.14),
+        "FAD VGGish": (8.58, 3.18),
+        "FAD PANNs": (54.99, 21.36),
+    },
+    "FC (w/o prompt)": {
+        "MKL": (1.855, 4.032),
+        "CLIP score": (54.400, 52.811),
+        "FAD CLAP": (0.25, 0.13),
+        "FAD VGGish": (8.58, 5.62),
+        "FAD PANNs": (54.00, 29.95),
+    },
+    "DF": {
+        "MKL": (4.844, 4.770),
+        "CLIP score": (52.867, 52.779),
+        "FAD CLAP": (0.58, 0.21),
+        "FAD VGGish": (28.73, 6.39),
+        "FAD PANNs": (106.45, 34.51),
+    },
+    "ours (frame-wise)": {
+        "MKL": (1.558, 2.515),
+        "CLIP score": (55.124, 55.236),
+        "FAD CLAP": (0.18, 0.11),
+        "FAD VGGish": (5.44, 2.54),
+        "FAD PANNs": (33.54, 18.31),
+    },
+    "ours (w/o frame-wise)": {
+        "MKL": (1.559, 2.498),
+        "CLIP score": (55.076, 55.233),
+        "FAD CLAP": (0.18, 0.10),
+        "FAD VGGish": (5.78, 2.26),
+        "FAD PANNs": (32.99, 13.07),
+    },
 }
-ROWS = {'FC (w. prompt)':'foleycrafter', 'FC (w/o prompt)':'foleycrafter-noprompt', 'DF':None, 'ours (frame-wise)':'paper', 'ours (w/o frame-wise)':'ours-clipwise',
-        'ours (frame-wise, window)':'ours', 'true sound through the vocoder':'truth-vocoded', 'true sound through the VAE':'truth-vae',
-        'true sound of another scene':'other'}
-SPLITS = {'VGG-C':'passby_continuous', 'VGG':'passby'}     # The paper's data and what stands in for it
+ROWS = {
+    "FC (w. prompt)": "foleycrafter",
+    "FC (w/o prompt)": "foleycrafter-noprompt",
+    "DF": None,
+    "ours (frame-wise)": "paper",
+    "ours (w/o frame-wise)": "ours-clipwise",
+    "ours (frame-wise, window)": "ours",
+    "true sound through the vocoder": "truth-vocoded",
+    "true sound through the VAE": "truth-vae",
+    "true sound of another scene": "other",
+}
+SPLITS = {"VGG-C": "passby_continuous", "VGG": "passby"}  # The paper's data and what stands in for it
 
 # %% ../../nbs/paper/50_tables.ipynb #d57cdb67
 def stored(
-    folder=None,        # Of an evaluation; None: `results/evaluate` of the repository
-)->Path:
+    folder=None,  # Of an evaluation; None: `results/evaluate` of the repository
+) -> Path:
     "Where the numbers are"
-    if folder is None: folder = next((p for p in (Path('results/evaluate'), Path('../results/evaluate'), Path('../../results/evaluate')) if p.is_dir()), Path('results/evaluate'))
-    if not (Path(folder)/'summary.csv').is_file(): raise FoleyError(f'{folder}: no summary.csv in it; `smooth-foley evaluate` makes one')
+    if folder is None:
+        folder = next(
+            (
+                p
+                for p in (Path("results/evaluate"), Path("../results/evaluate"), Path("../../results/evaluate"))
+                if p.is_dir()
+            ),
+            Path("results/evaluate"),
+        )
+    if not (Path(folder) / "summary.csv").is_file():
+        raise FoleyError(f"{folder}: no summary.csv in it; `smooth-foley evaluate` makes one")
     return Path(folder)
 
-def cells(folder)->dict: # (split, measure, system) -> row
+
+def cells(folder) -> dict:  # (split, measure, system) -> row
     "Rows of summary.csv with their numbers"
-    number = lambda x: float(x) if x!='' else np.nan
-    return {(r['split'],r['measure'],r['system']):{**r, **{k:number(r[k]) for k in ('value','low','high')}} for r in read_rows(stored(folder)/'summary.csv')}
+    number = lambda x: float(x) if x != "" else np.nan
+    return {
+        (r["split"], r["measure"], r["system"]): {**r, **{k: number(r[k]) for k in ("value", "low", "high")}}
+        for r in read_rows(stored(folder) / "summary.csv")
+    }
 
-NAMES = {v:k for k,v in ROWS.items() if v}
 
-def measured(here:dict)->dict: # System -> name of its row
+NAMES = {v: k for k, v in ROWS.items() if v}
+
+
+def measured(here: dict) -> dict:  # System -> name of its row
     "The systems of `cells` that have been measured"
-    found = {system for _,_,system in here}
-    return {s:name for s,name in NAMES.items() if s in found}
+    found = {system for _, _, system in here}
+    return {s: name for s, name in NAMES.items() if s in found}
+
 
 def show_cell(
-    r,                     # A row of `cells`, or None
-    digits:int=3,          # Significant digits
-    scale=lambda x: x,     # Of the value
-)->str:
+    r,  # A row of `cells`, or None
+    digits: int = 3,  # Significant digits
+    scale=lambda x: x,  # Of the value
+) -> str:
     "Value and interval"
-    if r is None or not np.isfinite(r['value']): return '–'
+    if r is None or not np.isfinite(r["value"]):
+        return "–"
     text = f"{scale(r['value']):.{digits}g}"
-    return text if not np.isfinite(r['low']) else f"{text} [{scale(r['low']):.{digits}g}, {scale(r['high']):.{digits}g}]"
+    return (
+        text if not np.isfinite(r["low"]) else f"{text} [{scale(r['low']):.{digits}g}, {scale(r['high']):.{digits}g}]"
+    )
 
 # %% ../../nbs/paper/50_tables.ipynb #07496219
 def _printed(row, measure, k):
     "What the paper prints, or nothing"
     x = PRINTED.get(row, {}).get(measure)
-    return '' if x is None else f' (paper {x[k]:g})'
+    return "" if x is None else f" (paper {x[k]:g})"
+
 
 def paper_table(
-    folder,              # Of the evaluation
-    measures:dict,       # Column of the paper -> (measure of ours, function of the value)
-)->str:                  # Markdown
+    folder,  # Of the evaluation
+    measures: dict,  # Column of the paper -> (measure of ours, function of the value)
+) -> str:  # Markdown
     "A table in the paper's form, the paper's numbers beside ours"
     here = cells(folder)
-    head = [f'{name}, {data}' for name in measures for data in SPLITS]
-    lines = ['| | '+' | '.join(head)+' |', '|---'*(len(head)+1)+'|']
-    for row,system in ROWS.items():
-        if system and system not in measured(here) and row not in PRINTED: continue
-        text = [show_cell(here.get((split,m,system)), 3, f)+_printed(row, name, k) for name,(m,f) in measures.items() for k,split in enumerate(SPLITS.values())]
-        lines.append(f'| {row} | '+' | '.join(text)+' |')
-    return '\n'.join(lines)
+    head = [f"{name}, {data}" for name in measures for data in SPLITS]
+    lines = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for row, system in ROWS.items():
+        if system and system not in measured(here) and row not in PRINTED:
+            continue
+        text = [
+            show_cell(here.get((split, m, system)), 3, f) + _printed(row, name, k)
+            for name, (m, f) in measures.items()
+            for k, split in enumerate(SPLITS.values())
+        ]
+        lines.append(f"| {row} | " + " | ".join(text) + " |")
+    return "\n".join(lines)
 
-same, fifty = (lambda x: x), (lambda x: 50+50*x)
-TABLE_1 = {'MKL':('MKL', same), 'CLIP score':('CLIP score', fifty)}
-TABLE_2 = {'FAD CLAP':('FAD text', same), 'FAD VGGish':('FAD student', same), 'FAD PANNs':('FAD classifier', same)}
+
+same, fifty = (lambda x: x), (lambda x: 50 + 50 * x)
+TABLE_1 = {"MKL": ("MKL", same), "CLIP score": ("CLIP score", fifty)}
+TABLE_2 = {"FAD CLAP": ("FAD text", same), "FAD VGGish": ("FAD student", same), "FAD PANNs": ("FAD classifier", same)}
 
 # %% ../../nbs/paper/50_tables.ipynb #5529d0c1
-TIMING = ('condition F1','activity IoU','activity coverage','f0 adherence','recognised')
-PHYSICS = ('level adherence','level/distance slope','closest approach by level (s)','closest approach by pitch (s)','dropouts per s')
+TIMING = ("condition F1", "activity IoU", "activity coverage", "f0 adherence", "recognised")
+PHYSICS = (
+    "level adherence",
+    "level/distance slope",
+    "closest approach by level (s)",
+    "closest approach by pitch (s)",
+    "dropouts per s",
+)
+
 
 def timing_table(
-    folder,                # Of the evaluation
-    measures:tuple=TIMING, # Of `evaluate.MEASURES`
-)->str:                    # Markdown
+    folder,  # Of the evaluation
+    measures: tuple = TIMING,  # Of `evaluate.MEASURES`
+) -> str:  # Markdown
     "Systems down, measures and splits across"
     here = cells(folder)
-    columns = [(m, s) for m in measures for s in SPLITS.values() if any(k[:2]==(s, m) for k in here)]
-    if not columns: return 'not measured yet'
-    lines = ['| | '+' | '.join(f'{m}, {s}' for m,s in columns)+' |', '|---'*(len(columns)+1)+'|']
-    return '\n'.join(lines+[f'| {name} | '+' | '.join(show_cell(here.get((s,m,system)), 2) for m,s in columns)+' |' for system,name in measured(here).items()])
+    columns = [(m, s) for m in measures for s in SPLITS.values() if any(k[:2] == (s, m) for k in here)]
+    if not columns:
+        return "not measured yet"
+    lines = ["| | " + " | ".join(f"{m}, {s}" for m, s in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(
+        lines
+        + [
+            f"| {name} | " + " | ".join(show_cell(here.get((s, m, system)), 2) for m, s in columns) + " |"
+            for system, name in measured(here).items()
+        ]
+    )
 
 # %% ../../nbs/paper/50_tables.ipynb #6e66d2c1
 def films_results(
-    folder,        # Of the evaluation
-)->str:            # Markdown
+    folder,  # Of the evaluation
+) -> str:  # Markdown
     "Right turns of every system, where they have been counted"
-    if not (Path(folder)/"counterfactual"/"summary.csv").is_file(): return "not measured yet"
+    if not (Path(folder) / "counterfactual" / "summary.csv").is_file():
+        return "not measured yet"
     return films_table(folder, ("level", "level_slope", "pitch"), NAMES)
 
 # %% ../../nbs/paper/50_tables.ipynb #b7626d8f
-CLAIMS = (    # What is claimed, system, against, measure
-    ('the label finds the sound where the time detector does not', 'paper','foleycrafter','condition F1'),
-    ('label-guided sound fills the time it should', 'paper','foleycrafter','activity coverage'),
-    ('label-guided sound is on when it should be', 'paper','foleycrafter','activity IoU'),
-    ('Smooth-Foley is closer in meaning than FoleyCrafter (MKL)', 'paper','foleycrafter','MKL'),
-    ('Smooth-Foley is closer to the picture than FoleyCrafter', 'paper','foleycrafter','CLIP score'),
-    ('frame-wise is closer in meaning than clip-wise (MKL)', 'paper','ours-clipwise','MKL'),
-    ('frame-wise is closer to the picture than clip-wise', 'paper','ours-clipwise','CLIP score'),
-    ('frame-wise is better timed than clip-wise', 'paper','ours-clipwise','activity IoU'),
-    ('frame-wise follows the Doppler shift better than clip-wise', 'paper','ours-clipwise','f0 adherence'),
-    ('the prompt helps FoleyCrafter (MKL)', 'foleycrafter','foleycrafter-noprompt','MKL'),
-    ('the prompt helps FoleyCrafter to be recognised', 'foleycrafter','foleycrafter-noprompt','recognised'),
-    ('ours: the window is better timed than clip-wise', 'ours','ours-clipwise','activity IoU'),
-    ('ours: the window follows the Doppler shift better than clip-wise', 'ours','ours-clipwise','f0 adherence'),
-    ('ours: the window follows the Doppler shift better than order-free frames', 'ours','paper','f0 adherence'),
-    ('ours: brightness follows the passage better than clip-wise', 'ours','ours-clipwise','centroid correlation'),
-    ('ours: brightness follows the passage better than with order-free frames', 'ours','paper','centroid correlation'),
-    ('ours: the window follows the Doppler shift better than the sound of another scene', 'ours','other','f0 adherence'),
+CLAIMS = (  # What is claimed, system, against, measure
+    ("the label finds the sound where the time detector does not", "paper", "foleycrafter", "condition F1"),
+    ("label-guided sound fills the time it should", "paper", "foleycrafter", "activity coverage"),
+    ("label-guided sound is on when it should be", "paper", "foleycrafter", "activity IoU"),
+    ("Smooth-Foley is closer in meaning than FoleyCrafter (MKL)", "paper", "foleycrafter", "MKL"),
+    ("Smooth-Foley is closer to the picture than FoleyCrafter", "paper", "foleycrafter", "CLIP score"),
+    ("frame-wise is closer in meaning than clip-wise (MKL)", "paper", "ours-clipwise", "MKL"),
+    ("frame-wise is closer to the picture than clip-wise", "paper", "ours-clipwise", "CLIP score"),
+    ("frame-wise is better timed than clip-wise", "paper", "ours-clipwise", "activity IoU"),
+    ("frame-wise follows the Doppler shift better than clip-wise", "paper", "ours-clipwise", "f0 adherence"),
+    ("the prompt helps FoleyCrafter (MKL)", "foleycrafter", "foleycrafter-noprompt", "MKL"),
+    ("the prompt helps FoleyCrafter to be recognised", "foleycrafter", "foleycrafter-noprompt", "recognised"),
+    ("ours: the window is better timed than clip-wise", "ours", "ours-clipwise", "activity IoU"),
+    ("ours: the window follows the Doppler shift better than clip-wise", "ours", "ours-clipwise", "f0 adherence"),
+    ("ours: the window follows the Doppler shift better than order-free frames", "ours", "paper", "f0 adherence"),
+    ("ours: brightness follows the passage better than clip-wise", "ours", "ours-clipwise", "centroid correlation"),
+    (
+        "ours: brightness follows the passage better than with order-free frames",
+        "ours",
+        "paper",
+        "centroid correlation",
+    ),
+    (
+        "ours: the window follows the Doppler shift better than the sound of another scene",
+        "ours",
+        "other",
+        "f0 adherence",
+    ),
 )
 
-def verdict(low:float, high:float, better:int)->str:
+
+def verdict(low: float, high: float, better: int) -> str:
     "What an interval of a difference says about a claim"
-    if low*better>0 and high*better>0: return 'holds'
-    return 'reversed' if low*better<0 and high*better<0 else 'not shown'
+    if low * better > 0 and high * better > 0:
+        return "holds"
+    return "reversed" if low * better < 0 and high * better < 0 else "not shown"
+
 
 def claims(
-    folder,              # Of the evaluation
+    folder,  # Of the evaluation
     wanted=CLAIMS,
-)->list:                 # Dicts: claim, split, measure, n, difference, low, high, p, verdict
+) -> list:  # Dicts: claim, split, measure, n, difference, low, high, p, verdict
     "Every claim on both splits"
-    by, kinds, out = defaultdict(list), {m.name:m for m in MEASURES}, []
-    for r in read_rows(stored(folder)/'clips.csv'): by[r['split'],r['system']].append(r)
-    for claim,a,b,measure in wanted:
+    by, kinds, out = defaultdict(list), {m.name: m for m in MEASURES}, []
+    for r in read_rows(stored(folder) / "clips.csv"):
+        by[r["split"], r["system"]].append(r)
+    for claim, a, b, measure in wanted:
         for split in SPLITS.values():
-            x, y = (values_of(by[split,s], kinds[measure]) for s in (a,b))
-            if not x.keys()&y.keys(): continue
+            x, y = (values_of(by[split, s], kinds[measure]) for s in (a, b))
+            if not x.keys() & y.keys():
+                continue
             d = difference_of(x, y, kinds[measure])
-            out.append(dict(claim=claim, split=split, measure=measure, **d, verdict=verdict(d['low'], d['high'], kinds[measure].better)))
+            out.append(
+                dict(
+                    claim=claim,
+                    split=split,
+                    measure=measure,
+                    **d,
+                    verdict=verdict(d["low"], d["high"], kinds[measure].better),
+                )
+            )
     return out
 
-def claims_table(rows)->str: # Markdown
+
+def claims_table(rows) -> str:  # Markdown
     "The claims with their differences"
-    lines = ['| claim | measure | split | n | difference | p | |', '|---'*7+'|']
-    return '\n'.join(lines+[f"| {r['claim']} | {r['measure']} | {r['split']} | {r['n']} | {r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}] | {r['p']:.2g} | **{r['verdict']}** |" for r in rows])
+    lines = ["| claim | measure | split | n | difference | p | |", "|---" * 7 + "|"]
+    return "\n".join(
+        lines
+        + [
+            f"| {r['claim']} | {r['measure']} | {r['split']} | {r['n']} | {r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}] | {r['p']:.2g} | **{r['verdict']}** |"
+            for r in rows
+        ]
+    )
 
 # %% ../../nbs/paper/50_tables.ipynb #93db9def
 def plot_by_label(
-    folder,                      # Of the evaluation
-    systems:tuple=('ours','foleycrafter'),
-    kind:str='cond',             # 'cond' (condition) or 'act' (sound)
-    score:str='f1',              # 'f1', 'iou', 'precision' or 'recall'
-    ax=None,                     # Matplotlib axes
-):                               # The axes
+    folder,  # Of the evaluation
+    systems: tuple = ("ours", "foleycrafter"),
+    kind: str = "cond",  # 'cond' (condition) or 'act' (sound)
+    score: str = "f1",  # 'f1', 'iou', 'precision' or 'recall'
+    ax=None,  # Matplotlib axes
+):  # The axes
     "A pooled score for each label"
     import matplotlib.pyplot as plt
-    if ax is None: _,ax = plt.subplots(figsize=(8,2.6), dpi=75, layout='constrained')
-    rows = read_rows(stored(folder)/'clips.csv'); x = np.arange(len(passby.LABELS))
-    for k,s in enumerate(systems):
-        part = [[[float(r[f'{kind}_{c}']) for c in ('tp','fp','fn')] for r in rows if r['system']==s and r['label']==l and r[f'{kind}_tp']!=''] for l in passby.LABELS]
-        ax.bar(x+(k-(len(systems)-1)/2)*.8/len(systems), [scores(*np.sum(p,0))[score] if p else np.nan for p in part], .8/len(systems), label=NAMES.get(s,s))
-    ax.set_xticks(x, [l[:16] for l in passby.LABELS], rotation=35, ha='right', fontsize=7); ax.set(ylim=(0,1), ylabel=score); ax.legend(fontsize=7, loc='lower left', bbox_to_anchor=(0,1), ncol=len(systems), frameon=False)
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 2.6), dpi=75, layout="constrained")
+    rows = read_rows(stored(folder) / "clips.csv")
+    x = np.arange(len(passby.LABELS))
+    for k, s in enumerate(systems):
+        part = [
+            [
+                [float(r[f"{kind}_{c}"]) for c in ("tp", "fp", "fn")]
+                for r in rows
+                if r["system"] == s and r["label"] == l and r[f"{kind}_tp"] != ""
+            ]
+            for l in passby.LABELS
+        ]
+        ax.bar(
+            x + (k - (len(systems) - 1) / 2) * 0.8 / len(systems),
+            [scores(*np.sum(p, 0))[score] if p else np.nan for p in part],
+            0.8 / len(systems),
+            label=NAMES.get(s, s),
+        )
+    ax.set_xticks(x, [l[:16] for l in passby.LABELS], rotation=35, ha="right", fontsize=7)
+    ax.set(ylim=(0, 1), ylabel=score)
+    ax.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncol=len(systems), frameon=False)
     return ax
 
 # %% ../../nbs/paper/50_tables.ipynb #5fceffc3
 def results_table(
-    folder=None,        # Of the evaluation
-)->str:                 # Markdown, with the number of clips
+    folder=None,  # Of the evaluation
+) -> str:  # Markdown, with the number of clips
     "What the README shows; a note where there are no results"
-    try: folder = stored(folder)
-    except FoleyError: return 'not measured yet'
+    try:
+        folder = stored(folder)
+    except FoleyError:
+        return "not measured yet"
     here = cells(folder)
-    columns = [('condition F1',2),('activity IoU',2),('f0 adherence',2),('recognised',2),('MKL',2),('FAD text',2)]
-    lines = ['| | split | '+' | '.join(m for m,_ in columns)+' |', '|---'*(len(columns)+2)+'|']
-    return '\n'.join(lines+[f'| {name} | {split} | '+' | '.join(show_cell(here.get((split,m,s)), d) for m,d in columns)+' |' for s,name in measured(here).items() for split in SPLITS.values()])
+    columns = [
+        ("condition F1", 2),
+        ("activity IoU", 2),
+        ("f0 adherence", 2),
+        ("recognised", 2),
+        ("MKL", 2),
+        ("FAD text", 2),
+    ]
+    lines = ["| | split | " + " | ".join(m for m, _ in columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    return "\n".join(
+        lines
+        + [
+            f"| {name} | {split} | " + " | ".join(show_cell(here.get((split, m, s)), d) for m, d in columns) + " |"
+            for s, name in measured(here).items()
+            for split in SPLITS.values()
+        ]
+    )
+
 
 def main():
     "Print the tables from stored results"
-    try: folder = stored()
-    except FoleyError as e: raise SystemExit(f'smooth-foley: error: {e}') from None
-    parts = (('Table I', paper_table(folder, TABLE_1)), ('Table II', paper_table(folder, TABLE_2)), ('Timing and pitch', timing_table(folder)), ('Physics', timing_table(folder, PHYSICS)), ('Turned films', films_results(folder)), ('Claims', claims_table(claims(folder))))
-    for title,text in parts: print(f'{title}\n\n{text}\n')
+    try:
+        folder = stored()
+    except FoleyError as e:
+        raise SystemExit(f"smooth-foley: error: {e}") from None
+    parts = (
+        ("Table I", paper_table(folder, TABLE_1)),
+        ("Table II", paper_table(folder, TABLE_2)),
+        ("Timing and pitch", timing_table(folder)),
+        ("Physics", timing_table(folder, PHYSICS)),
+        ("Turned films", films_results(folder)),
+        ("Claims", claims_table(claims(folder))),
+    )
+    for title, text in parts:
+        print(f"{title}\n\n{text}\n")
 
 
-if __name__=='__main__' and '__file__' in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    main()

@@ -19,24 +19,33 @@ from ..core import FoleyError, derive_seed, progress
 # %% ../../nbs/train/21_loop.ipynb #e432cc8a
 class Draw:
     "Random numbers of one step: drawn for the whole batch, of which this process keeps its part"
-    def __init__(self,
-        seed:int,          # Seed of the run
-        step:int,          # Which step
-        batch_size:int,    # Size of the global batch
-        part:slice=slice(None), # The part of the batch that this process works on
-        device='cpu',
-    ):
-        self.g = torch.Generator().manual_seed(derive_seed(seed, f'step {step}'))
-        self.n, self.part, self.device = batch_size, part, device
-    def normal(self, *shape)->Tensor: return torch.randn(self.n, *shape, generator=self.g)[self.part].to(self.device)
-    def uniform(self, *shape)->Tensor: return torch.rand(self.n, *shape, generator=self.g)[self.part].to(self.device)
-    def integers(self, high, *shape)->Tensor: return torch.randint(high, (self.n, *shape), generator=self.g)[self.part].to(self.device)
 
-def batch_indices(n:int, batch_size:int, step:int, seed:int)->np.ndarray: # `(batch_size,)`
+    def __init__(
+        self,
+        seed: int,  # Seed of the run
+        step: int,  # Which step
+        batch_size: int,  # Size of the global batch
+        part: slice = slice(None),  # The part of the batch that this process works on
+        device="cpu",
+    ):
+        self.g = torch.Generator().manual_seed(derive_seed(seed, f"step {step}"))
+        self.n, self.part, self.device = batch_size, part, device
+
+    def normal(self, *shape) -> Tensor:
+        return torch.randn(self.n, *shape, generator=self.g)[self.part].to(self.device)
+
+    def uniform(self, *shape) -> Tensor:
+        return torch.rand(self.n, *shape, generator=self.g)[self.part].to(self.device)
+
+    def integers(self, high, *shape) -> Tensor:
+        return torch.randint(high, (self.n, *shape), generator=self.g)[self.part].to(self.device)
+
+
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:  # `(batch_size,)`
     "Examples of step `step`: walk through a fresh permutation of `n` in every epoch"
-    pos = np.arange(step*batch_size, (step+1)*batch_size)
-    perm = {e: np.random.default_rng([derive_seed(seed, f'epoch {e}')]).permutation(n) for e in np.unique(pos//n)}
-    return np.array([perm[p//n][p%n] for p in pos])
+    pos = np.arange(step * batch_size, (step + 1) * batch_size)
+    perm = {e: np.random.default_rng([derive_seed(seed, f"epoch {e}")]).permutation(n) for e in np.unique(pos // n)}
+    return np.array([perm[p // n][p % n] for p in pos])
 
 # %% ../../nbs/train/21_loop.ipynb #329a3242
 class FrozenParts:
@@ -86,39 +95,52 @@ class Stage(nn.Module):
 @dataclass
 class TrainConfig:
     "How to run a stage; every field is an option of `smooth-foley train`"
-    max_train_steps:int=1000
-    train_batch_size:int=16            # Global: over all processes and accumulation steps
-    gradient_accumulation_steps:int=1
-    learning_rate:float=1e-3
-    lr_warmup_steps:int=100
-    lr_final:float=.02                 # Cosine decay to this share of the learning rate
-    weight_decay:float=1e-2
-    max_grad_norm:float=1.
-    ema_decay:float|tuple=.999         # 0 turns the moving average off; of several, the first makes the weights
-    mixed_precision:str='bf16'         # 'no', 'bf16', 'fp16'
-    seed:int=0
-    checkpointing_steps:int=500
-    log_steps:int=25
-    report_to:str=''                   # e.g. 'tensorboard', beside the CSV log
-    validation_steps:int=0             # Loss on held-out examples every so many steps; 0 is never
-    sample_steps:int=0                 # Sample sheets every so many steps; 0 is never
-    keep_checkpoints_at:tuple=()       # Checkpoints at these steps stay, with their averaged weights
 
-def lr_at(step, cfg)->float: # share of the learning rate
+    max_train_steps: int = 1000
+    train_batch_size: int = 16  # Global: over all processes and accumulation steps
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    lr_warmup_steps: int = 100
+    lr_final: float = 0.02  # Cosine decay to this share of the learning rate
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    ema_decay: float | tuple = 0.999  # 0 turns the moving average off; of several, the first makes the weights
+    mixed_precision: str = "bf16"  # 'no', 'bf16', 'fp16'
+    seed: int = 0
+    checkpointing_steps: int = 500
+    log_steps: int = 25
+    report_to: str = ""  # e.g. 'tensorboard', beside the CSV log
+    validation_steps: int = 0  # Loss on held-out examples every so many steps; 0 is never
+    sample_steps: int = 0  # Sample sheets every so many steps; 0 is never
+    keep_checkpoints_at: tuple = ()  # Checkpoints at these steps stay, with their averaged weights
+
+
+def lr_at(step, cfg) -> float:  # share of the learning rate
     "Linear warm-up, then a cosine"
-    if step<cfg.lr_warmup_steps: return (step+1)/cfg.lr_warmup_steps
-    x = (step-cfg.lr_warmup_steps)/max(cfg.max_train_steps-cfg.lr_warmup_steps,1)
-    return float(cfg.lr_final+(1-cfg.lr_final)*.5*(1+np.cos(np.pi*min(x,1.))))
+    if step < cfg.lr_warmup_steps:
+        return (step + 1) / cfg.lr_warmup_steps
+    x = (step - cfg.lr_warmup_steps) / max(cfg.max_train_steps - cfg.lr_warmup_steps, 1)
+    return float(cfg.lr_final + (1 - cfg.lr_final) * 0.5 * (1 + np.cos(np.pi * min(x, 1.0))))
 
-def cpu_name()->str:
+
+def cpu_name() -> str:
     "The processor's name, as far as the system tells it"
-    try: return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try:
+        return next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
-def hardware()->dict:
+
+def hardware() -> dict:
     "What a run ran on, for its record"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(device=gpu or cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version())
+    return dict(
+        device=gpu or cpu_name(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
 
 # %% ../../nbs/train/21_loop.ipynb #25852683
 _LEAST = dict(
@@ -171,8 +193,12 @@ def _check_tracker(name, where):
 
     there = [str(t) for t in get_available_trackers()]
     if name not in there:
-        known = f"choose from {', '.join(there)}" if there else "none is: install tensorboard, wandb or another one first"
-        raise FoleyError(f"{where}report_to is {name!r}, which is not installed here; {known}, or leave it out (log.csv is always written)")
+        known = (
+            f"choose from {', '.join(there)}" if there else "none is: install tensorboard, wandb or another one first"
+        )
+        raise FoleyError(
+            f"{where}report_to is {name!r}, which is not installed here; {known}, or leave it out (log.csv is always written)"
+        )
 
 # %% ../../nbs/train/21_loop.ipynb #4cf78d02
 LOG_FIELDS = ("step", "loss", "lr", "grad_norm", "seconds")
@@ -212,50 +238,65 @@ class CsvLog:
 # %% ../../nbs/train/21_loop.ipynb #6f2eeb27
 class Counter:
     "Step and time spent, saved with Accelerate's state"
-    def __init__(self): self.step, self.seconds = 0, 0.
-    def state_dict(self): return dict(step=self.step, seconds=self.seconds)
-    def load_state_dict(self, d): self.step, self.seconds = int(d['step']), float(d['seconds'])
 
-def _step_of(folder): return int(folder.name.split("-")[1])
+    def __init__(self):
+        self.step, self.seconds = 0, 0.0
 
-def _checkpoints(out): return sorted(Path(out).glob("checkpoint-*"), key=_step_of)
+    def state_dict(self):
+        return dict(step=self.step, seconds=self.seconds)
 
-def latest_checkpoint(out)->Path|None:
+    def load_state_dict(self, d):
+        self.step, self.seconds = int(d["step"]), float(d["seconds"])
+
+
+def _step_of(folder):
+    return int(folder.name.split("-")[1])
+
+
+def _checkpoints(out):
+    return sorted(Path(out).glob("checkpoint-*"), key=_step_of)
+
+
+def latest_checkpoint(out) -> Path | None:
     "The newest whole checkpoint under `out`"
     found = _checkpoints(out)
     return found[-1] if found else None
 
+
 def save_checkpoint(
     accelerator,
-    out,              # Folder of the stage
-    step:int,
-    keep:int=2,       # So many of the newest stay
-    keep_at:tuple=(), # And these
-)->None:
+    out,  # Folder of the stage
+    step: int,
+    keep: int = 2,  # So many of the newest stay
+    keep_at: tuple = (),  # And these
+) -> None:
     "Write state atomically, then forget the oldest"
-    tmp, final = Path(out)/f'.tmp-{step}', Path(out)/f'checkpoint-{step}'
+    tmp, final = Path(out) / f".tmp-{step}", Path(out) / f"checkpoint-{step}"
     accelerator.save_state(str(tmp))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if final.exists(): shutil.rmtree(final)
+        if final.exists():
+            shutil.rmtree(final)
         os.replace(tmp, final)
         for old in _checkpoints(out)[:-keep]:
-            if _step_of(old) not in keep_at: shutil.rmtree(old)
-        for junk in Path(out).glob('.tmp-*'): shutil.rmtree(junk)
+            if _step_of(old) not in keep_at:
+                shutil.rmtree(old)
+        for junk in Path(out).glob(".tmp-*"):
+            shutil.rmtree(junk)
     accelerator.wait_for_everyone()
 
 # %% ../../nbs/train/21_loop.ipynb #10983e30
 def train(
-    stage:nn.Module,       # `forward(batch, draw) -> scalar loss`; parameters that require gradients are trained
-    batch_of,              # `batch_of(indices) -> dict of tensors`: the examples of a batch
-    n_examples:int,        # How many examples there are
-    cfg:TrainConfig,
-    out,                   # Folder for checkpoints, log.csv, validation.csv and samples.csv
-    resume:bool=True,      # Go on from the newest checkpoint in `out`
-    stop_at:int=None,      # Stop early after this step, leaving a checkpoint
-    validate=None,         # `validate(stage, step) -> rows`, called every `cfg.validation_steps`
-    sample=None,           # `sample(stage, step) -> rows`, called every `cfg.sample_steps`
-)->nn.Module:              # The stage, with averaged weights if `ema_decay` > 0
+    stage: nn.Module,  # `forward(batch, draw) -> scalar loss`; parameters that require gradients are trained
+    batch_of,  # `batch_of(indices) -> dict of tensors`: the examples of a batch
+    n_examples: int,  # How many examples there are
+    cfg: TrainConfig,
+    out,  # Folder for checkpoints, log.csv, validation.csv and samples.csv
+    resume: bool = True,  # Go on from the newest checkpoint in `out`
+    stop_at: int = None,  # Stop early after this step, leaving a checkpoint
+    validate=None,  # `validate(stage, step) -> rows`, called every `cfg.validation_steps`
+    sample=None,  # `sample(stage, step) -> rows`, called every `cfg.sample_steps`
+) -> nn.Module:  # The stage, with averaged weights if `ema_decay` > 0
     "Train a stage; kill it when you like, and call it again"
     check_config(cfg)
     out = Path(out)
@@ -263,12 +304,14 @@ def train(
     acc = _accelerator(cfg, out)
     stage.place(acc.device) if isinstance(stage, Stage) else stage.to(acc.device)
     params = [p for p in stage.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, betas=(.9,.99))
+    opt = torch.optim.AdamW(params, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, betas=(0.9, 0.99))
     model, opt = acc.prepare(stage, opt)
     emas, count = _averages(params, cfg), Counter()
     acc.register_for_checkpointing(*emas, count)
-    if resume and (ck:=latest_checkpoint(out)): acc.load_state(str(ck))
-    if cfg.report_to: acc.init_trackers('smooth_foley', config={k:str(v) for k,v in asdict(cfg).items()})
+    if resume and (ck := latest_checkpoint(out)):
+        acc.load_state(str(ck))
+    if cfg.report_to:
+        acc.init_trackers("smooth_foley", config={k: str(v) for k, v in asdict(cfg).items()})
     watchers = _watchers(acc, out, count.step, cfg, validate, sample)
     last = min(stop_at or cfg.max_train_steps, cfg.max_train_steps)
     _run(acc, model, params, opt, emas, count, batch_of, n_examples, cfg, out, last, watchers)
@@ -387,25 +430,34 @@ def _means(name, rows):
 # %% ../../nbs/train/21_loop.ipynb #b6450c3d
 def _run(acc, model, params, opt, emas, count, batch_of, n, cfg, out, last, watchers):
     "From the counter's step to `last`"
-    log = CsvLog(out/'log.csv', count.step) if acc.is_main_process else (lambda **_: None)
+    log = CsvLog(out / "log.csv", count.step) if acc.is_main_process else (lambda **_: None)
     start, spent, losses = time.time(), count.seconds, []
-    for step in progress(range(count.step, last), desc=out.name, unit='step', total=last-count.step):
-        for gr in opt.param_groups: gr['lr'] = cfg.learning_rate*lr_at(step, cfg)
+    for step in progress(range(count.step, last), desc=out.name, unit="step", total=last - count.step):
+        for gr in opt.param_groups:
+            gr["lr"] = cfg.learning_rate * lr_at(step, cfg)
         loss, norm = _step(acc, model, params, opt, batch_of, n, cfg, step)
-        for ema in emas: ema.step(params)
+        for ema in emas:
+            ema.step(params)
         losses.append(acc.gather(loss.reshape(1)).mean().item())
-        count.step, count.seconds = step+1, spent+time.time()-start
-        if not np.isfinite(losses[-1]): raise FoleyError(f'{out.name}: the loss is {losses[-1]} at step {step+1}; lower learning_rate or use mixed_precision=no')
-        if count.step%cfg.log_steps==0 or count.step==last:
+        count.step, count.seconds = step + 1, spent + time.time() - start
+        if not np.isfinite(losses[-1]):
+            raise FoleyError(
+                f"{out.name}: the loss is {losses[-1]} at step {step + 1}; lower learning_rate or use mixed_precision=no"
+            )
+        if count.step % cfg.log_steps == 0 or count.step == last:
             row = _log_row(count, losses, norm, cfg)
             log(**row)
-            if cfg.report_to: acc.log(row, step=count.step)
+            if cfg.report_to:
+                acc.log(row, step=count.step)
             losses = []
         for w in watchers:
-            if w.due(count.step, cfg): _watch(acc, model, params, emas, w, count.step, cfg)
+            if w.due(count.step, cfg):
+                _watch(acc, model, params, emas, w, count.step, cfg)
         kept = count.step in cfg.keep_checkpoints_at
-        if kept: _save_averages(acc, model, params, emas, cfg, out, count.step)
-        if kept or count.step%cfg.checkpointing_steps==0 or count.step==last: save_checkpoint(acc, out, count.step, keep_at=cfg.keep_checkpoints_at)
+        if kept:
+            _save_averages(acc, model, params, emas, cfg, out, count.step)
+        if kept or count.step % cfg.checkpointing_steps == 0 or count.step == last:
+            save_checkpoint(acc, out, count.step, keep_at=cfg.keep_checkpoints_at)
 
 # %% ../../nbs/train/21_loop.ipynb #ac3aa2cb
 def _step(acc, model, params, opt, batch_of, n, cfg, step):

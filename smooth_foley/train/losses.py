@@ -14,68 +14,86 @@ from ..backbone import v_target
 
 # %% ../../nbs/train/20_losses.ipynb #e82849c3
 def diffusion_target(
-    z0:Tensor,           # Clean latents, `(b, c, h, w)`
-    eps:Tensor,          # Standard normal noise, same shape
-    t:Tensor,            # Timesteps, `(b,)`, integers
-    acp:Tensor,          # `alphas_cumprod`, `(n_timesteps,)`
-    prediction_type='v_prediction', # Or 'epsilon'
-)->Tensor:               # Same shape
+    z0: Tensor,  # Clean latents, `(b, c, h, w)`
+    eps: Tensor,  # Standard normal noise, same shape
+    t: Tensor,  # Timesteps, `(b,)`, integers
+    acp: Tensor,  # `alphas_cumprod`, `(n_timesteps,)`
+    prediction_type="v_prediction",  # Or 'epsilon'
+) -> Tensor:  # Same shape
     "What the network should answer: the noise, or `v`"
-    if prediction_type=='epsilon': return eps
-    if prediction_type!='v_prediction': raise FoleyError(f"prediction_type: 'epsilon' or 'v_prediction', got {prediction_type!r}")
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type != "v_prediction":
+        raise FoleyError(f"prediction_type: 'epsilon' or 'v_prediction', got {prediction_type!r}")
     return v_target(z0, eps, t, acp)
 
-def diffusion_loss(pred:Tensor, target:Tensor, weight:Tensor=None)->Tensor: # scalar
+
+def diffusion_loss(pred: Tensor, target: Tensor, weight: Tensor = None) -> Tensor:  # scalar
     "Mean squared error over everything but the batch, optionally weighted per sample"
-    per = (pred.float()-target.float()).pow(2).mean(dim=(1,2,3))
-    return per.mean() if weight is None else (per*weight).mean()
+    per = (pred.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
+    return per.mean() if weight is None else (per * weight).mean()
 
 # %% ../../nbs/train/20_losses.ipynb #e419caaf
 def vae_loss(
-    recon:Tensor, image:Tensor, # `(b, c, h, w)` in [-1, 1]
-    mean:Tensor, logvar:Tensor, # Posterior, `(b, z, h', w')`
-    kl_weight:float=1e-5,
-)->Tensor: # scalar
+    recon: Tensor,
+    image: Tensor,  # `(b, c, h, w)` in [-1, 1]
+    mean: Tensor,
+    logvar: Tensor,  # Posterior, `(b, z, h', w')`
+    kl_weight: float = 1e-5,
+) -> Tensor:  # scalar
     "Absolute error and a faint KL to N(0, 1)"
-    kl = .5*(mean.float().pow(2)+logvar.float().exp()-1-logvar.float()).sum(dim=(1,2,3)).mean()/image[0].numel()
-    return (recon.float()-image.float()).abs().mean() + kl_weight*1e3*kl
+    kl = (
+        0.5
+        * (mean.float().pow(2) + logvar.float().exp() - 1 - logvar.float()).sum(dim=(1, 2, 3)).mean()
+        / image[0].numel()
+    )
+    return (recon.float() - image.float()).abs().mean() + kl_weight * 1e3 * kl
 
 # %% ../../nbs/train/20_losses.ipynb #efc6b5e3
-def stft_magnitude(x:Tensor, n_fft:int)->Tensor: # `(b, n_fft//2+1, frames)`
+def stft_magnitude(x: Tensor, n_fft: int) -> Tensor:  # `(b, n_fft//2+1, frames)`
     "Magnitude spectrogram with a quarter-window hop"
-    s = torch.stft(x, n_fft, n_fft//4, window=torch.hann_window(n_fft, device=x.device), return_complex=True)
-    return (s.real.pow(2)+s.imag.pow(2)+1e-9).sqrt()
+    s = torch.stft(x, n_fft, n_fft // 4, window=torch.hann_window(n_fft, device=x.device), return_complex=True)
+    return (s.real.pow(2) + s.imag.pow(2) + 1e-9).sqrt()
+
 
 def multi_resolution_stft_loss(
-    fake:Tensor, real:Tensor, # Waveforms, `(b, n)`
-    n_ffts:tuple=(256,512,1024,2048),
-)->Tensor: # scalar
+    fake: Tensor,
+    real: Tensor,  # Waveforms, `(b, n)`
+    n_ffts: tuple = (256, 512, 1024, 2048),
+) -> Tensor:  # scalar
     "Spectral convergence plus log-magnitude distance, averaged over resolutions (Parallel WaveGAN's generator loss)"
-    loss = 0.
+    loss = 0.0
     for n in n_ffts:
         f, r = stft_magnitude(fake.float(), n), stft_magnitude(real.float(), n)
-        loss = loss + (f-r).norm()/r.norm().clamp(min=1e-3) + (f.clamp(min=1e-4).log()-r.clamp(min=1e-4).log()).abs().mean()
-    return loss/len(n_ffts)
+        loss = (
+            loss
+            + (f - r).norm() / r.norm().clamp(min=1e-3)
+            + (f.clamp(min=1e-4).log() - r.clamp(min=1e-4).log()).abs().mean()
+        )
+    return loss / len(n_ffts)
 
 # %% ../../nbs/train/20_losses.ipynb #ab35a56f
 def sigmoid_pair_loss(
-    frame_emb:Tensor,  # `(n, d)`
-    text_emb:Tensor,   # `(m, d)`
-    true:Tensor,       # `(n, m)` bool: is this caption true of this frame?
-    scale:Tensor, bias:Tensor, # Learned, scalars
-    known:Tensor=None, # `(n, m)` bool: pairs that count; all if None
-)->Tensor:             # scalar
+    frame_emb: Tensor,  # `(n, d)`
+    text_emb: Tensor,  # `(m, d)`
+    true: Tensor,  # `(n, m)` bool: is this caption true of this frame?
+    scale: Tensor,
+    bias: Tensor,  # Learned, scalars
+    known: Tensor = None,  # `(n, m)` bool: pairs that count; all if None
+) -> Tensor:  # scalar
     "Every frame-caption pair is a yes-no question"
-    logits = scale.exp()*F.normalize(frame_emb.float(),dim=-1)@F.normalize(text_emb.float(),dim=-1).T + bias
-    weight = torch.where(true, .5/true.float().mean().clamp(min=1e-3), .5/(~true).float().mean().clamp(min=1e-3))
-    if known is not None: weight = weight*known
+    logits = scale.exp() * F.normalize(frame_emb.float(), dim=-1) @ F.normalize(text_emb.float(), dim=-1).T + bias
+    weight = torch.where(true, 0.5 / true.float().mean().clamp(min=1e-3), 0.5 / (~true).float().mean().clamp(min=1e-3))
+    if known is not None:
+        weight = weight * known
     return F.binary_cross_entropy_with_logits(logits, true.float(), weight=weight)
 
 # %% ../../nbs/train/20_losses.ipynb #09a91b46
 def projection_loss(
-    cosine:Tensor,     # Similarity, `(b, n_frames)`, in [-1, 1]
-    sounding:Tensor,   # Truth, `(b, n_frames)` bool
-    threshold:float=.5, sharpness:float=12.,
-)->Tensor:             # scalar
+    cosine: Tensor,  # Similarity, `(b, n_frames)`, in [-1, 1]
+    sounding: Tensor,  # Truth, `(b, n_frames)` bool
+    threshold: float = 0.5,
+    sharpness: float = 12.0,
+) -> Tensor:  # scalar
     "Frame-level cross-entropy around the threshold"
-    return F.binary_cross_entropy_with_logits(sharpness*(cosine.float()-threshold), sounding.float())
+    return F.binary_cross_entropy_with_logits(sharpness * (cosine.float() - threshold), sounding.float())

@@ -29,44 +29,100 @@ from ..media import clip_resize, write_wav
 from ..mel import MelTransform
 from ..clip import FrameEncoder, build_tokenizer, mini_clip_cfg
 from ..vocoder import PhaseVocoder, make_vocoder, strip_weight_norm, vocode
-from ..backbone import (PatchAutoencoder, decode_latents, make_unet, make_text_encoder, make_scheduler, alphas_cumprod, add_noise, encode_latents, noise_like, set_latent_stats, tokenize_prompt,
-    UNet2DConditionModel, CLIPTextModel, CLIPTokenizer)
-from .losses import multi_resolution_stft_loss, stft_magnitude, sigmoid_pair_loss, projection_loss, diffusion_target, diffusion_loss
-from .loop import Draw, FrozenParts, Stage, TrainConfig, train, latest_checkpoint, hardware, check_config
+from smooth_foley.backbone import (
+    PatchAutoencoder,
+    decode_latents,
+    make_unet,
+    make_text_encoder,
+    make_scheduler,
+    alphas_cumprod,
+    add_noise,
+    encode_latents,
+    noise_like,
+    set_latent_stats,
+    tokenize_prompt,
+    UNet2DConditionModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+from smooth_foley.train.losses import (
+    multi_resolution_stft_loss,
+    stft_magnitude,
+    sigmoid_pair_loss,
+    projection_loss,
+    diffusion_target,
+    diffusion_loss,
+)
+from smooth_foley.train.loop import (
+    Draw,
+    FrozenParts,
+    Stage,
+    TrainConfig,
+    train,
+    latest_checkpoint,
+    hardware,
+    check_config,
+)
 
 # %% ../../nbs/train/22_recipes.ipynb #c04f9f8d
-def _stages()->dict:
+def _stages() -> dict:
     "The trained stages and how"
     T = TrainConfig
     return dict(
-        clip=T(max_train_steps=1200, train_batch_size=128, learning_rate=1e-3, weight_decay=.05),
-        vae=T(max_train_steps=1500, train_batch_size=8, learning_rate=6e-4, ema_decay=.998),
-        vocoder=T(max_train_steps=1600, train_batch_size=8, learning_rate=1e-3, ema_decay=.998, mixed_precision='no'),
-        base=T(max_train_steps=4000, train_batch_size=16, learning_rate=1e-3, lr_warmup_steps=200, ema_decay=.999, mixed_precision='no', checkpointing_steps=500),
-        projection=T(max_train_steps=1000, train_batch_size=32, learning_rate=2e-3, weight_decay=0., ema_decay=.99, mixed_precision='no'),
-        temporal_adapter=T(max_train_steps=700, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'),
-        frame_adapter=T(max_train_steps=1000, train_batch_size=16, learning_rate=8e-4, ema_decay=.998, mixed_precision='no'))
+        clip=T(max_train_steps=1200, train_batch_size=128, learning_rate=1e-3, weight_decay=0.05),
+        vae=T(max_train_steps=1500, train_batch_size=8, learning_rate=6e-4, ema_decay=0.998),
+        vocoder=T(max_train_steps=1600, train_batch_size=8, learning_rate=1e-3, ema_decay=0.998, mixed_precision="no"),
+        base=T(
+            max_train_steps=4000,
+            train_batch_size=16,
+            learning_rate=1e-3,
+            lr_warmup_steps=200,
+            ema_decay=0.999,
+            mixed_precision="no",
+            checkpointing_steps=500,
+        ),
+        projection=T(
+            max_train_steps=1000,
+            train_batch_size=32,
+            learning_rate=2e-3,
+            weight_decay=0.0,
+            ema_decay=0.99,
+            mixed_precision="no",
+        ),
+        temporal_adapter=T(
+            max_train_steps=700, train_batch_size=16, learning_rate=8e-4, ema_decay=0.998, mixed_precision="no"
+        ),
+        frame_adapter=T(
+            max_train_steps=1000, train_batch_size=16, learning_rate=8e-4, ema_decay=0.998, mixed_precision="no"
+        ),
+    )
+
 
 @dataclass
 class Recipe:
     "All that decides what `mini` becomes"
-    n_scenes:int=12000         # Scenes whose sound trains the autoencoder, vocoder and base
-    n_picture_scenes:int=6000  # Scenes whose pictures train CLIP
-    n_pictures:int=8           # Pictures of each of them
-    latent_channels:int=16     # Principal components of each patch
-    focus:float=.5             # Share of noise levels drawn near a signal-to-noise ratio of 1; the others are uniform
-    n_feature_scenes:int=2500  # Of these scenes all frames are encoded, for the adapters
-    first_seed:int=0           # Train range of Passby
-    seed:int=0
-    fps:float=15.
-    frame_position:str='residual' # 'none' is the paper's Eq. 2; 'sinusoidal', 'window' and 'residual' know when a frame was seen
-    frame_motion:bool=True     # Append to each frame's embedding how fast it changes
-    frame_wise:bool=True       # Every frame for itself; False trains the clip-wise adapter of FoleyCrafter and of "w/o frame-wise"
-    vocoder:str='phase'        # 'phase' plays by rule, 'hifigan' trains a small HiFi-GAN
-    guidance_scale:float=2.    # Defaults of the assembled pipeline, chosen on val seeds
-    frame_scale:float=1.
-    temporal_scale:float=1.
-    stages:dict=field(default_factory=_stages)
+
+    n_scenes: int = 12000  # Scenes whose sound trains the autoencoder, vocoder and base
+    n_picture_scenes: int = 6000  # Scenes whose pictures train CLIP
+    n_pictures: int = 8  # Pictures of each of them
+    latent_channels: int = 16  # Principal components of each patch
+    focus: float = 0.5  # Share of noise levels drawn near a signal-to-noise ratio of 1; the others are uniform
+    n_feature_scenes: int = 2500  # Of these scenes all frames are encoded, for the adapters
+    first_seed: int = 0  # Train range of Passby
+    seed: int = 0
+    fps: float = 15.0
+    frame_position: str = (
+        "residual"  # 'none' is the paper's Eq. 2; 'sinusoidal', 'window' and 'residual' know when a frame was seen
+    )
+    frame_motion: bool = True  # Append to each frame's embedding how fast it changes
+    frame_wise: bool = (
+        True  # Every frame for itself; False trains the clip-wise adapter of FoleyCrafter and of "w/o frame-wise"
+    )
+    vocoder: str = "phase"  # 'phase' plays by rule, 'hifigan' trains a small HiFi-GAN
+    guidance_scale: float = 2.0  # Defaults of the assembled pipeline, chosen on val seeds
+    frame_scale: float = 1.0
+    temporal_scale: float = 1.0
+    stages: dict = field(default_factory=_stages)
 
 # %% ../../nbs/train/22_recipes.ipynb #5082a9df
 POSITIONS = ("none", "sinusoidal", "window", "residual")
@@ -84,7 +140,9 @@ def check_recipe(r: Recipe) -> None:
         )
     last = r.first_seed + max(r.n_scenes, r.n_picture_scenes)
     if not 0 <= r.first_seed <= last <= VAL_SEED:
-        raise FoleyError(f"first_seed is {r.first_seed}: all scenes must have training seeds, from 0 to below {VAL_SEED}")
+        raise FoleyError(
+            f"first_seed is {r.first_seed}: all scenes must have training seeds, from 0 to below {VAL_SEED}"
+        )
     if not 1 <= r.latent_channels <= 256:
         raise FoleyError(f"latent_channels is {r.latent_channels}: a patch has 256 components; give 1 to 256")
     if not 0 <= r.focus <= 1:
@@ -126,7 +184,9 @@ def recipe_with(
     of_stage = {f.name for f in fields(TrainConfig)}
     for name in set(given) - of_recipe - of_stage:
         near = suggest(name, of_recipe | of_stage)
-        raise FoleyError(f"{name}: no such option; {'did you mean ' + ' or '.join(near) + '?' if near else 'see smooth-foley train --help'}")
+        raise FoleyError(
+            f"{name}: no such option; {'did you mean ' + ' or '.join(near) + '?' if near else 'see smooth-foley train --help'}"
+        )
     r = replace(Recipe(), **_completed({k: v for k, v in given.items() if k in of_recipe}))
     change = {k: v for k, v in given.items() if k in of_stage}
     r.stages = {k: _changed(c, change, max_steps) if k in stages else c for k, c in r.stages.items()}
@@ -153,64 +213,92 @@ def _changed(cfg, change, max_steps):
     if "lr_warmup_steps" not in change:
         return replace(cfg, lr_warmup_steps=min(cfg.lr_warmup_steps, cfg.max_train_steps))
     if cfg.lr_warmup_steps > cfg.max_train_steps:
-        raise FoleyError(f"lr_warmup_steps is {cfg.lr_warmup_steps} and max_train_steps {cfg.max_train_steps}: give fewer steps of warm-up")
+        raise FoleyError(
+            f"lr_warmup_steps is {cfg.lr_warmup_steps} and max_train_steps {cfg.max_train_steps}: give fewer steps of warm-up"
+        )
     return cfg
 
 # %% ../../nbs/train/22_recipes.ipynb #a26ab368
-def sound_captions(label:str, dials)->tuple: # of texts
+def sound_captions(label: str, dials) -> tuple:  # of texts
     "Texts that describe a sound"
-    lo,hi = passby.SOURCES[label].f0 or (0,0)
-    if not hi: return (label,)
-    return (label, f"{'low' if dials.f0<(lo+hi)/2 else 'high'}-pitched {label}")
+    lo, hi = passby.SOURCES[label].f0 or (0, 0)
+    if not hi:
+        return (label,)
+    return (label, f"{'low' if dials.f0 < (lo + hi) / 2 else 'high'}-pitched {label}")
 
-PLACES = ('something far away','something close','something on the left','something on the right','nothing to see','something tiny','something huge')
-PICTURE_CAPTIONS = passby.LABELS + tuple(f'silent {l}' for l in passby.LABELS) + PLACES
 
-def picture_truth(s:passby.Scene, k:int)->tuple: # true, known: `(35,)` bool each
+PLACES = (
+    "something far away",
+    "something close",
+    "something on the left",
+    "something on the right",
+    "nothing to see",
+    "something tiny",
+    "something huge",
+)
+PICTURE_CAPTIONS = passby.LABELS + tuple(f"silent {l}" for l in passby.LABELS) + PLACES
+
+
+def picture_truth(s: passby.Scene, k: int) -> tuple:  # true, known: `(35,)` bool each
     "Which picture captions hold at index `k` of the scene's timeline"
-    t, n = {a:b[k] for a,b in s.truth.items()}, len(passby.LABELS)
-    true, known = np.zeros(len(PICTURE_CAPTIONS),bool), np.ones(len(PICTURE_CAPTIONS),bool)
+    t, n = {a: b[k] for a, b in s.truth.items()}, len(passby.LABELS)
+    true, known = np.zeros(len(PICTURE_CAPTIONS), bool), np.ones(len(PICTURE_CAPTIONS), bool)
     i, size = passby.LABELS.index(s.label), s.frames.shape[1]
-    alike = s.label in s.dials.distractors          # a silent one of the same kind stands around
-    for o in s.dials.distractors: known[[passby.LABELS.index(o), n+passby.LABELS.index(o)]] = False
-    if t['visible']:
-        true[i], true[n+i], known[i] = True, not t['emitting'], True
-        known[n+i] = not (alike and t['emitting'])
-        true[2*n:2*n+4] = t['width']<.08*size, t['width']>.22*size, t['u']<.38*size, t['u']>.62*size
-        true[2*n+5:] = t['width']<.03*size, t['width']>.45*size
-    else: true[2*n+4] = not s.dials.distractors
+    alike = s.label in s.dials.distractors  # a silent one of the same kind stands around
+    for o in s.dials.distractors:
+        known[[passby.LABELS.index(o), n + passby.LABELS.index(o)]] = False
+    if t["visible"]:
+        true[i], true[n + i], known[i] = True, not t["emitting"], True
+        known[n + i] = not (alike and t["emitting"])
+        true[2 * n : 2 * n + 4] = (
+            t["width"] < 0.08 * size,
+            t["width"] > 0.22 * size,
+            t["u"] < 0.38 * size,
+            t["u"] > 0.62 * size,
+        )
+        true[2 * n + 5 :] = t["width"] < 0.03 * size, t["width"] > 0.45 * size
+    else:
+        true[2 * n + 4] = not s.dials.distractors
     return true, known
 
 # %% ../../nbs/train/22_recipes.ipynb #f7da290c
-def is_main()->bool: # True on the first process, or the only one
+def is_main() -> bool:  # True on the first process, or the only one
     "Does this process write what all share?"
-    return os.environ.get('RANK','0')=='0'
+    return os.environ.get("RANK", "0") == "0"
+
 
 def wait_for_all():
     "Let every process of a launch come this far"
-    if int(os.environ.get('WORLD_SIZE','1'))>1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
+
         PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+
 
 def save(model, folder):
     "Save a trained part, once"
-    if is_main(): model.eval().save_pretrained(folder)
+    if is_main():
+        model.eval().save_pretrained(folder)
 
 # %% ../../nbs/train/22_recipes.ipynb #d137b12c
-CHUNK = 50   # Scenes rendered between two flags
+CHUNK = 50  # Scenes rendered between two flags
 
-def scene_of(i:int, r:Recipe, **kw)->passby.Scene:
+
+def scene_of(i: int, r: Recipe, **kw) -> passby.Scene:
     "Training scene number `i`"
-    return passby.scene(r.first_seed+i, 'passby_continuous' if i%2 else 'passby', **kw)
+    return passby.scene(r.first_seed + i, "passby_continuous" if i % 2 else "passby", **kw)
+
 
 def _open_array(path, dtype, shape, mode):
     "One memory-mapped array: read, or made where it is missing"
     how = "r" if mode == "r" else "r+" if path.exists() else "w+"
     return np.lib.format.open_memmap(path, how, dtype=dtype, shape=shape)
 
+
 def _open_arrays(folder, spec, mode):
     "Name -> memory-mapped array"
     return {name: _open_array(Path(folder) / f"{name}.npy", *kind, mode) for name, kind in spec.items()}
+
 
 def cache_arrays(folder, r: Recipe, mode="r") -> dict:
     "The memory-mapped arrays of the scenes' sound"
@@ -226,33 +314,44 @@ def cache_arrays(folder, r: Recipe, mode="r") -> dict:
         spec["audio"] = ("int16", (n, 163840))
     return _open_arrays(folder, spec, mode)
 
-def render_chunk(j:int, folder, r:Recipe):
+
+def render_chunk(j: int, folder, r: Recipe):
     "Render scenes `j*CHUNK ...` into the cache"
     torch.set_num_threads(1)
-    a, mel = cache_arrays(folder, r, 'w'), MelTransform.mini()
-    for i in range(j*CHUNK, min((j+1)*CHUNK, r.n_scenes)):
+    a, mel = cache_arrays(folder, r, "w"), MelTransform.mini()
+    for i in range(j * CHUNK, min((j + 1) * CHUNK, r.n_scenes)):
         s = scene_of(i, r, frames=False)
-        if 'audio' in a: a['audio'][i] = np.round(s.audio*32768)
-        a['mel'][i] = mel.log_mel(torch.from_numpy(s.audio)[None])[0].numpy()
-        a['sounding'][i] = s.truth['sounding'][:1024]
-        a['label'][i] = passby.LABELS.index(s.label)
-        a['high'][i] = sound_captions(s.label, s.dials)[-1].startswith('high')
-    for v in a.values(): v.flush()
-    a['done'][j] = True; a['done'].flush()
+        if "audio" in a:
+            a["audio"][i] = np.round(s.audio * 32768)
+        a["mel"][i] = mel.log_mel(torch.from_numpy(s.audio)[None])[0].numpy()
+        a["sounding"][i] = s.truth["sounding"][:1024]
+        a["label"][i] = passby.LABELS.index(s.label)
+        a["high"][i] = sound_captions(s.label, s.dials)[-1].startswith("high")
+    for v in a.values():
+        v.flush()
+    a["done"][j] = True
+    a["done"].flush()
+
 
 def _pool(fn, todo, desc, workers=None):
     "Run `fn` over `todo` on all cores, or in so many processes"
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context('spawn'), initializer=die_with_parent) as ex:
-        for _ in progress(ex.map(fn, todo), desc=desc, unit='chunk', total=len(todo)): pass
+
+    with ProcessPoolExecutor(
+        workers or os.cpu_count(), mp_context=get_context("spawn"), initializer=die_with_parent
+    ) as ex:
+        for _ in progress(ex.map(fn, todo), desc=desc, unit="chunk", total=len(todo)):
+            pass
 
 # %% ../../nbs/train/22_recipes.ipynb #pictures05
-def scenes_stage(folder, r:Recipe):
+def scenes_stage(folder, r: Recipe):
     "Render what is not yet rendered"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    todo = [int(j) for j in np.where(~cache_arrays(folder, r, 'w')['done'])[0]]
-    if todo: _pool(partial(render_chunk, folder=folder, r=r), todo, 'scenes')
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [int(j) for j in np.where(~cache_arrays(folder, r, "w")["done"])[0]]
+    if todo:
+        _pool(partial(render_chunk, folder=folder, r=r), todo, "scenes")
 
 # %% ../../nbs/train/22_recipes.ipynb #pictures00
 def picture_arrays(folder, r: Recipe, mode="r") -> dict:
@@ -330,6 +429,7 @@ def picture_chunk(j: int, folder, r: Recipe):
     arrays["pictures_done"][j] = True
     arrays["pictures_done"].flush()
 
+
 def pictures_stage(folder, r: Recipe):
     "Render what is not yet rendered"
     todo = [int(j) for j in np.where(~picture_arrays(folder, r, "w")["pictures_done"])[0]]
@@ -362,16 +462,23 @@ class ClipStage(Stage):
         true, known = batch["true"][rows, pick], batch["known"][rows, pick]
         return sigmoid_pair_loss(img, txt, true, self.model.logit_scale, self.bias, known=known)
 
-def make_mini_clip(seed:int=0)->FrameEncoder: # random weights
+
+def make_mini_clip(seed: int = 0) -> FrameEncoder:  # random weights
     "The small CLIP of `mini` and its tokenizer"
     torch.manual_seed(seed)
-    texts = [*PICTURE_CAPTIONS, *(f'{p}-pitched {l}' for p in ('low','high') for l in passby.LABELS)]
+    texts = [*PICTURE_CAPTIONS, *(f"{p}-pitched {l}" for p in ("low", "high") for l in passby.LABELS)]
     tok = build_tokenizer(texts, 768)
-    return FrameEncoder.from_config(mini_clip_cfg(len(tok), embed_dim=96, width=96, layers=4, text_width=64), dict(mean=[.5]*3, std=[.25]*3), tok)
+    return FrameEncoder.from_config(
+        mini_clip_cfg(len(tok), embed_dim=96, width=96, layers=4, text_width=64),
+        dict(mean=[0.5] * 3, std=[0.25] * 3),
+        tok,
+    )
+
 
 def picture_rows(arrays):
     "`batch_of` for CLIP"
     return lambda idx: {k: torch.from_numpy(arrays[k][np.sort(idx)]) for k in ("pictures", "true", "known")}
+
 
 def clip_stage(out, cache, r: Recipe, cfg, runs, val):
     "Train the small CLIP"
@@ -397,9 +504,11 @@ class VaeStage(Stage):
         image = batch["image"]
         return (self.vae(image).sample.float() - image).abs().mean()
 
-def mel_rows(a, mel, idx)->Tensor: # `(b, C, h, w)`
+
+def mel_rows(a, mel, idx) -> Tensor:  # `(b, C, h, w)`
     "Cached log-mels as images"
-    return mel.to_image(torch.from_numpy(np.stack([a['mel'][i] for i in idx])).float())
+    return mel.to_image(torch.from_numpy(np.stack([a["mel"][i] for i in idx])).float())
+
 
 def components_stage(out, cache, r: Recipe):
     "Fit the principal components on scenes spread over the training set"
@@ -408,6 +517,7 @@ def components_stage(out, cache, r: Recipe):
     some = np.linspace(0, r.n_scenes - 1, min(512, r.n_scenes)).astype(int)
     vae = PatchAutoencoder(latent_channels=r.latent_channels).fit(mel_rows(arrays, mel, some))
     save(vae, out / "weights")
+
 
 def vae_stage(out, cache, r: Recipe, cfg, runs, val):
     "Train the decoder's correction"
@@ -433,12 +543,14 @@ class VocoderStage(Stage):
         inner = slice(640, -640)  # edges lack context that a whole clip has
         return multi_resolution_stft_loss(fake[:, inner], real[:, inner])
 
+
 def _stretch(x, start, n):
     "`n` values of the last dimension from each sample's own `start`"
     at = start[:, None] + torch.arange(n, device=x.device)
     if x.dim() == 3:
         at = at[:, None].expand(-1, x.shape[1], -1)
     return x.gather(-1, at)
+
 
 def vocoder_rows(arrays):
     "`batch_of` for the vocoder: log-mels and waveforms"
@@ -450,6 +562,7 @@ def vocoder_rows(arrays):
 
     return rows
 
+
 def vocoder_stage(out, cache, r: Recipe, cfg, runs, val):
     "Train the vocoder"
     torch.manual_seed(r.seed)
@@ -459,13 +572,15 @@ def vocoder_stage(out, cache, r: Recipe, cfg, runs, val):
     save(strip_weight_norm(voc), out / "weights")
 
 # %% ../../nbs/train/22_recipes.ipynb #300b6c84
-def caption_ids(a, idx, draw_long)->list:
+def caption_ids(a, idx, draw_long) -> list:
     "Captions of cached scenes; `draw_long` says whose is the longer one"
     out = []
-    for i,long in zip(idx, draw_long):
-        label = passby.LABELS[a['label'][i]]; tonal = passby.SOURCES[label].f0 is not None
+    for i, long in zip(idx, draw_long):
+        label = passby.LABELS[a["label"][i]]
+        tonal = passby.SOURCES[label].f0 is not None
         out.append(f"{'high' if a['high'][i] else 'low'}-pitched {label}" if long and tonal else label)
     return out
+
 
 def noise_levels(
     draw: Draw,  # Random numbers of this step
@@ -477,6 +592,7 @@ def noise_levels(
     wanted = 2.0 * draw.normal()
     near = torch.searchsorted(-log_snr.to(wanted), -wanted).clamp(max=len(acp) - 1)
     return torch.where(draw.uniform() < focus, near, draw.integers(len(acp)))
+
 
 class DiffusionStage(Stage):
     "Eq. 3 for the base and for both adapters; what is not `self.trained` is frozen and not saved"
@@ -532,6 +648,7 @@ def accelerator() -> str:
     "Where frozen networks encode: a GPU if there is one"
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+
 def encode_mels(runs, arrays, n: int) -> Tensor:  # `(n, c, 8, 64)` float16, on the CPU
     "Latents of cached mels"
     mel = MelTransform.mini()
@@ -539,6 +656,7 @@ def encode_mels(runs, arrays, n: int) -> Tensor:  # `(n, c, 8, 64)` float16, on 
     groups = [range(i, min(i + 16, n)) for i in range(0, n, 16)]
     encoded = progress(groups, desc="latents", unit="batch")
     return torch.cat([encode_latents(vae, mel_rows(arrays, mel, g)).half().cpu() for g in encoded])
+
 
 def latents_cache(runs, cache, r: Recipe) -> np.ndarray:  # `(n, c, 8, 64)` float16
     "Encode every cached mel once"
@@ -549,6 +667,7 @@ def latents_cache(runs, cache, r: Recipe) -> np.ndarray:  # `(n, c, 8, 64)` floa
             np.save(tmp, z.numpy())
     wait_for_all()
     return np.load(path)
+
 
 def base_rows(arrays, z, tokenizer, text_encoder):
     "`batch_of` for every diffusion stage: latents and both captions"
@@ -563,6 +682,7 @@ def base_rows(arrays, z, tokenizer, text_encoder):
         return dict(z=latents, ids=short[i], ids_long=long[i], sounding=sounding, index=index)
 
     return rows
+
 
 def base_stage(out, cache, r: Recipe, cfg, runs, val):
     "Train the text-to-audio base"
@@ -591,6 +711,7 @@ def feature_arrays(folder, r: Recipe, dim=96, mode="r") -> dict:
     )
     return _open_arrays(folder, spec, mode)
 
+
 def encode_chunk(j: int, folder, clip, r: Recipe):
     "Render and encode the frames of scenes `j*CHUNK ...`"
     torch.set_num_threads(1)
@@ -604,6 +725,7 @@ def encode_chunk(j: int, folder, clip, r: Recipe):
     a["frame_sounding"].flush()
     a["frames_done"][j] = True
     a["frames_done"].flush()
+
 
 def features_stage(folder, clip, r: Recipe):
     "Encode what is not yet encoded; on a GPU a few processes share it"
@@ -628,6 +750,7 @@ class ProjectionStage(Stage):
         silent = torch.zeros_like(batch["sounding"])
         return projection_loss(own, batch["sounding"]) + 0.3 * projection_loss(wrong, silent)
 
+
 def projection_rows(arrays, features):
     "`batch_of` for the label projection: frame embeddings, when it sounds, the label"
 
@@ -639,9 +762,11 @@ def projection_rows(arrays, features):
 
     return rows
 
+
 def projection_stage(out, cache, r: Recipe, cfg, runs, val):
     "Train the label-frame projection"
     from smooth_foley.temporal_condition import LabelProjection
+
     enc = FrameEncoder.from_pretrained(runs / "clip" / "weights").eval()
     proj = LabelProjection(enc.config.embed_dim)
     rows = projection_rows(cache_arrays(cache, r), feature_arrays(cache, r))
@@ -659,6 +784,7 @@ class TemporalStage(DiffusionStage):
         down, mid = self.part("controlnet")(zt, t, ctx, controlnet_cond=cond, return_dict=False)
         steered = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
         return self.part("unet")(zt, t, ctx, **steered).sample
+
 
 class FrameStage(DiffusionStage):
     "Only projection, W_k and W_v of the frame adapter train (Sec. II-B)"
@@ -695,18 +821,21 @@ def load_base(runs) -> dict:
     unet = UNet2DConditionModel.from_pretrained(w / "unet").to(memory_format=torch.channels_last)
     return dict(unet=unet, text_encoder=CLIPTextModel.from_pretrained(w / "text_encoder"))
 
+
 def temporal_stage(out, cache, r: Recipe, cfg, runs, val):
     "Train the temporal adapter"
     from smooth_foley.temporal_adapter import make_temporal_adapter
+
     torch.manual_seed(r.seed)
     base, mel = load_base(runs), MelTransform.mini()
-    tok, z = CLIPTokenizer.from_pretrained(runs / "base" / "weights" / "tokenizer"), np.load(runs / "latents.npy")
+    tok, z = CLIPTokenizer.from_pretrained(runs / "base" / "weights" / "tokenizer"), latents_cache(runs, cache, r)
     net = make_temporal_adapter(base["unet"], mel.config.fold**2, (8, 16, 32))
     net = net.to(memory_format=torch.channels_last).train()
     stage = TemporalStage(dict(controlnet=net), dict(base, mel=mel), tok, make_scheduler())
     rows = lambda arrays, z: base_rows(arrays, z, tok, base["text_encoder"])
     train(stage, rows(cache_arrays(cache, r), z), len(z), cfg, out, **diffusion_looks(out, cfg, val, rows))
     save(net, out / "weights")
+
 
 def frame_rows(rows, features, fps):
     "`batch_of` for the frame adapter: `rows` with frame embeddings and their times"
@@ -718,14 +847,18 @@ def frame_rows(rows, features, fps):
 
     return batch_of
 
+
 def frame_stage(out, cache, r: Recipe, cfg, runs, val):
     "Train the frame adapter"
     from smooth_foley.frame_adapter import FrameAdapter
+
     torch.manual_seed(r.seed)
     base, f = load_base(runs), feature_arrays(cache, r)
     tok = CLIPTokenizer.from_pretrained(runs / "base" / "weights" / "tokenizer")
-    z = np.load(runs / "latents.npy")[: r.n_feature_scenes]
-    adapter = FrameAdapter.from_unet(base["unet"], f["emb"].shape[-1], frame_position=r.frame_position, motion=r.frame_motion)
+    z = latents_cache(runs, cache, r)[: r.n_feature_scenes]
+    adapter = FrameAdapter.from_unet(
+        base["unet"], f["emb"].shape[-1], frame_position=r.frame_position, motion=r.frame_motion
+    )
     stage = FrameStage(dict(adapter=adapter), base, tok, make_scheduler(), frame_wise=r.frame_wise)
     adapter.install(base["unet"]).requires_grad_(True).train()
     plain = lambda arrays, z: base_rows(arrays, z, tok, base["text_encoder"])
@@ -736,6 +869,7 @@ def frame_stage(out, cache, r: Recipe, cfg, runs, val):
 
 # %% ../../nbs/train/22_recipes.ipynb #89d66f07
 N_VAL = 32  # Scenes
+
 
 class ValidationSet:
     "Scenes of the validation seeds, rendered when they are first asked for"
@@ -778,6 +912,7 @@ class ValidationSet:
 def _on(device, batch):
     return {k: v.to(device) for k, v in batch.items()}
 
+
 def steady_loss(
     batch_of,  # Examples of the validation set
     batch_size: int = 16,
@@ -792,6 +927,7 @@ def steady_loss(
         return [dict(loss=float(np.mean(losses)))]
 
     return validate
+
 
 def level_losses(
     batch_of,  # Examples of the validation set
@@ -832,6 +968,7 @@ def sample_latents(
         z = scheduler.step(off + guidance_scale * (on - off), t, z).prev_sample
     return z.float().cpu()
 
+
 def plot_sheet(
     true,  # Log-mels, `(b, n_mels, n_cols)`
     made,  # Log-mels, same shape
@@ -839,6 +976,7 @@ def plot_sheet(
 ):  # A figure
     "Truth above, sample below, on one colour scale"
     from matplotlib.figure import Figure
+
     fig = Figure(figsize=(2.6 * len(titles), 3.6), dpi=80, layout="constrained")
     axes = fig.subplots(2, len(titles), sharex=True, sharey=True, squeeze=False)
     low, high = float(true.min()), float(true.max())
@@ -846,7 +984,9 @@ def plot_sheet(
         row[0].set_ylabel(f"{name}, mel band", fontsize=8)
         for ax, m in zip(row, mels):
             seconds = m.shape[-1] / 100
-            image = ax.imshow(m, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high, extent=(0, seconds, 0, len(m)))
+            image = ax.imshow(
+                m, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high, extent=(0, seconds, 0, len(m))
+            )
             ax.tick_params(labelsize=8)
     for ax, title in zip(axes[0], titles):
         ax.set_title(title, fontsize=8)
@@ -871,10 +1011,14 @@ class SampleSheets:
         self.true = torch.from_numpy(np.stack([arrays["mel"][i] for i in scenes])).float()
         self.captions = caption_ids(arrays, scenes, [True] * len(scenes))
         trained = val.runs / "vae" / "weights"
-        self.vae = PatchAutoencoder.from_pretrained(trained if trained.exists() else val.runs / "components" / "weights")
+        self.vae = PatchAutoencoder.from_pretrained(
+            trained if trained.exists() else val.runs / "components" / "weights"
+        )
 
     def __call__(self, stage, step):
-        z = sample_latents(stage, _on(stage.device, self.batch_of(self.scenes)), guidance_scale=self.val.recipe.guidance_scale)
+        z = sample_latents(
+            stage, _on(stage.device, self.batch_of(self.scenes)), guidance_scale=self.val.recipe.guidance_scale
+        )
         with torch.autocast("cpu", enabled=False):
             made = MelTransform.mini().from_image(decode_latents(self.vae, z))
             audio = vocode(PhaseVocoder(), made).numpy()
@@ -888,6 +1032,7 @@ class SampleSheets:
         write_wav(self.folder / f"step-{step}-{scene.seed}.wav", audio, passby.SR)
         row = dict(scene=scene.seed, label=scene.label, mel_distance=round(float((mel - self.true[k]).abs().mean()), 4))
         return row | (self.val.measure(audio, passby.SR, scene) if self.val.measure else {})
+
 
 def diffusion_looks(
     out,  # Folder of the stage
@@ -936,6 +1081,7 @@ CACHED = dict(
     features=("emb", "frame_sounding", "frames_done"),
 )
 
+
 def passby_mark() -> str:  # 16 letters
     "Fingerprint of Passby: dials, frames and sound of three scenes"
     digest = hashlib.sha256()
@@ -945,6 +1091,7 @@ def passby_mark() -> str:  # 16 letters
         digest.update(s.frames.tobytes())
         digest.update(np.round(s.audio * 32767).astype(np.int16).tobytes())
     return digest.hexdigest()[:16]
+
 
 def has_begun(
     runs,  # Run folder
@@ -960,6 +1107,7 @@ def has_begun(
 def _plain(r: Recipe) -> dict:
     "A recipe as it is after being written and read"
     return json.loads(json.dumps(asdict(r)))
+
 
 def read_recipe(
     runs,  # Run folder
@@ -980,6 +1128,7 @@ def read_recipe(
             cfg.update(json.loads(done.read_text()).get("config") or {})
     return known
 
+
 def differences(
     runs,  # Run folder
     known: dict,  # As `read_recipe` gives it
@@ -998,6 +1147,7 @@ def differences(
         changed = [k for k in here if k not in UNCOUNTED and k in there and there[k] != here[k]]
         out += [(f"{name}.{k}", there[k], here[k]) for k in changed]
     return out
+
 
 def claim_folder(
     runs,  # Run folder
@@ -1022,6 +1172,7 @@ def claim_folder(
     wait_for_all()
     return r
 
+
 def start_again(
     runs,  # Run folder
     stage: str,
@@ -1037,13 +1188,28 @@ def start_again(
     if stage in ("scenes", "components"):
         (runs / "latents.npy").unlink(missing_ok=True)
 
+
 def write_json(path, value) -> None:
     "Write a small file whole or not at all"
     with atomic_path(path) as tmp:
         tmp.write_text(json.dumps(value, indent=1) + "\n")
 
 # %% ../../nbs/train/22_recipes.ipynb #4c34c9fe
-STAGES = ('scenes','components','base','vae','vocoder','pictures','clip','features','projection','temporal_adapter','frame_adapter','assemble')
+STAGES = (
+    "scenes",
+    "components",
+    "base",
+    "vae",
+    "vocoder",
+    "pictures",
+    "clip",
+    "features",
+    "projection",
+    "temporal_adapter",
+    "frame_adapter",
+    "assemble",
+)
+
 
 def _make(name, out, runs, cache, r):
     "The stages that train nothing"
@@ -1056,6 +1222,7 @@ def _make(name, out, runs, cache, r):
     else:
         components_stage(out, cache, r)
 
+
 TRAINED = dict(
     clip=clip_stage,
     vae=vae_stage,
@@ -1065,6 +1232,7 @@ TRAINED = dict(
     temporal_adapter=temporal_stage,
     frame_adapter=frame_stage,
 )
+
 
 def run_stage(
     name: str,  # One of `STAGES`, but `assemble`
@@ -1087,6 +1255,7 @@ def run_stage(
         took, config = round(time.time() - start, 1), asdict(cfg) if cfg else None
         write_json(out / "done.json", dict(stage=name, seconds_of_last_run=took, hardware=hardware(), config=config))
     wait_for_all()
+
 
 def train_mini(
     out,  # Folder for everything
@@ -1113,66 +1282,104 @@ def train_mini(
     return out / "mini"
 
 # %% ../../nbs/train/22_recipes.ipynb #a255623b
-def load_parts(runs, r:Recipe)->dict:
+def load_parts(runs, r: Recipe) -> dict:
     "Every trained part of a run"
     from diffusers import ControlNetModel
     from transformers import SpeechT5HifiGan
     from smooth_foley.frame_adapter import FrameAdapter
     from smooth_foley.temporal_condition import LabelProjection
-    w = lambda s: Path(runs)/s/'weights'
-    return dict(vae=PatchAutoencoder.from_pretrained(w('vae')), tokenizer=CLIPTokenizer.from_pretrained(w('base')/'tokenizer'), **load_base(runs), scheduler=make_scheduler(), vocoder=SpeechT5HifiGan.from_pretrained(w('vocoder')) if r.vocoder=='hifigan' else PhaseVocoder(),
-        mel=MelTransform.mini(), frame_encoder=FrameEncoder.from_pretrained(w('clip')), frame_adapter=FrameAdapter.from_pretrained(w('frame_adapter')),
-        label_projection=LabelProjection.from_pretrained(w('projection')), temporal_adapter=ControlNetModel.from_pretrained(w('temporal_adapter')))
 
-def assemble(runs, dest, r:Recipe):
+    w = lambda s: Path(runs) / s / "weights"
+    return dict(
+        vae=PatchAutoencoder.from_pretrained(w("vae")),
+        tokenizer=CLIPTokenizer.from_pretrained(w("base") / "tokenizer"),
+        **load_base(runs),
+        scheduler=make_scheduler(),
+        vocoder=SpeechT5HifiGan.from_pretrained(w("vocoder")) if r.vocoder == "hifigan" else PhaseVocoder(),
+        mel=MelTransform.mini(),
+        frame_encoder=FrameEncoder.from_pretrained(w("clip")),
+        frame_adapter=FrameAdapter.from_pretrained(w("frame_adapter")),
+        label_projection=LabelProjection.from_pretrained(w("projection")),
+        temporal_adapter=ControlNetModel.from_pretrained(w("temporal_adapter")),
+    )
+
+
+def assemble(runs, dest, r: Recipe):
     "Put the trained parts together as one pipeline folder, fp16, with logs and recipe"
     from smooth_foley.pipeline import SmoothFoleyPipeline
+
     runs, dest = Path(runs), Path(dest)
-    pipe = SmoothFoleyPipeline(**load_parts(runs, r), labels=list(passby.LABELS), fps=r.fps, guidance_scale=r.guidance_scale, frame_scale=r.frame_scale, temporal_scale=r.temporal_scale)
+    pipe = SmoothFoleyPipeline(
+        **load_parts(runs, r),
+        labels=list(passby.LABELS),
+        fps=r.fps,
+        guidance_scale=r.guidance_scale,
+        frame_scale=r.frame_scale,
+        temporal_scale=r.temporal_scale,
+    )
     for m in pipe.components.values():
-        if isinstance(m, nn.Module): nn.Module.to(m, torch.float16)
-    tmp = dest.with_name(f'.{dest.name}.tmp'); shutil.rmtree(tmp, ignore_errors=True)
+        if isinstance(m, nn.Module):
+            nn.Module.to(m, torch.float16)
+    tmp = dest.with_name(f".{dest.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
     pipe.save_pretrained(tmp)
-    for p in tmp.rglob('config.json'):      # the library notes where a part was loaded from; that is nobody's business
+    for p in tmp.rglob("config.json"):  # the library notes where a part was loaded from; that is nobody's business
         c = json.loads(p.read_text())
-        if c.pop('_name_or_path', None): p.write_text(json.dumps(c, indent=2)+'\n')
-    (tmp/'training').mkdir()
+        if c.pop("_name_or_path", None):
+            p.write_text(json.dumps(c, indent=2) + "\n")
+    (tmp / "training").mkdir()
     for s in STAGES:
-        if s=='vocoder' and r.vocoder=='phase': continue
-        if (runs/s/'log.csv').exists(): shutil.copy(runs/s/'log.csv', tmp/'training'/f'{s}.csv')
-        if (runs/s/'done.json').exists(): shutil.copy(runs/s/'done.json', tmp/'training'/f'{s}.json')
-    (tmp/'training'/'recipe.json').write_text(json.dumps(asdict(r), indent=1)+'\n')
-    shutil.rmtree(dest, ignore_errors=True); os.replace(tmp, dest)
+        if s == "vocoder" and r.vocoder == "phase":
+            continue
+        if (runs / s / "log.csv").exists():
+            shutil.copy(runs / s / "log.csv", tmp / "training" / f"{s}.csv")
+        if (runs / s / "done.json").exists():
+            shutil.copy(runs / s / "done.json", tmp / "training" / f"{s}.json")
+    (tmp / "training" / "recipe.json").write_text(json.dumps(asdict(r), indent=1) + "\n")
+    shutil.rmtree(dest, ignore_errors=True)
+    os.replace(tmp, dest)
 
 # %% ../../nbs/train/22_recipes.ipynb #1d6b0280
 def plot_training(folder, axes=None):
     "Loss curves of every stage in `folder`/training"
     import csv, matplotlib.pyplot as plt
-    logs = [p for s in STAGES if (p:=Path(folder)/'training'/f'{s}.csv').exists()]
-    if axes is None: _,axes = plt.subplots(2, 4, figsize=(8,3.4), dpi=80, layout='constrained')
-    for ax in axes.flat[len(logs):]: ax.set_axis_off()
-    for ax,p in zip(axes.flat, logs):
+
+    logs = [p for s in STAGES if (p := Path(folder) / "training" / f"{s}.csv").exists()]
+    if axes is None:
+        _, axes = plt.subplots(2, 4, figsize=(8, 3.4), dpi=80, layout="constrained")
+    for ax in axes.flat[len(logs) :]:
+        ax.set_axis_off()
+    for ax, p in zip(axes.flat, logs):
         rows = list(csv.DictReader(open(p)))
-        ax.plot([int(r['step']) for r in rows], [float(r['loss']) for r in rows], lw=1)
-        ax.set_title(f"{p.stem}, {float(rows[-1]['seconds'])/60:.0f} min", fontsize=8); ax.tick_params(labelsize=7)
+        ax.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], lw=1)
+        ax.set_title(f"{p.stem}, {float(rows[-1]['seconds']) / 60:.0f} min", fontsize=8)
+        ax.tick_params(labelsize=7)
     return axes
 
 # %% ../../nbs/train/22_recipes.ipynb #5902d26b
-def read_log(path)->tuple: # Steps, losses
+def read_log(path) -> tuple:  # Steps, losses
     "A stage's `log.csv`"
     import csv
-    with open(path, newline='') as f: rows = list(csv.DictReader(f))
-    return np.array([int(r['step']) for r in rows]), np.array([float(r['loss']) for r in rows])
+
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    return np.array([int(r["step"]) for r in rows]), np.array([float(r["loss"]) for r in rows])
+
 
 def plot_loss_difference(
-    logs:dict,          # Name -> (steps, losses), runs of the same seed
-    against:str,        # Whose losses are subtracted
-    ax=None,            # Matplotlib axes
-):                      # The axes
+    logs: dict,  # Name -> (steps, losses), runs of the same seed
+    against: str,  # Whose losses are subtracted
+    ax=None,  # Matplotlib axes
+):  # The axes
     "Loss of each run minus that of one of them"
     import matplotlib.pyplot as plt
-    if ax is None: _,ax = plt.subplots(figsize=(8,2.4), dpi=80, layout='constrained')
-    for name,(step,loss) in logs.items():
-        if name!=against: ax.plot(step, loss-logs[against][1], lw=1, marker='.', ms=3, label=name)
-    ax.axhline(0, color='k', lw=.8); ax.set(xlabel='step', ylabel=f'loss - {against}'); ax.legend(fontsize=7)
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 2.4), dpi=80, layout="constrained")
+    for name, (step, loss) in logs.items():
+        if name != against:
+            ax.plot(step, loss - logs[against][1], lw=1, marker=".", ms=3, label=name)
+    ax.axhline(0, color="k", lw=0.8)
+    ax.set(xlabel="step", ylabel=f"loss - {against}")
+    ax.legend(fontsize=7)
     return ax
