@@ -9,10 +9,12 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_file
 
+from smooth_foley.backbone import PatchAutoencoder, load_backbone, make_unet
 from smooth_foley.core import FoleyError
 from smooth_foley.frame_adapter import is_installed
 from smooth_foley.media import Clip, write_video
 from smooth_foley.pipeline import SmoothFoleyPipeline
+from smooth_foley.temporal_adapter import make_temporal_adapter
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -66,6 +68,22 @@ def test_saved_and_loaded_sounds_the_same(pipe, folder):
         assert np.array_equal(back(noise_clip(3.0), **kw).audios[0], pipe(noise_clip(3.0), **kw).audios[0])
     for k in ("labels", "fps", "threshold", "guidance_scale", "frame_scale", "temporal_scale", "num_inference_steps"):
         assert back.config[k] == pipe.config[k]
+
+
+def test_an_autoencoder_of_principal_components_is_a_part_like_any_other(tmp_path):
+    small = SmoothFoleyPipeline.from_random()
+    torch.manual_seed(1)
+    unet = make_unet(6, block_out_channels=(16, 16, 32), cross_attention_dim=24, norm_num_groups=8)
+    vae = PatchAutoencoder(latent_channels=6, hidden_channels=8, num_blocks=1).fit(torch.randn(2, 16, 32, 256)).eval()
+    parts = {**small.components, "unet": unet, "vae": vae}
+    parts["temporal_adapter"] = make_temporal_adapter(unet, 16, (16, 16, 16))
+    pipe = quiet(SmoothFoleyPipeline(**parts, labels=small.labels, threshold=-0.33, num_inference_steps=2))
+    assert pipe.latent_shape == (6, 8, 64)
+    pipe.save_pretrained(tmp_path)
+    again = quiet(SmoothFoleyPipeline.from_pretrained(tmp_path))
+    assert isinstance(again.vae, PatchAutoencoder) and isinstance(load_backbone(tmp_path).vae, PatchAutoencoder)
+    first, second = (p(noise_clip(1.0), label="siren", seed=3).audios[0] for p in (pipe, again))
+    assert np.array_equal(first, second) and np.abs(first).max() > 0
 
 
 def test_saving_leaves_no_adapter_in_the_unet(pipe, folder):
