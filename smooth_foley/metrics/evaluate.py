@@ -368,6 +368,7 @@ OPTIONS = dict(
     num_inference_steps=int,
     guidance_scale=float,
     guidance_rescale=float,
+    frame_guidance_scale=float,
     frame_scale=float,
     temporal_scale=float,
     condition=str,
