@@ -538,12 +538,12 @@ class Hub(BaseHTTPRequestHandler):
         if m[3] == hub.breaks:
             hub.breaks, hub.broken, data = None, hub.for_good, data[: len(data) // 2]
         self.wfile.write(data[start:])
-        self.close_connection = True
 
     def head(self, code, headers):
         self.send_response(code)
         for k, v in headers.items():
             self.send_header(k, v)
+        self.send_header("Connection", "close")  # said, and done: a client must not send its next question here
         self.end_headers()
 
 
