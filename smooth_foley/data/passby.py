@@ -98,7 +98,7 @@ def _strikes(src, rng):
     times = first + period * np.cumsum(rng.uniform(0.85, 1.15, 32))
     return tuple((float(t), float(t + length)) for t in times if t < stop)
 
-
+# %% ../../nbs/data/10_passby.ipynb #b3a38101
 def _switched(src, rng):
     "Intervals of a sound that may start and stop"
     late, early = rng.uniform(0.6, 3.5), rng.uniform(6.5, 9.0)
@@ -129,7 +129,7 @@ def _active(src, rng, hard):
         return _strikes(src, rng)
     return _often_silent(rng) if hard else _switched(src, rng)
 
-
+# %% ../../nbs/data/10_passby.ipynb #b3a38102
 def _checked_duration(seconds):
     "Seconds as a float, or what is wrong with them"
     if not (isinstance(seconds, (int, float)) and 0.5 <= seconds <= 3600):
@@ -285,7 +285,7 @@ def revs(d: Dials, t_e) -> np.ndarray:  # In [0, 1]
     )
     return np.clip((pitch(d, t_e) / d.f0 - low) / (high - low), 0, 1) if d.f0 else np.full_like(t_e, 0.5)
 
-
+# %% ../../nbs/data/10_passby.ipynb #aeb1a301
 def _sustained(d, t_e, rng):
     "The sound of a continuous source at emission times `t_e`"
     ph = lambda k=1.0: k * _phase(t_e, lambda t: pitch(d, t))
@@ -318,7 +318,7 @@ def _sustained(d, t_e, rng):
         return 0.8 * _noise(rng, t_e, 30, 420, -0.5) + clack * _noise(rng, t_e, 700, 4200, -0.2)
     return _noise(rng, t_e, 250, 2400, -0.3) + 0.25 * _harmonics(ph(), [1, 0.7, 0.5, 0.3])  # car passing by
 
-
+# %% ../../nbs/data/10_passby.ipynb #aeb1a302
 def _strike(d, x, rng):
     "One strike, `x` seconds after it began"
     if d.label == "dog barking":
@@ -559,7 +559,7 @@ def _grid(size):
     centre = np.arange(size, dtype=np.float32) + 0.5
     return centre[None, None, :], centre[None, :, None]
 
-
+# %% ../../nbs/data/10_passby.ipynb #1eb2b901
 def _paint_bystanders(img, d, yaw, t, rng):
     "Silent things at rest in the world"
     size = img.shape[1]
@@ -595,7 +595,7 @@ def _developed(img, rng, supersample=1):
     img = img + rng.standard_normal(img.shape[1:], dtype=np.float32) * 0.012
     return (np.clip(img, 0, 1) * 255 + 0.5).astype(np.uint8)
 
-
+# %% ../../nbs/data/10_passby.ipynb #1eb2b902
 def render_frames(
     d: Dials,
     m: Motion,
@@ -634,7 +634,7 @@ class Scene:
         e = np.diff(on)
         return [(float(a) / RATE, float(b) / RATE) for a, b in zip(np.where(e == 1)[0], np.where(e == -1)[0])]
 
-
+# %% ../../nbs/data/10_passby.ipynb #4d3cdc01
 def truth_of(d: Dials, m: Motion, size: int = 64, yaw=None) -> dict:
     "The timeline: what is heard (`sounding`, `doppler`, `f0`) and seen (the rest) at each hundredth of a second"
     t = np.arange(int(d.duration * RATE)) / RATE
@@ -660,7 +660,7 @@ def truth_of(d: Dials, m: Motion, size: int = 64, yaw=None) -> dict:
         f0=np.where(sounding, pitch(d, t_e) * doppler, np.nan) if tonal else np.full_like(t, np.nan),
     )
 
-
+# %% ../../nbs/data/10_passby.ipynb #4d3cdc02
 def scene(
     seed: int,  # Which scene; train [0,1e6), val [1e6,2e6), test [2e6,3e6), judges [3e6,4e6)
     split: str = "passby",  # 'passby', 'passby_continuous' or 'passby_mixed'
