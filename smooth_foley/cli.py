@@ -602,6 +602,7 @@ RECIPE_OPTIONS = (
     ("seed", number(0, 2**63 - 1, int), "of initial weights, batches and noise"),
     ("latent_channels", number(1, 256, int), "components kept of each patch of the mel image"),
     ("focus", number(0, 1), "share of noise levels near a signal-to-noise ratio of 1"),
+    ("channel_power", number(0, 4), "the adapters' loss weighs latent channels by their deviation to this power"),
     ("fps", number(0.2, 100), "frames per second"),
     (
         "frame_position",
@@ -622,6 +623,7 @@ STAGE_OPTIONS = (
     ("learning_rate", number(1e-12, 100), "after the warm-up"),
     ("lr_warmup_steps", number(0, 10**9, int), "steps of linear warm-up"),
     ("lr_final", number(0, 1), "share of the learning rate that is left at the end"),
+    ("lr_cycles", number(1, 10**6, int), "warm-up and decay, this many times one after the other"),
     ("weight_decay", number(0, 10), "of AdamW"),
     ("max_grad_norm", number(1e-9, 10**9), "larger gradients are scaled down"),
     ("ema_decay", [number(0, 1)], "decay of the averaged weights, 0 is off; of several, the first makes the weights"),

@@ -102,8 +102,11 @@ RECORDED = {
 
 def tiny_recipe(**change):
     "Five steps on eight scenes"
-    r = replace(Recipe(), n_scenes=8, n_picture_scenes=8, n_feature_scenes=8)
-    change = dict(max_train_steps=5, lr_warmup_steps=2, log_steps=1, train_batch_size=2, mixed_precision="no") | change
+    r = replace(Recipe(), n_scenes=8, n_picture_scenes=8, n_feature_scenes=8, channel_power=0)
+    change = (
+        dict(max_train_steps=5, lr_cycles=1, lr_warmup_steps=2, log_steps=1, train_batch_size=2, mixed_precision="no")
+        | change
+    )
     r.stages = {k: replace(c, **change) for k, c in r.stages.items()}
     return r
 

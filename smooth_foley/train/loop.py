@@ -102,6 +102,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     lr_warmup_steps: int = 100
     lr_final: float = 0.02  # Cosine decay to this share of the learning rate
+    lr_cycles: int = 1  # Warm-up and cosine, this many times one after the other
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     ema_decay: float | tuple = 0.999  # 0 turns the moving average off; of several, the first makes the weights
@@ -116,10 +117,12 @@ class TrainConfig:
 
 
 def lr_at(step, cfg) -> float:  # share of the learning rate
-    "Linear warm-up, then a cosine"
+    "Linear warm-up, then a cosine; with several cycles, the same again (Loshchilov and Hutter, SGDR)"
+    cycle = -(-cfg.max_train_steps // cfg.lr_cycles)
+    step = step % cycle
     if step < cfg.lr_warmup_steps:
         return (step + 1) / cfg.lr_warmup_steps
-    x = (step - cfg.lr_warmup_steps) / max(cfg.max_train_steps - cfg.lr_warmup_steps, 1)
+    x = (step - cfg.lr_warmup_steps) / max(cycle - cfg.lr_warmup_steps, 1)
     return float(cfg.lr_final + (1 - cfg.lr_final) * 0.5 * (1 + np.cos(np.pi * min(x, 1.0))))
 
 
@@ -149,6 +152,7 @@ _LEAST = dict(
     gradient_accumulation_steps=1,
     lr_warmup_steps=0,
     lr_final=0,
+    lr_cycles=1,
     weight_decay=0,
     checkpointing_steps=1,
     log_steps=1,

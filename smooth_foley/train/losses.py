@@ -28,9 +28,17 @@ def diffusion_target(
     return v_target(z0, eps, t, acp)
 
 
-def diffusion_loss(pred: Tensor, target: Tensor, weight: Tensor = None) -> Tensor:  # scalar
-    "Mean squared error over everything but the batch, optionally weighted per sample"
-    per = (pred.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
+def diffusion_loss(
+    pred: Tensor,
+    target: Tensor,  # `(b, c, h, w)`
+    weight: Tensor = None,  # Per sample, `(b,)`
+    channel_weight: Tensor = None,  # Per latent channel, `(c,)`, mean 1
+) -> Tensor:  # scalar
+    "Mean squared error (Eq. 3 without the root)"
+    error = (pred.float() - target.float()).pow(2)
+    if channel_weight is not None:
+        error = error * channel_weight.view(-1, 1, 1)
+    per = error.mean(dim=(1, 2, 3))
     return per.mean() if weight is None else (per * weight).mean()
 
 # %% ../../nbs/train/20_losses.ipynb #e419caaf
