@@ -107,7 +107,9 @@ def tiny_recipe(**change):
         dict(max_train_steps=5, lr_cycles=1, lr_warmup_steps=2, log_steps=1, train_batch_size=2, mixed_precision="no")
         | change
     )
-    r.stages = {k: replace(c, **change) for k, c in r.stages.items()}
+    rates = dict(base=1e-3, temporal_adapter=8e-4, frame_adapter=8e-4)
+    pinned = {k: replace(c, learning_rate=rates.get(k, c.learning_rate)) for k, c in r.stages.items()}
+    r.stages = {k: replace(c, **change) for k, c in pinned.items()}
     return r
 
 
