@@ -2,8 +2,8 @@
 
 import sys, time
 import torch
-from smooth_foley.data import passby
-from smooth_foley.metrics import evaluate as E
+from smooth_foley.world import passby
+from smooth_foley.compare import evaluate as E
 from smooth_foley.pipeline import SmoothFoleyPipeline
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from smooth_foley.backbone import decode_latents, encode_latents, encode_prompt
-from smooth_foley.baselines.foleycrafter import TimeDetector
+from smooth_foley.compare.foleycrafter import TimeDetector
 from smooth_foley.media import write_wav
 from smooth_foley.mel import MelTransform, peak_normalize
 from smooth_foley.pipeline import SmoothFoleyPipeline

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smooth_foley import bench as b
+from smooth_foley.app import bench as b
 from smooth_foley.core import FoleyError
 from smooth_foley.pipeline import SmoothFoleyPipeline
 

@@ -4,9 +4,9 @@ import hashlib, os, resource, shutil, signal, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 import av, numpy as np, pytest
-from smooth_foley import cli
+from smooth_foley.app import cli
 from smooth_foley.core import mini_path
-from smooth_foley.data.passby import LABELS
+from smooth_foley.world.passby import LABELS
 from smooth_foley.media import SR, probe, read_audio, write_video, write_wav
 
 COMMAND = str(Path(sys.executable).parent / "smooth-foley")
@@ -157,7 +157,7 @@ def test_help_is_quick_and_light():
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(once() for _ in range(3)) < 1
-    code = "import sys, smooth_foley, smooth_foley.cli; print(sorted({'torch','diffusers','transformers','open_clip','matplotlib','scipy'} & set(sys.modules)))"
+    code = "import sys, smooth_foley, smooth_foley.app.cli; print(sorted({'torch','diffusers','transformers','open_clip','matplotlib','scipy'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
@@ -195,7 +195,7 @@ def test_version():
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
     "Two seconds of an airplane on a test seed, with a sound of its own"
-    from smooth_foley.data.passby import scene
+    from smooth_foley.world.passby import scene
 
     frames = scene(2_000_001, audio=False).frames[:30]
     return write_video(

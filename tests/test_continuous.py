@@ -247,7 +247,7 @@ def test_bad_files_are_rows_and_stop_nothing(clips, tmp_path):
 
 def test_other_weights_are_refused(clips, tmp_path):
     import torch
-    from smooth_foley.data import grounding
+    from smooth_foley.listen import grounding
 
     ground_clips(clips[:1], tmp_path / "out")
     torch.manual_seed(0)
@@ -544,7 +544,7 @@ def test_a_part_of_the_proof_again():
 
 
 def test_mixed_sets_are_what_they_say():
-    from smooth_foley.data.passby import draw_dials
+    from smooth_foley.world.passby import draw_dials
 
     mixed = C.mixed_set(200, 2_000_000, wrong=0.3)
     kinds = Counter(m.kind for m in mixed)

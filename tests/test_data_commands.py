@@ -4,8 +4,8 @@ import re, shlex
 
 import pytest
 
-from smooth_foley.cli import main
-from smooth_foley.data_commands import DATA
+from smooth_foley.app.cli import main
+from smooth_foley.app.data_commands import DATA
 
 
 def examples(text):

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from smooth_foley.core import FoleyError
-from smooth_foley.data import passby
+from smooth_foley.world import passby
 from smooth_foley.media import write_wav
-from smooth_foley.metrics import embedders as E, judges as J
+from smooth_foley.listen import embedders as E, judges as J
 
 here = Path(__file__).parent / "fixtures" / "metrics_models"
 fx, layouts = load_file(here / "reference.safetensors"), json.loads((here / "state_dicts.json").read_text())

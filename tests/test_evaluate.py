@@ -4,9 +4,9 @@ import csv, os, signal, subprocess, sys, time, wave
 from pathlib import Path
 import numpy as np, pytest
 from smooth_foley.core import FoleyError
-from smooth_foley.data import passby
+from smooth_foley.world import passby
 from smooth_foley.media import write_video, write_wav
-from smooth_foley.metrics.evaluate import (
+from smooth_foley.compare.evaluate import (
     MIN_SET,
     compare_folders,
     fingerprint,
@@ -73,7 +73,7 @@ def test_physics_is_measured_for_every_system(whole):
 
 def test_an_order_free_system_does_not_turn_with_the_film(tmp_path):
     import torch
-    from smooth_foley.metrics.counterfactual import counterfactual, mover_seeds
+    from smooth_foley.compare.counterfactual import counterfactual, mover_seeds
     from smooth_foley.pipeline import SmoothFoleyPipeline
 
     torch.set_num_threads(1)
@@ -126,7 +126,7 @@ def test_two_processes_do_the_work_of_one(whole, tmp_path):
 
 def test_other_steps_or_weights_are_not_mixed_into_a_folder(whole, tmp_path):
     import json, shutil
-    from smooth_foley.metrics.evaluate import claim
+    from smooth_foley.compare.evaluate import claim
 
     about = json.loads((whole / "ours" / "system.json").read_text())
     claim(whole / "ours", about)

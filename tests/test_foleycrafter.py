@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.video import r2plus1d_18
 
-from smooth_foley.baselines.foleycrafter import (
+from smooth_foley.compare.foleycrafter import (
     IMPACTS,
     MINI_DETECTOR,
     PUBLISHED,
@@ -25,7 +25,7 @@ from smooth_foley.baselines.foleycrafter import (
     train_detector,
 )
 from smooth_foley.core import FoleyError, mini_path
-from smooth_foley.data import passby
+from smooth_foley.world import passby
 from smooth_foley.frame_adapter import FrameAdapter
 from smooth_foley.media import Clip, write_video
 from smooth_foley.temporal_condition import TemporalCondition

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smooth_foley.core import FoleyError
-from smooth_foley.data import grounding as G, passby
+from smooth_foley.listen import grounding as G
+from smooth_foley.world import passby
 from smooth_foley.data.vggsound import vggsound_labels
 
 here = Path(__file__).parent / "fixtures"

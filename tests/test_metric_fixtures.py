@@ -21,7 +21,7 @@ from smooth_foley.metrics.frechet import (
     frechet_interval,
     kid,
 )
-from smooth_foley.metrics.temporal import (
+from smooth_foley.metrics.timing import (
     activity,
     activity_coverage,
     average_precision,

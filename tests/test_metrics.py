@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from smooth_foley.core import FoleyError
-from smooth_foley.data import passby
+from smooth_foley.world import passby
 from smooth_foley.metrics.doppler import doppler_adherence, f0_correlation, f0_range, f0_track
-from smooth_foley.metrics.embedders import JUDGES, SoundClassifier, judge, judge_mels, judge_path, load_judge
+from smooth_foley.listen.embedders import JUDGES, SoundClassifier, judge, judge_mels, judge_path, load_judge
 from smooth_foley.metrics.physics import (
     as_heard,
     closest_approach,
@@ -20,7 +20,7 @@ from smooth_foley.metrics.physics import (
     same_shift,
     turned,
 )
-from smooth_foley.metrics.temporal import (
+from smooth_foley.metrics.timing import (
     activity,
     bootstrap_interval,
     counts,
@@ -235,7 +235,7 @@ SYSTEMS = [s for s in tables.ROWS.values() if s]
 
 def made_up(folder, n=12):
     "An evaluation whose numbers are known: only `ours` is always right, the wrong ones are half on; FoleyCrafter is never recognised"
-    from smooth_foley.metrics import evaluate
+    from smooth_foley.compare import evaluate
 
     keys, rows = ("cond_tp", "cond_fp", "cond_fn", "act_tp", "act_fp", "act_fn"), []
     for split in tables.SPLITS.values():
@@ -294,7 +294,7 @@ def test_tables_show_what_has_been_measured_and_nothing_else(tmp_path):
     )
     with open(folder / "summary.csv", newline="") as f:
         kept = [r for r in csv.DictReader(f) if r["system"] != "truth-vae" and "closest" not in r["measure"]]
-    from smooth_foley.metrics.evaluate import write_rows
+    from smooth_foley.compare.evaluate import write_rows
 
     write_rows(folder / "summary.csv", kept, list(kept[0]))
     assert tables.timing_table(folder, tables.PHYSICS) == tables.films_results(folder) == "not measured yet"

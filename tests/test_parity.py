@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from parity import CHECKS, FIXTURE, INPUTS, README, TOLERANCE, WANT, error, load_system, pictures
 from smooth_foley.backbone import FULL, build_full, tokenize_prompt
-from smooth_foley.baselines.foleycrafter import TimeDetector
+from smooth_foley.compare.foleycrafter import TimeDetector
 from smooth_foley.clip import FrameEncoder
 from smooth_foley.frame_adapter import FrameAdapter
 from smooth_foley.mel import MelTransform

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from smooth_foley.core import FoleyError
-from smooth_foley.data import passby
-from smooth_foley.data.passby import (
+from smooth_foley.world import passby
+from smooth_foley.world.passby import (
     C,
     DURATION,
     LABELS,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from smooth_foley import published as P
-from smooth_foley.baselines.foleycrafter import TimeDetector
+from smooth_foley.compare.foleycrafter import TimeDetector
 from smooth_foley.clip import FrameEncoder
 from smooth_foley.core import FoleyError
 from smooth_foley.pipeline import SmoothFoleyPipeline

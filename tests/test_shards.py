@@ -241,7 +241,7 @@ def test_a_damaged_clip_in_training_is_replaced_and_told(whole, tmp_path):
 
 
 def test_rows_for_every_stage_give_a_loss_with_gradients(whole, items):
-    from smooth_foley.data.passby import LABELS
+    from smooth_foley.world.passby import LABELS
     from smooth_foley.frame_adapter import FrameAdapter
     from smooth_foley.backbone import load_backbone
     from smooth_foley.temporal_condition import LabelProjection

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from smooth_foley import cli
+from smooth_foley.app import cli
 from smooth_foley.core import FoleyError
 from smooth_foley.backbone import PatchAutoencoder, make_scheduler, make_text_encoder, make_unet, tokenize_prompt
 from smooth_foley.clip import build_tokenizer

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import av, numpy as np, psutil, pytest
 from smooth_foley.core import FoleyError
-from smooth_foley.data.passby import scene
+from smooth_foley.world.passby import scene
 from smooth_foley.data.vggsound import (
     Fetching,
     Item,
