@@ -2,6 +2,7 @@
 
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import find_packages, setup
 
 here = Path(__file__).resolve().parent

@@ -12,26 +12,29 @@ __all__ = ['FULL', 'make_vae', 'encode_latents', 'decode_latents', 'set_latent_s
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-import torch, torch.nn.functional as F
-from torch import nn, Tensor
+
 import diffusers
+import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKL,
     ConfigMixin,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
     ModelMixin,
     UNet2DConditionModel,
-    DPMSolverMultistepScheduler,
-    DDPMScheduler,
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from fastcore.basics import patch
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .clip import FrameEncoder
 from .core import FoleyError
 from .vocoder import make_vocoder
-from .clip import FrameEncoder
 
 # %% ../nbs/05_backbone.ipynb #f7bb67e9
 def make_vae(

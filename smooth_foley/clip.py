@@ -7,14 +7,19 @@ __all__ = ['CONFIG_FILE', 'WEIGHTS_FILE', 'build_tokenizer', 'build_clip', 'mini
            'rank_labels']
 
 # %% ../nbs/04_clip.ipynb #2b5ee896
-import copy, json
+import copy
+import json
 from contextlib import contextmanager
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
-from torch import Tensor
-from PIL import Image
-from diffusers import ModelMixin, ConfigMixin
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
 from fastcore.basics import patch
+from PIL import Image
+from torch import Tensor
+
 from .core import FoleyError
 from .vocoder import load_checked
 
@@ -111,8 +116,8 @@ class FrameEncoder(ModelMixin, ConfigMixin):
             raise FoleyError(
                 f"tokenizer has {len(tokenizer)} tokens but text_cfg vocab_size is {n_tok}; use the tokenizer the model is trained with"
             )
-        from open_clip.transform import PreprocessCfg, merge_preprocess_dict
         from open_clip.tokenizer import SimpleTokenizer
+        from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
         model_cfg, text = copy.deepcopy(dict(model_cfg)), dict(model_cfg["text_cfg"])
         if tokenizer is not None:

@@ -7,10 +7,17 @@ __all__ = ['printable', 'FoleyError', 'suggest', 'derive_seed', 'derive_generato
            'progress', 'die_with_parent']
 
 # %% ../nbs/00_core.ipynb #32b9f55e
-import errno, hashlib, importlib.util, os, re, stat, threading
+import errno
+import hashlib
+import importlib.util
+import os
+import re
+import stat
+import threading
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_core.ipynb #e9d10f76

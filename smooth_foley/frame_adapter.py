@@ -11,13 +11,14 @@ import math
 from contextlib import contextmanager
 
 import torch
-from torch import nn, Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProjection, MultiIPAdapterImageProjection
 from fastcore.basics import patch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
 from .core import FoleyError
 
 # %% ../nbs/06_frame_adapter.ipynb #da49d7a5

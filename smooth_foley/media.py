@@ -9,14 +9,18 @@ __all__ = ['SR', 'HOP', 'COLUMNS_PER_SECOND', 'TICKS', 'LISTS', 'SUFFIXES', 'FOR
            'fit_duration', 'plan_mux', 'container_for', 'mux']
 
 # %% ../nbs/01_media.ipynb #af27d4e9
-import heapq, os, stat, wave
+import heapq
+import os
+import stat
+import wave
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
-import av, numpy as np
+import av
+import numpy as np
 from av.stream import Disposition
 from PIL import Image
 

@@ -8,11 +8,14 @@ __all__ = ['mel_filters', 'ConfigOnly', 'MelTransform', 'plot_mel', 'peak_normal
 # %% ../nbs/02_mel.ipynb #b8a5bf38
 import math
 from functools import lru_cache
-import torch, torch.nn.functional as F
-from torch import Tensor
-from diffusers import ModelMixin, ConfigMixin
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
+from torch import Tensor
+
 from .core import FoleyError
 
 # %% ../nbs/02_mel.ipynb #bed584dc

@@ -6,26 +6,28 @@
 __all__ = ['FoleyOutput', 'SmoothFoleyPipeline', 'Stage', 'guide', 'resolve_weights', 'load_part', 'plot_foley']
 
 # %% ../nbs/12_pipeline.ipynb #04ce3fa9
-import importlib, inspect, json, math, os, time
+import importlib
+import inspect
+import json
+import math
+import os
+import time
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
-from diffusers.utils import BaseOutput, logging as diffusers_logging
+from diffusers.utils import BaseOutput
+from diffusers.utils import logging as diffusers_logging
+from fastcore.basics import patch
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, SpeechT5HifiGan
 from transformers.utils import logging as transformers_logging
-from fastcore.basics import patch
-from .core import FoleyError, atomic_path, default_device, derive_generator, mini_path, printable
-from .media import Clip, SR, read_clip, seconds_to_samples
-from .mel import MelTransform, plot_mel
-from .vocoder import PhaseVocoder, make_vocoder, vocode
-from .clip import FrameEncoder, build_tokenizer, mini_clip_cfg, rank_labels
+
 from smooth_foley.backbone import (
     decode_latents,
     encode_prompt,
@@ -36,10 +38,16 @@ from smooth_foley.backbone import (
     noise_like,
     vae_factor,
 )
+from .clip import FrameEncoder, build_tokenizer, mini_clip_cfg, rank_labels
+from .core import FoleyError, atomic_path, default_device, derive_generator, mini_path, printable
 from .frame_adapter import FrameAdapter
+from .media import SR, Clip, read_clip, seconds_to_samples
+from .mel import MelTransform, plot_mel
+from .reuse import EmbeddingCache, fast_linear
+from .reuse import reuse as remember
 from .temporal_adapter import make_temporal_adapter, residuals
 from .temporal_condition import LabelProjection, TemporalCondition, plot_condition
-from .reuse import EmbeddingCache, fast_linear, reuse as remember
+from .vocoder import PhaseVocoder, make_vocoder, vocode
 
 # %% ../nbs/12_pipeline.ipynb #1bf30b40
 @dataclass

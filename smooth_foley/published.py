@@ -9,22 +9,35 @@ __all__ = ['SOURCES', 'LAYOUT', 'OPTIONAL', 'OPENAI', 'CALIBRATION', 'SETTINGS',
            'NotHere', 'download', 'fetch', 'resolve_full']
 
 # %% ../nbs/11_published.ipynb #df3bfac3
-import errno, json, logging, math, os, pickle, re, shutil, sys, warnings, zipfile
+import errno
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import shutil
+import sys
+import warnings
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import diffusers, numpy as np, torch
+import diffusers
+import numpy as np
+import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
-from .core import FoleyError, progress
-from .mel import MelTransform
-from .vocoder import from_hifigan
+
 from .clip import CONFIG_FILE, WEIGHTS_FILE, FrameEncoder
+from .core import FoleyError, progress
 from .frame_adapter import FrameAdapter, cross_attentions
+from .mel import MelTransform
 from .temporal_condition import LabelProjection
+from .vocoder import from_hifigan
 
 # %% ../nbs/11_published.ipynb #87345ffe
 @dataclass(frozen=True)

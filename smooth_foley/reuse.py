@@ -8,7 +8,8 @@ __all__ = ['PIECES', 'borrowed', 'first_answer', 'FrameGroup', 'KnownKeys', 'kno
            'fast_linear']
 
 # %% ../nbs/09_reuse.ipynb #aca5f92f
-import hashlib, json
+import hashlib
+import json
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from diffusers import ControlNetModel, UNet2DConditionModel
 from fastcore.basics import patch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
 from .core import FoleyError, atomic_path
 from .frame_adapter import ColumnResidual, cross_attentions
 from .temporal_adapter import residuals

@@ -9,8 +9,9 @@ __all__ = ['make_temporal_adapter', 'residuals']
 import math
 
 import torch
-from torch import Tensor
 from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor
+
 from .core import FoleyError
 from .frame_adapter import is_installed
 

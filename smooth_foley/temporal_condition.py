@@ -6,17 +6,19 @@
 __all__ = ['LabelProjection', 'TemporalCondition', 'plot_condition']
 
 # %% ../nbs/07_temporal_condition.ipynb #b8c2a51c
-import logging, math
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Sequence
 
 import numpy as np
 import torch
-from torch import nn, Tensor
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
+from torch import Tensor, nn
+
 from .core import FoleyError
 
 # %% ../nbs/07_temporal_condition.ipynb #dba59121

@@ -8,14 +8,17 @@ __all__ = ['make_vocoder', 'vocode', 'PhaseVocoder', 'strip_weight_norm', 'load_
 
 # %% ../nbs/03_vocoder.ipynb #ea568caa
 import math
-import torch, torch.nn.functional as F
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.utils import parametrize
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
-from diffusers.configuration_utils import register_to_config
+
 from .core import FoleyError
 from .mel import ConfigOnly, mel_filters
-from fastcore.basics import patch
 
 # %% ../nbs/03_vocoder.ipynb #b629c20c
 def make_vocoder(

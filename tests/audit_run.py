@@ -1,8 +1,18 @@
 """Audit many small clips, killing it now and then, and log time and memory: `python tests/audit_run.py FOLDER --n 10000 --out results/audit/10000.csv`"""
 
-import argparse, csv, os, shutil, signal, subprocess, sys, time
+import argparse
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-import numpy as np, psutil
+
+import numpy as np
+import psutil
+
 from smooth_foley.core import atomic_path, progress
 from smooth_foley.data.vggsound import Item, _id, _table, vggsound_labels
 from smooth_foley.media import SR, write_video

@@ -1,10 +1,13 @@
 """A small evaluation in its own process: `python evaluate_run.py OUT [--slow]`"""
 
-import sys, time
+import sys
+import time
+
 import torch
-from smooth_foley.world import passby
+
 from smooth_foley.compare import evaluate as E
 from smooth_foley.pipeline import SmoothFoleyPipeline
+from smooth_foley.world import passby
 
 
 def main(out, slow=False):

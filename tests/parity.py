@@ -5,7 +5,8 @@ its inputs and settings, so a mistake is a system in which one thing was changed
 `python tests/parity.py` prints the error of each tensor.
 """
 
-import json, tempfile
+import json
+import tempfile
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
 from smooth_foley.backbone import decode_latents, encode_latents, encode_prompt
 from smooth_foley.compare.foleycrafter import TimeDetector
 from smooth_foley.media import write_wav

@@ -1,7 +1,11 @@
 """AudioSet-strong where a notebook page is too small: large files, odd bytes, the folder of the examples from list to mask"""
 
 import time
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
+
 from smooth_foley.core import FoleyError
 from smooth_foley.data import audioset
 from smooth_foley.data.vggsound import Item, join_clips, passby_folder

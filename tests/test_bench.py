@@ -31,7 +31,8 @@ def test_every_stage_is_measured(result, tmp_path):
 
 
 def test_nothing_names_the_machine(result):
-    import getpass, platform
+    import getpass
+    import platform
 
     text = json.dumps(result)
     assert (

@@ -1,6 +1,8 @@
 "Data cards: YAML that the hub accepts, and numbers that are still true"
 
-import contextlib, io, re
+import contextlib
+import io
+import re
 from pathlib import Path
 
 import pytest

@@ -1,13 +1,23 @@
 "The command line as a person meets it: in a process of its own"
 
-import hashlib, os, resource, shutil, signal, subprocess, sys
+import hashlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
-import av, numpy as np, pytest
+
+import av
+import numpy as np
+import pytest
+
 from smooth_foley.app import cli
 from smooth_foley.core import mini_path
-from smooth_foley.world.passby import LABELS
 from smooth_foley.media import SR, probe, read_audio, write_video, write_wav
+from smooth_foley.world.passby import LABELS
 
 COMMAND = str(Path(sys.executable).parent / "smooth-foley")
 HAS_MINI = (mini_path() / "model_index.json").is_file()

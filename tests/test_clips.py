@@ -1,8 +1,13 @@
 "Real footage, where the folder ../shared/clips is there"
 
-import csv, hashlib
+import csv
+import hashlib
 from pathlib import Path
-import av, numpy as np, pytest
+
+import av
+import numpy as np
+import pytest
+
 from smooth_foley.core import FoleyError
 from smooth_foley.media import SR, mux, probe, read_audio, read_clip
 

@@ -1,10 +1,16 @@
 "Media as a player shows them: what a file stores, hides, mirrors and names, before and after a sound is laid beside it"
 
-import hashlib, os, shutil, socket, struct
+import hashlib
+import os
+import shutil
+import socket
+import struct
 from fractions import Fraction
 from pathlib import Path
 
-import av, numpy as np, pytest
+import av
+import numpy as np
+import pytest
 from av.stream import Disposition
 
 from smooth_foley import media

@@ -1,6 +1,13 @@
 "VGGSound-Continuous: the rules on random input, the store when things go wrong, the reviewer's buttons, the committed proof"
 
-import csv, json, os, random, signal, subprocess, sys, time
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
@@ -247,6 +254,7 @@ def test_bad_files_are_rows_and_stop_nothing(clips, tmp_path):
 
 def test_other_weights_are_refused(clips, tmp_path):
     import torch
+
     from smooth_foley.listen import grounding
 
     ground_clips(clips[:1], tmp_path / "out")

@@ -1,6 +1,7 @@
 "`smooth-foley data`: every example of every help text runs as it stands, and wrong input ends as one line"
 
-import re, shlex
+import re
+import shlex
 
 import pytest
 

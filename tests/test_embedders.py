@@ -1,6 +1,11 @@
 "Embedders and judges: reference values, odd sound, odd files, interrupted downloads"
 
-import hashlib, http.server, json, os, threading, zlib
+import hashlib
+import http.server
+import json
+import os
+import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from smooth_foley.core import FoleyError
-from smooth_foley.world import passby
+from smooth_foley.listen import embedders as E
+from smooth_foley.listen import judges as J
 from smooth_foley.media import write_wav
-from smooth_foley.listen import embedders as E, judges as J
+from smooth_foley.world import passby
 
 here = Path(__file__).parent / "fixtures" / "metrics_models"
 fx, layouts = load_file(here / "reference.safetensors"), json.loads((here / "state_dicts.json").read_text())

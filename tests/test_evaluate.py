@@ -1,11 +1,17 @@
 """What a notebook can't tell about evaluating: stopped and resumed, several processes, folders of bad sounds, the command line"""
 
-import csv, os, signal, subprocess, sys, time, wave
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+import wave
 from pathlib import Path
-import numpy as np, pytest
-from smooth_foley.core import FoleyError
-from smooth_foley.world import passby
-from smooth_foley.media import write_video, write_wav
+
+import numpy as np
+import pytest
+
 from smooth_foley.compare.evaluate import (
     MIN_SET,
     compare_folders,
@@ -17,9 +23,14 @@ from smooth_foley.compare.evaluate import (
     save_folders,
     show_folders,
     summarise,
-    test_clips as clips_of,
     with_parts,
 )
+from smooth_foley.compare.evaluate import (
+    test_clips as clips_of,
+)
+from smooth_foley.core import FoleyError
+from smooth_foley.media import write_video, write_wav
+from smooth_foley.world import passby
 
 HERE = Path(__file__).parent
 RUN = [sys.executable, str(HERE / "evaluate_run.py")]
@@ -73,6 +84,7 @@ def test_physics_is_measured_for_every_system(whole):
 
 def test_an_order_free_system_does_not_turn_with_the_film(tmp_path):
     import torch
+
     from smooth_foley.compare.counterfactual import counterfactual, mover_seeds
     from smooth_foley.pipeline import SmoothFoleyPipeline
 
@@ -125,7 +137,9 @@ def test_two_processes_do_the_work_of_one(whole, tmp_path):
 
 
 def test_other_steps_or_weights_are_not_mixed_into_a_folder(whole, tmp_path):
-    import json, shutil
+    import json
+    import shutil
+
     from smooth_foley.compare.evaluate import claim
 
     about = json.loads((whole / "ours" / "system.json").read_text())

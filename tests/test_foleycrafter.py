@@ -1,6 +1,7 @@
 """What is no story about the baseline: names and shapes of the published file, switches, wrong input, the shipped detector"""
 
-import json, shutil
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from smooth_foley.compare.foleycrafter import (
     train_detector,
 )
 from smooth_foley.core import FoleyError, mini_path
-from smooth_foley.world import passby
 from smooth_foley.frame_adapter import FrameAdapter
 from smooth_foley.media import Clip, write_video
 from smooth_foley.temporal_condition import TemporalCondition
 from smooth_foley.train.loop import TrainConfig
+from smooth_foley.world import passby
 
 TINY = dict(widths=[8, 12], blocks=[1, 2], stem_width=8, head_width=8, resize=32, image_size=28)
 

@@ -1,6 +1,8 @@
 "Text-to-audio grounding: the published model's numbers and layout, odd sounds and phrases, the shipped mini on unseen sounds"
 
-import json, warnings, zlib
+import json
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smooth_foley.core import FoleyError
+from smooth_foley.data.vggsound import vggsound_labels
 from smooth_foley.listen import grounding as G
 from smooth_foley.world import passby
-from smooth_foley.data.vggsound import vggsound_labels
 
 here = Path(__file__).parent / "fixtures"
 fx, layout = (

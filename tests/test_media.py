@@ -1,7 +1,14 @@
 "Media where it is no story: damaged files, memory, full disks, foreign containers"
 
-import hashlib, os, subprocess, sys
-import av, numpy as np, pytest
+import hashlib
+import os
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+
 from smooth_foley.core import FoleyError
 from smooth_foley.media import SR, mux, probe, read_audio, read_clip, write_video, write_wav
 

@@ -1,6 +1,8 @@
 "Metrics that need no network, held to the numbers of their reference implementations (tests/fixtures/metrics)"
 
-import itertools, json, lzma
+import itertools
+import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from smooth_foley.metrics.frechet import (
     kid,
 )
 from smooth_foley.metrics.timing import (
+    _suppress,
     activity,
     activity_coverage,
     average_precision,
@@ -29,7 +32,6 @@ from smooth_foley.metrics.timing import (
     onset_scores,
     paired_difference,
     short_time_energy,
-    _suppress,
 )
 
 FOLDER = Path(__file__).parent / "fixtures" / "metrics"

@@ -1,6 +1,9 @@
 "Metrics: what is no story"
 
-import csv, json, subprocess, sys
+import csv
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +11,8 @@ import pytest
 import torch
 
 from smooth_foley.core import FoleyError
-from smooth_foley.world import passby
-from smooth_foley.metrics.doppler import doppler_adherence, f0_correlation, f0_range, f0_track
 from smooth_foley.listen.embedders import JUDGES, SoundClassifier, judge, judge_mels, judge_path, load_judge
+from smooth_foley.metrics.doppler import doppler_adherence, f0_correlation, f0_range, f0_track
 from smooth_foley.metrics.physics import (
     as_heard,
     closest_approach,
@@ -30,6 +32,7 @@ from smooth_foley.metrics.timing import (
     short_time_energy,
 )
 from smooth_foley.paper import tables
+from smooth_foley.world import passby
 
 rng = np.random.default_rng(0)
 

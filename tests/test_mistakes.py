@@ -4,17 +4,18 @@ A mistake is a system in which one thing is changed. The worst of its checks mis
 about half of what was measured. Where equality is asked for, any difference counts as infinitely many times.
 """
 
-import copy, math
+import copy
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
+from parity import CHECKS, error, load_system
 from torchvision.transforms import v2
 from transformers import CLIPTextModel, SpeechT5HifiGan
 
-from parity import CHECKS, error, load_system
 from smooth_foley.clip import FrameEncoder
 from smooth_foley.core import FoleyError
 from smooth_foley.frame_adapter import FrameAdapter

@@ -1,8 +1,14 @@
 "What is packed: a wheel holds the modules, the model and the sample, and nothing of the workshop"
 
-import ast, re, shutil, subprocess, sys, zipfile
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from configparser import ConfigParser
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent

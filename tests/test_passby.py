@@ -1,6 +1,10 @@
 "Passby: the same bytes everywhere, fast, and physics beyond what its notebook tells"
 
-import hashlib, json, subprocess, sys, time
+import hashlib
+import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -8,11 +12,11 @@ import pytest
 from smooth_foley.core import FoleyError
 from smooth_foley.world import passby
 from smooth_foley.world.passby import (
-    C,
     DURATION,
     LABELS,
     MOVERS,
     SOURCES,
+    C,
     draw_dials,
     motion,
     render_audio,

@@ -1,6 +1,7 @@
 """What is no story about the pipeline: damaged weights, other samplers, other types and devices, real files"""
 
-import json, shutil
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np

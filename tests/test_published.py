@@ -1,16 +1,26 @@
 "Published checkpoints become a folder that loads; what is wrong with them is told in one line, and leaves no trace"
 
-import json, math, os, pickle, re, shutil, subprocess, sys, threading
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from smooth_foley import published as P
-from smooth_foley.compare.foleycrafter import TimeDetector
 from smooth_foley.clip import FrameEncoder
+from smooth_foley.compare.foleycrafter import TimeDetector
 from smooth_foley.core import FoleyError
 from smooth_foley.pipeline import SmoothFoleyPipeline
 

@@ -1,7 +1,11 @@
 "README.md is nbs/index.ipynb, and what it points to is there"
 
-import importlib.util, json, re, sys
+import importlib.util
+import json
+import re
+import sys
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,10 +1,21 @@
 """Shards where a page can't go: kill -9, several processes, a full disk, damage anywhere, every stage of training"""
 
-import csv, os, resource, signal, subprocess, sys, tarfile, time
+import csv
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
+
 from smooth_foley.core import FoleyError, mini_path
 from smooth_foley.data import shards
 from smooth_foley.data.audioset import read_strong, sounding
@@ -241,12 +252,12 @@ def test_a_damaged_clip_in_training_is_replaced_and_told(whole, tmp_path):
 
 
 def test_rows_for_every_stage_give_a_loss_with_gradients(whole, items):
-    from smooth_foley.world.passby import LABELS
-    from smooth_foley.frame_adapter import FrameAdapter
     from smooth_foley.backbone import load_backbone
+    from smooth_foley.frame_adapter import FrameAdapter
     from smooth_foley.temporal_condition import LabelProjection
     from smooth_foley.train.loop import Draw
     from smooth_foley.train.recipes import FrameStage, ProjectionStage, VaeStage
+    from smooth_foley.world.passby import LABELS
 
     base, net = load_backbone(mini_path()), shards.networks(CFG)
     rows = TrainRows(Shards(whole), base.tokenizer, base.text_encoder, timeline=True)

@@ -1,18 +1,29 @@
 """What a notebook can't tell about training: kill -9, several processes, what changed and what did not"""
 
-import csv, json, os, shutil, signal, subprocess, sys, time
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from smooth_foley.app import cli
-from smooth_foley.core import FoleyError
 from smooth_foley.backbone import PatchAutoencoder, make_scheduler, make_text_encoder, make_unet, tokenize_prompt
 from smooth_foley.clip import build_tokenizer
+from smooth_foley.core import FoleyError
 from smooth_foley.frame_adapter import FrameAdapter
 from smooth_foley.mel import MelTransform
 from smooth_foley.temporal_adapter import make_temporal_adapter

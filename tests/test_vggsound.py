@@ -1,11 +1,25 @@
 "Lists, joins, downloads and audits of VGGSound, with everything that goes wrong on the way"
 
-import contextlib, csv, json, os, resource, shutil, signal, subprocess, sys, threading, time
+import contextlib
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-import av, numpy as np, psutil, pytest
+
+import av
+import numpy as np
+import psutil
+import pytest
+
 from smooth_foley.core import FoleyError
-from smooth_foley.world.passby import scene
 from smooth_foley.data.vggsound import (
     Fetching,
     Item,
@@ -27,6 +41,7 @@ from smooth_foley.data.vggsound import (
     write_state,
 )
 from smooth_foley.media import SR, read_audio, write_video
+from smooth_foley.world.passby import scene
 
 TABLES = ("audit.csv", "faults.csv", "clean.csv")
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"

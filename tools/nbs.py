@@ -5,7 +5,14 @@ python tools/nbs.py test     run every notebook (one process each, with its CUDA
 python tools/nbs.py readme   write README.md from nbs/index.ipynb
 """
 
-import base64, json, os, re, shutil, subprocess, sys, tempfile
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent

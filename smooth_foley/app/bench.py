@@ -8,7 +8,15 @@ __all__ = ['DTYPES', 'STAGES', 'count_flops', 'resident_bytes', 'peak_memory', '
            'bench_table', 'bench_summary', 'write_bench', 'plot_bench', 'save_plot']
 
 # %% ../../nbs/app/93_bench.ipynb #79299b24
-import ctypes, gc, json, math, os, platform, tempfile, threading, time
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import tempfile
+import threading
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -17,16 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..backbone import build_full, build_full_parts, decode_latents, encode_prompt, fill_random, noise_like
 from ..core import FoleyError, atomic_path, default_device, derive_generator
+from ..frame_adapter import FrameAdapter
 from ..media import mux, probe, read_clip, write_video
 from ..mel import MelTransform
-from ..vocoder import vocode
-from ..backbone import build_full, build_full_parts, decode_latents, encode_prompt, fill_random, noise_like
-from ..frame_adapter import FrameAdapter
+from ..pipeline import SmoothFoleyPipeline, guide
+from ..reuse import onednn_linear
 from ..temporal_adapter import make_temporal_adapter
 from ..temporal_condition import LabelProjection
-from ..reuse import onednn_linear
-from ..pipeline import SmoothFoleyPipeline, guide
+from ..vocoder import vocode
 
 # %% ../../nbs/app/93_bench.ipynb #94452b1b
 def _mha_flops(query_shape, key_shape, value_shape, embed_dim, *args, out_shape=None, **kwargs):
@@ -347,7 +356,9 @@ def machine_card(
     device: str = "cpu",  # Where the bench runs
 ) -> dict:  # Hardware and versions
     "What the numbers were measured on"
-    import diffusers, open_clip, transformers
+    import diffusers
+    import open_clip
+    import transformers
 
     card = dict(
         device=torch.device(device).type,

@@ -10,7 +10,15 @@ __all__ = ['VIDEOS', 'LONGEST', 'DEFAULTS', 'LICENCES', 'RECIPE_OPTIONS', 'STAGE
            'build_parser', 'main']
 
 # %% ../../nbs/app/91_cli.ipynb #44dcc7bd
-import argparse, json, math, os, re, signal, struct, sys, tempfile
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import struct
+import sys
+import tempfile
 from pathlib import Path
 
 from .. import __version__
@@ -108,7 +116,9 @@ def load_pipeline(
     offload: bool = False,  # Keep on the device only what works at the moment
 ):  # `SmoothFoleyPipeline`
     "Load a model without the libraries' chatter"
-    import diffusers, torch, transformers
+    import diffusers
+    import torch
+    import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -347,6 +357,7 @@ def sample_measures(
 ) -> dict:  # Numbers; nan where a measure does not apply
     "What a training run tells of a sample: level and pitch against the truth, and the share that has a clear pitch"
     import numpy as np
+
     from smooth_foley.metrics.doppler import f0_correlation, f0_range, f0_track
     from smooth_foley.metrics.timing import short_time_energy
 

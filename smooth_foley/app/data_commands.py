@@ -7,7 +7,11 @@ __all__ = ['VGGSOUND', 'AUDIT', 'AUDIOSET', 'GROUNDING', 'CONTINUOUS', 'SHARDS',
            'grounding', 'continuous', 'shards', 'add_data_commands']
 
 # %% ../../nbs/app/92_data_commands.ipynb #88e23705
-import argparse, csv, re, sys, warnings
+import argparse
+import csv
+import re
+import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -325,8 +329,8 @@ def _grounding_options(p):
 # %% ../../nbs/app/92_data_commands.ipynb #611e723b
 def grounding(args):
     "When is the sound of a label heard?"
-    from smooth_foley.listen import grounding as G
     from smooth_foley.data import vggsound as V
+    from smooth_foley.listen import grounding as G
 
     for p in filter(None, (args.csv, args.plot)):
         check_output(p, overwrite=True, suffixes=(".csv",) if p == args.csv else (".png",))

@@ -8,11 +8,9 @@ __all__ = ['FILMS', 'FARTHER', 'STEADY', 'COLUMNS', 'films', 'outcomes', 'mover_
 
 # %% ../../nbs/compare/78_counterfactual.ipynb #aee4d731
 from pathlib import Path
+
 import numpy as np
-from ..core import FoleyError, progress
-from ..media import Clip, SR, read_audio, write_wav
-from ..world import passby
-from ..metrics.doppler import MODULATION, f0_range, f0_track
+
 from smooth_foley.compare.evaluate import (
     TEST,
     Take,
@@ -24,8 +22,12 @@ from smooth_foley.compare.evaluate import (
     read_rows,
     write_rows,
 )
+from ..core import FoleyError, progress
+from ..media import SR, Clip, read_audio, write_wav
+from ..metrics.doppler import MODULATION, f0_range, f0_track
 from ..metrics.physics import as_heard, level_track, loudest, same_shift, share_interval, turned
 from ..metrics.timing import bootstrap_interval
+from ..world import passby
 
 # %% ../../nbs/compare/78_counterfactual.ipynb #a9c91c4b
 FILMS = ("reversed", "moved", "distance")

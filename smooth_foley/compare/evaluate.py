@@ -17,17 +17,26 @@ __all__ = ['TEST', 'KNOWN', 'SYSTEMS', 'OPTIONS', 'RESERVED', 'COMPONENTS', 'VER
            'save_cost', 'run_command', 'hours']
 
 # %% ../../nbs/compare/77_evaluate.ipynb #55ccc662
-import csv, hashlib, json, re, time
+import csv
+import hashlib
+import json
+import re
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable
-import numpy as np, torch
+
+import numpy as np
+import torch
+
+from ..backbone import decode_latents, encode_latents
 from ..core import FoleyError, atomic_path, default_device, mini_path, progress, suggest
+from ..listen.embedders import decode, listen_to, load_audio, load_embedder, mono
 from smooth_foley.media import (
-    Clip,
     SR,
+    Clip,
     clip_resize,
     fit_duration,
     probe,
@@ -36,19 +45,8 @@ from smooth_foley.media import (
     seconds_to_samples,
     write_wav,
 )
-from ..backbone import decode_latents, encode_latents
-from ..world import passby
-from ..pipeline import SmoothFoleyPipeline, load_part
-from ..vocoder import vocode
-from smooth_foley.metrics.timing import (
-    activity,
-    bootstrap_interval,
-    counts,
-    frame_scores,
-    onset_scores,
-    paired_difference,
-    pooled,
-)
+from ..metrics.clip_score import clip_cosine
+from ..metrics.divergence import inception_score, kl_per_clip, log_softmax
 from smooth_foley.metrics.doppler import (
     CENTROID_LABELS,
     centroid_adherence,
@@ -58,11 +56,20 @@ from smooth_foley.metrics.doppler import (
     f0_range,
     reference_adherence,
 )
-from ..metrics.physics import as_heard, closest_approach, dropouts, level_adherence, level_track
 from ..metrics.frechet import frechet_distance, frechet_draws, frechet_infinity, frechet_interval, kid
-from ..metrics.divergence import inception_score, kl_per_clip, log_softmax
-from ..metrics.clip_score import clip_cosine
-from ..listen.embedders import decode, listen_to, load_audio, load_embedder, mono
+from ..metrics.physics import as_heard, closest_approach, dropouts, level_adherence, level_track
+from smooth_foley.metrics.timing import (
+    activity,
+    bootstrap_interval,
+    counts,
+    frame_scores,
+    onset_scores,
+    paired_difference,
+    pooled,
+)
+from ..pipeline import SmoothFoleyPipeline, load_part
+from ..vocoder import vocode
+from ..world import passby
 
 # %% ../../nbs/compare/77_evaluate.ipynb #dcc715f4
 @dataclass

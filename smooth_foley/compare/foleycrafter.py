@@ -8,7 +8,8 @@ __all__ = ['IMAGENET', 'IMPACTS', 'MINI_DETECTOR', 'PUBLISHED', 'FrameConv', 'Ti
            'baseline_path', 'FoleyCrafter']
 
 # %% ../../nbs/compare/70_foleycrafter.ipynb #0290940a
-import json, shutil
+import json
+import shutil
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -16,18 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn, Tensor
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from fastcore.basics import patch
+from torch import Tensor, nn
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D
 from torchvision.transforms import functional as pictures
-from fastcore.basics import patch
+
 from ..core import FoleyError, mini_path, progress
 from ..media import Clip, read_clip
-from ..temporal_condition import TemporalCondition
 from ..pipeline import FoleyOutput, SmoothFoleyPipeline, load_part, resolve_weights
-from ..world import passby
+from ..temporal_condition import TemporalCondition
 from ..train.loop import TrainConfig, hardware, train
+from ..world import passby
 
 # %% ../../nbs/compare/70_foleycrafter.ipynb #cbf549c9
 class FrameConv(Conv2Plus1D):

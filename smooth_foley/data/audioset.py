@@ -8,7 +8,8 @@ __all__ = ['MID', 'STRONG', 'FRAMED', 'LineFault', 'read_names', 'read_segment',
            'plot_timeline', 'read_framed', 'score_framed']
 
 # %% ../../nbs/data/53_audioset.ipynb #f36ad5a1
-import math, re
+import math
+import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import lru_cache
@@ -17,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import FoleyError
-from ..media import COLUMNS_PER_SECOND
 from .vggsound import ID, Item
+from ..media import COLUMNS_PER_SECOND
 
 # %% ../../nbs/data/53_audioset.ipynb #9df86224
 class LineFault(FoleyError):

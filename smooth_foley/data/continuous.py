@@ -14,7 +14,14 @@ __all__ = ['TIERS', 'FAULTS', 'COLUMNS', 'THRESHOLDS', 'LIST', 'CHALLENGE', 'REV
            'prove', 'prove_challenge', 'main', 'run_command']
 
 # %% ../../nbs/data/55_continuous.ipynb #0db93377
-import csv, hashlib, importlib, io, json, os, sys, zipfile
+import csv
+import hashlib
+import importlib
+import io
+import json
+import os
+import sys
+import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,8 +35,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import FoleyError, atomic_path, die_with_parent, mini_path, progress
-from ..media import probe, read_audio, read_clip
 from .vggsound import Item, check_vggsound_label, join_clips, read_vggsound, vggsound_labels
+from ..media import probe, read_audio, read_clip
 
 # %% ../../nbs/data/55_continuous.ipynb #b0973023
 TIERS = ("core", "extended", "not continuous")
@@ -729,6 +736,7 @@ WHY = (
 def _png(heard, threshold):
     "The plotted curve as bytes, made without a window"
     from matplotlib.figure import Figure
+
     from smooth_foley.listen.grounding import plot_grounding
 
     fig, buf = Figure(figsize=(6, 1.5), dpi=80, layout="constrained"), io.BytesIO()

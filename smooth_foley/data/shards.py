@@ -9,7 +9,18 @@ __all__ = ['CONTENT', 'FAULT', 'SPLIT_OF', 'ShardConfig', 'fingerprint', 'networ
            'clips_per_second']
 
 # %% ../../nbs/data/57_shards.ipynb #f0bc633d
-import csv, hashlib, io, json, multiprocessing, os, re, signal, sys, tarfile, time, zlib
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import tarfile
+import time
+import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -17,16 +28,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np, torch
+import numpy as np
+import torch
 from fastcore.basics import patch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..core import FoleyError, atomic_path, die_with_parent, mini_path, progress
-from ..media import COLUMNS_PER_SECOND, read_audio, read_clip
-from ..world import passby
 from .audioset import frame_sounding, per_label, read_strong, sounding
 from .continuous import one_thread, read_continuous, read_heard
 from .vggsound import Item, folder_items, join_clips, read_vggsound
+from ..media import COLUMNS_PER_SECOND, read_audio, read_clip
+from ..world import passby
 
 # %% ../../nbs/data/57_shards.ipynb #7f63481f
 CONTENT = ("frames", "clip", "mel", "latent")

@@ -9,7 +9,21 @@ __all__ = ['SPLITS', 'ID', 'VIDEOS', 'SHORT', 'AREA', 'FACTS', 'REASONS', 'FOR_G
            'cut_clip', 'why_failed', 'Fetching', 'fetch_clip', 'DownloadReport', 'download']
 
 # %% ../../nbs/data/50_vggsound.ipynb #c5b02f3b
-import base64, csv, errno, hashlib, io, json, math, os, re, shutil, signal, subprocess, sys, threading, time
+import base64
+import csv
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +32,8 @@ from itertools import chain, cycle
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import av, numpy as np
+import av
+import numpy as np
 from av.video.reformatter import Interpolation
 
 from ..core import FoleyError, atomic_path, mini_path, progress, suggest

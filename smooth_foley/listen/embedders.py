@@ -9,31 +9,41 @@ __all__ = ['PUBLISHED', 'JUDGE_NAMES', 'mono', 'fit', 'decode', 'load_audio', 'a
            'read_weights', 'Published', 'metric_path', 'load_embedder', 'listen_to']
 
 # %% ../../nbs/listen/42_embedders.ipynb #3fd6ba2f
-import hashlib, math, os, pickle, shutil, urllib.error, urllib.request
+import hashlib
+import math
+import os
+import pickle
+import shutil
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
-from torch import nn, Tensor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
-from torchvision.models.inception import Inception3, BasicConv2d
-from torchvision.models.resnet import ResNet, BasicBlock
+from torch import Tensor, nn
+from torchvision.models.inception import BasicConv2d, Inception3
+from torchvision.models.resnet import BasicBlock, ResNet
+
 from ..core import FoleyError, progress, suggest
-from ..mel import mel_filters
-from ..vocoder import load_checked
 from smooth_foley.listen.judges import (
+    JUDGES,
     ConvBlock,
     SoundClassifier,
     SoundStudent,
     SoundText,
-    JUDGES,
+    judge,
     judge_mels,
-    train_judge,
     judge_path,
     load_judge,
     load_judges,
-    judge,
+    train_judge,
 )
+from ..mel import mel_filters
+from ..vocoder import load_checked
 
 # %% ../../nbs/listen/42_embedders.ipynb #ddfb3e5a
 def mono(
@@ -81,6 +91,7 @@ def decode(
 ) -> tuple:  # Samples `(channels, n)` float32, rate in Hz
     "The sound of a file at its own rate, channel by channel"
     import av
+
     from smooth_foley.media import _check_file, _open_file
 
     if os.path.exists(path):
@@ -389,7 +400,7 @@ class Clap(nn.Module):
     rate = 48000
 
     def __init__(self, folder):  # Folder or hub id
-        from transformers import ClapModel, ClapFeatureExtractor
+        from transformers import ClapFeatureExtractor, ClapModel
 
         super().__init__()
         self.folder = str(folder)

@@ -12,21 +12,32 @@ __all__ = ['PAD', 'UNKNOWN', 'SPELLING', 'WRITTEN', 'COLUMNS', 'HUB', 'TRAIN_SCE
            'GroundingStage', 'save_grounding', 'train_grounding', 'main']
 
 # %% ../../nbs/listen/40_grounding.ipynb #217548fe
-import csv, importlib.util, json, os, re, shutil, tempfile, warnings
+import csv
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
-from torch import nn, Tensor
-from diffusers import ModelMixin, ConfigMixin
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
+from torch import Tensor, nn
+
 from ..core import FoleyError, atomic_path, printable, progress, suggest
+from ..data.vggsound import vggsound_labels
 from ..media import fit_duration, read_audio, write_video
 from ..mel import mel_filters
 from ..vocoder import load_checked
 from ..world import passby
-from ..data.vggsound import vggsound_labels
 
 # %% ../../nbs/listen/40_grounding.ipynb #1bd72a9d
 def mel_db(

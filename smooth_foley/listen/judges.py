@@ -9,19 +9,28 @@ __all__ = ['MOVES', 'TIMES', 'NOTHING', 'VOCABULARY', 'JUDGES', 'HELD_OUT', 'REC
            'load_judge', 'load_judges', 'judge']
 
 # %% ../../nbs/listen/41_judges.ipynb #3c5e6873
-import hashlib, importlib.util, json, math, re, shutil
+import hashlib
+import importlib.util
+import json
+import math
+import re
+import shutil
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
-from torch import nn, Tensor
-from diffusers import ModelMixin, ConfigMixin
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
+from torch import Tensor, nn
+
 from ..core import FoleyError, mini_path, progress, suggest
-from ..world import passby
 from ..mel import MelTransform
-from ..train.loop import TrainConfig, train, hardware
+from ..train.loop import TrainConfig, hardware, train
+from ..world import passby
 
 # %% ../../nbs/listen/41_judges.ipynb #a4370f27
 class ConvBlock(nn.Module):

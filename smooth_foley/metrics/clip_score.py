@@ -7,6 +7,7 @@ __all__ = ['clip_cosine', 'clip_score', 'ib_score', 'desync']
 
 # %% ../../nbs/metrics/65_clip_score.ipynb #24020859
 import numpy as np
+
 from ..core import FoleyError
 from .frechet import embedding_rows
 

@@ -7,6 +7,7 @@ __all__ = ['log_softmax', 'kl_per_clip', 'mean_kl', 'inception_score']
 
 # %% ../../nbs/metrics/61_divergence.ipynb #24020859
 import numpy as np
+
 from ..core import FoleyError
 from .frechet import embedding_rows
 

@@ -8,10 +8,12 @@ __all__ = ['MODULATION', 'CENTROID_LABELS', 'spectra', 'candidates', 'harmonic_s
 
 # %% ../../nbs/metrics/63_doppler.ipynb #dab0ad30
 import math
+
 import numpy as np
+
 from ..core import FoleyError
-from ..world import passby
 from .timing import activity
+from ..world import passby
 
 # %% ../../nbs/metrics/63_doppler.ipynb #764a5830
 def spectra(

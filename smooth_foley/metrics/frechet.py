@@ -7,8 +7,10 @@ __all__ = ['embedding_rows', 'embedding_pair', 'Frechet', 'frechet_distance', 'F
            'frechet_draws', 'frechet_interval', 'frechet_difference', 'kid']
 
 # %% ../../nbs/metrics/60_frechet.ipynb #542c5ec6
-import numpy as np
 from dataclasses import dataclass
+
+import numpy as np
+
 from ..core import FoleyError
 
 # %% ../../nbs/metrics/60_frechet.ipynb #ab1ee544

@@ -9,15 +9,18 @@ __all__ = ['KINDS_OF_SOUND', 'PAIRED', 'SETS', 'partners', 'six_kinds', 'hear_al
 # %% ../../nbs/metrics/66_judging.ipynb #3aa634fa
 import csv
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
+
 from ..core import FoleyError, mini_path, progress
-from ..world import passby
-from ..mel import MelTransform
-from ..vocoder import PhaseVocoder, vocode
-from .frechet import frechet_distance
 from ..listen.judges import HELD_OUT, judge_path, judge_scene, load_judges
-from .divergence import mean_kl, inception_score
+from ..mel import MelTransform
 from .clip_score import clip_score
+from .divergence import inception_score, mean_kl
+from .frechet import frechet_distance
+from ..vocoder import PhaseVocoder, vocode
+from ..world import passby
 
 # %% ../../nbs/metrics/66_judging.ipynb #7e368d1b
 KINDS_OF_SOUND = ("real", "vocoded", "same label", "shuffled", "noise", "silence")

@@ -8,10 +8,11 @@ __all__ = ['as_heard', 'level_track', 'level_adherence', 'plot_level', 'loudest'
 
 # %% ../../nbs/metrics/64_physics.ipynb #f357e90b
 import numpy as np
+
 from ..core import FoleyError
-from ..world.passby import C
-from .timing import activity, short_time_energy
 from .doppler import f0_track
+from .timing import activity, short_time_energy
+from ..world.passby import C
 
 # %% ../../nbs/metrics/64_physics.ipynb #0f17e313
 def as_heard(

@@ -9,6 +9,7 @@ __all__ = ['ONSET_SR', 'ONSET_VARIANTS', 'counts', 'scores', 'frame_scores', 'at
 
 # %% ../../nbs/metrics/62_timing.ipynb #616021f3
 import numpy as np
+
 from ..core import FoleyError
 
 # %% ../../nbs/metrics/62_timing.ipynb #7ca513a8

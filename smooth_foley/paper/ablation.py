@@ -11,17 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ..backbone import PatchAutoencoder, decode_latents, encode_latents
+from ..compare.evaluate import listen, load_ears, read_rows, write_rows
 from ..core import FoleyError, progress
-from ..world import passby
 from ..mel import MelTransform
 from ..metrics.divergence import inception_score, kl_per_clip
 from ..metrics.doppler import doppler_adherence
-from ..compare.evaluate import listen, load_ears, read_rows, write_rows
 from ..metrics.frechet import frechet_distance
 from ..metrics.physics import level_adherence, level_track
 from ..metrics.timing import at_frames, bootstrap_interval, counts, pooled
 from ..vocoder import PhaseVocoder, vocode
+from ..world import passby
 
 # %% ../../nbs/paper/84_ablation.ipynb #ab000007
 VALIDATION = 1_000_000  # First seed of the validation range

@@ -7,12 +7,14 @@ __all__ = ['EXAMPLES', 'TEST', 'FROZEN', 'TRAINED', 'PLAIN', 'small_png', 'examp
            'condition_curves', 'pipeline_shapes', 'plot_pipeline', 'plot_sound', 'plot_comparison']
 
 # %% ../../nbs/paper/81_figures.ipynb #32c5d5a1
-import numpy as np, torch
+import numpy as np
+import torch
+
 from ..core import FoleyError
 from ..media import Clip
 from ..mel import plot_mel
-from ..world import passby
 from ..metrics.doppler import doppler_adherence, f0_range, f0_track
+from ..world import passby
 
 # %% ../../nbs/paper/81_figures.ipynb #e129cb66
 def small_png(
@@ -22,6 +24,7 @@ def small_png(
 ):  # PIL picture
     "A figure as a picture of few colours"
     import io
+
     from PIL import Image
 
     buf = io.BytesIO()

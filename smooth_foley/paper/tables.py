@@ -10,12 +10,14 @@ __all__ = ['PRINTED', 'ROWS', 'SPLITS', 'NAMES', 'same', 'fifty', 'TABLE_1', 'TA
 # %% ../../nbs/paper/80_tables.ipynb #fd3a8edc
 from collections import defaultdict
 from pathlib import Path
+
 import numpy as np
-from ..core import FoleyError
-from ..world import passby
-from ..compare.evaluate import MEASURES, difference_of, read_rows, values_of
+
 from ..compare.counterfactual import films_table
+from ..compare.evaluate import MEASURES, difference_of, read_rows, values_of
+from ..core import FoleyError
 from ..metrics.timing import scores
+from ..world import passby
 
 # %% ../../nbs/paper/80_tables.ipynb #cff24118
 PRINTED = {  # Row -> measure -> (VGG-C, VGG)

@@ -8,12 +8,20 @@ __all__ = ['LOG_FIELDS', 'Draw', 'batch_indices', 'FrozenParts', 'Stage', 'Train
            'save_average']
 
 # %% ../../nbs/train/31_loop.ipynb #0ff95e57
-import csv, json, os, platform, shutil, time
+import csv
+import json
+import os
+import platform
+import shutil
+import time
 from contextlib import contextmanager
-from dataclasses import dataclass, asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-import numpy as np, torch
-from torch import nn, Tensor
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
 from ..core import FoleyError, derive_seed, progress
 
 # %% ../../nbs/train/31_loop.ipynb #e432cc8a

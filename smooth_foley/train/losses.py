@@ -7,10 +7,12 @@ __all__ = ['diffusion_target', 'diffusion_loss', 'vae_loss', 'stft_magnitude', '
            'projection_loss']
 
 # %% ../../nbs/train/30_losses.ipynb #83dbd65a
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from torch import Tensor
-from ..core import FoleyError
+
 from ..backbone import v_target
+from ..core import FoleyError
 
 # %% ../../nbs/train/30_losses.ipynb #e82849c3
 def diffusion_target(

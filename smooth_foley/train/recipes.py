@@ -18,52 +18,62 @@ __all__ = ['POSITIONS', 'VAL_SEED', 'PLACES', 'WIDTHS', 'ACROSS', 'NAMED', 'PICT
            'plot_loss_difference']
 
 # %% ../../nbs/train/32_recipes.ipynb #cd2d9376
-import hashlib, io, json, os, shutil, time
-from dataclasses import dataclass, field, fields, asdict, replace
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-import av, numpy as np, torch, torch.nn.functional as F
-from torch import nn, Tensor
-from ..core import FoleyError, atomic_path, derive_generator, die_with_parent, progress, suggest
-from ..world import passby
-from ..media import clip_resize, write_wav
-from ..mel import MelTransform
-from ..clip import FrameEncoder, build_tokenizer, mini_clip_cfg
-from ..vocoder import PhaseVocoder, make_vocoder, strip_weight_norm, vocode
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from smooth_foley.backbone import (
+    CLIPTextModel,
+    CLIPTokenizer,
     PatchAutoencoder,
-    decode_latents,
-    make_unet,
-    make_text_encoder,
-    make_scheduler,
-    alphas_cumprod,
+    UNet2DConditionModel,
     add_noise,
+    alphas_cumprod,
+    decode_latents,
     encode_latents,
+    make_scheduler,
+    make_text_encoder,
+    make_unet,
     noise_like,
     set_latent_stats,
     tokenize_prompt,
-    UNet2DConditionModel,
-    CLIPTextModel,
-    CLIPTokenizer,
 )
-from smooth_foley.train.losses import (
-    multi_resolution_stft_loss,
-    stft_magnitude,
-    sigmoid_pair_loss,
-    projection_loss,
-    diffusion_target,
-    diffusion_loss,
-)
+from ..clip import FrameEncoder, build_tokenizer, mini_clip_cfg
+from ..core import FoleyError, atomic_path, derive_generator, die_with_parent, progress, suggest
+from ..media import clip_resize, write_wav
+from ..mel import MelTransform
 from smooth_foley.train.loop import (
     Draw,
     FrozenParts,
     Stage,
     TrainConfig,
-    train,
-    latest_checkpoint,
-    hardware,
     check_config,
+    hardware,
+    latest_checkpoint,
+    train,
 )
+from smooth_foley.train.losses import (
+    diffusion_loss,
+    diffusion_target,
+    multi_resolution_stft_loss,
+    projection_loss,
+    sigmoid_pair_loss,
+    stft_magnitude,
+)
+from ..vocoder import PhaseVocoder, make_vocoder, strip_weight_norm, vocode
+from ..world import passby
 
 # %% ../../nbs/train/32_recipes.ipynb #c04f9f8d
 def _stages() -> dict:
@@ -1316,6 +1326,7 @@ def load_parts(runs, r: Recipe) -> dict:
     "Every trained part of a run"
     from diffusers import ControlNetModel
     from transformers import SpeechT5HifiGan
+
     from smooth_foley.frame_adapter import FrameAdapter
     from smooth_foley.temporal_condition import LabelProjection
 
@@ -1372,7 +1383,9 @@ def assemble(runs, dest, r: Recipe):
 # %% ../../nbs/train/32_recipes.ipynb #1d6b0280
 def plot_training(folder, axes=None):
     "Loss curves of every stage in `folder`/training"
-    import csv, matplotlib.pyplot as plt
+    import csv
+
+    import matplotlib.pyplot as plt
 
     logs = [p for s in STAGES if (p := Path(folder) / "training" / f"{s}.csv").exists()]
     if axes is None:

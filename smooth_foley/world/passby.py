@@ -10,7 +10,9 @@ __all__ = ['C', 'SR', 'DURATION', 'RATE', 'SOURCES', 'LABELS', 'CONTINUOUS', 'MO
 
 # %% ../../nbs/world/20_passby.ipynb #9058cd80
 from dataclasses import dataclass, field, replace
+
 import numpy as np
+
 from ..core import FoleyError, suggest
 
 # %% ../../nbs/world/20_passby.ipynb #6a0c73b2
