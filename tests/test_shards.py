@@ -255,8 +255,9 @@ def test_rows_for_every_stage_give_a_loss_with_gradients(whole, items):
     from smooth_foley.backbone import load_backbone
     from smooth_foley.frame_adapter import FrameAdapter
     from smooth_foley.temporal_condition import LabelProjection
+    from smooth_foley.train.diffusion import FrameStage
     from smooth_foley.train.loop import Draw
-    from smooth_foley.train.recipes import FrameStage, ProjectionStage, VaeStage
+    from smooth_foley.train.parts import ProjectionStage, VaeStage
     from smooth_foley.world.passby import LABELS
 
     base, net = load_backbone(mini_path()), shards.networks(CFG)

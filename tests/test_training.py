@@ -28,9 +28,12 @@ from smooth_foley.frame_adapter import FrameAdapter
 from smooth_foley.mel import MelTransform
 from smooth_foley.temporal_adapter import make_temporal_adapter
 from smooth_foley.temporal_condition import LabelProjection
-from smooth_foley.train import recipes
-from smooth_foley.train.loop import Draw, TrainConfig
-from smooth_foley.train.recipes import Recipe
+from smooth_foley.train import diffusion, folder, looks, parts, recipes
+from smooth_foley.train.captions import PICTURE_CAPTIONS
+from smooth_foley.train.encoding import feature_arrays, mel_images
+from smooth_foley.train.loop import Draw, TrainConfig, check_config
+from smooth_foley.train.recipe import Recipe, recipe_with
+from smooth_foley.train.scenes import sound_arrays
 from smooth_foley.vocoder import make_vocoder
 
 HERE = Path(__file__).parent
@@ -124,11 +127,11 @@ def tiny_recipe(**change):
     return r
 
 
-def fill(folder, r, n=8, seed=0):
+def fill(cache, r, n=8, seed=0):
     "Noise in place of rendered scenes and encoded frames"
     rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    a, f = recipes.cache_arrays(folder, r, "w"), recipes.feature_arrays(folder, r, mode="w")
+    cache.mkdir(parents=True)
+    a, f = sound_arrays(cache, r, "w"), feature_arrays(cache, r, mode="w")
     a["sounding"][:] = rng.random(a["sounding"].shape) < 0.5
     a["label"][:] = np.arange(n) % 14
     f["emb"][:] = rng.standard_normal(f["emb"].shape)
@@ -158,6 +161,23 @@ def test_losses_do_not_move(tiny, stage):
     np.testing.assert_allclose(column(tiny / stage / "log.csv", "loss"), RECORDED[stage], rtol=2e-4)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(learning_rate=0.0),
+        dict(max_grad_norm=0.0),
+        dict(mixed_precision="int8"),
+        dict(log_steps=0),
+        dict(lr_cycles=0),
+        dict(report_to="abacus"),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_configuration_that_cannot_work_is_refused_by_name(change):
+    with pytest.raises(FoleyError, match=f"base: {next(iter(change))} is"):
+        check_config(TrainConfig(**change), "base")
+
+
 # --- every stage on a GPU that is not there
 def tiny_parts():
     torch.manual_seed(0)
@@ -182,33 +202,33 @@ def tiny_parts():
 
 def stage_clip():
     pictures = torch.zeros(3, 2, 64, 64, 3, dtype=torch.uint8)
-    yes = torch.ones(3, 2, len(recipes.PICTURE_CAPTIONS), dtype=torch.bool)
-    return recipes.ClipStage(recipes.make_mini_clip()), dict(pictures=pictures, true=yes, known=yes)
+    yes = torch.ones(3, 2, len(PICTURE_CAPTIONS), dtype=torch.bool)
+    return parts.ClipStage(parts.make_mini_clip()), dict(pictures=pictures, true=yes, known=yes)
 
 
 def stage_vae():
-    return recipes.VaeStage(PatchAutoencoder(hidden_channels=8, num_blocks=1)), dict(image=torch.randn(3, 16, 8, 8))
+    return parts.VaeStage(PatchAutoencoder(hidden_channels=8, num_blocks=1)), dict(image=torch.randn(3, 16, 8, 8))
 
 
 def stage_vocoder():
     voc = make_vocoder(8, 16, (5, 4, 4, 2), (11, 8, 8, 4), (3,), ((1,),))
-    return recipes.VocoderStage(voc), dict(mel=torch.randn(3, 8, 1024), audio=torch.randn(3, 163840))
+    return parts.VocoderStage(voc), dict(mel=torch.randn(3, 8, 1024), audio=torch.randn(3, 163840))
 
 
 def stage_base():
     _, tok, text, unet, batch = tiny_parts()
-    return recipes.DiffusionStage(dict(unet=unet, text_encoder=text), {}, tok, make_scheduler()), batch
+    return diffusion.DiffusionStage(dict(unet=unet, text_encoder=text), {}, tok, make_scheduler()), batch
 
 
 def stage_projection():
-    stage = recipes.ProjectionStage(LabelProjection(12), torch.randn(4, 12))
+    stage = parts.ProjectionStage(LabelProjection(12), torch.randn(4, 12))
     return stage, dict(emb=torch.randn(3, 5, 12), sounding=torch.rand(3, 5) > 0.5, label=torch.tensor([0, 1, 3]))
 
 
 def stage_temporal_adapter():
     mel, tok, text, unet, batch = tiny_parts()
     net = make_temporal_adapter(unet, mel.config.fold**2, (8, 8, 8))
-    return recipes.TemporalStage(
+    return diffusion.TemporalStage(
         dict(controlnet=net), dict(unet=unet, text_encoder=text, mel=mel), tok, make_scheduler()
     ), batch
 
@@ -216,7 +236,7 @@ def stage_temporal_adapter():
 def stage_frame_adapter(position="window"):
     _, tok, text, unet, batch = tiny_parts()
     adapter = FrameAdapter.from_unet(unet, 12, frame_position=position)
-    stage = recipes.FrameStage(dict(adapter=adapter), dict(unet=unet, text_encoder=text), tok, make_scheduler())
+    stage = diffusion.FrameStage(dict(adapter=adapter), dict(unet=unet, text_encoder=text), tok, make_scheduler())
     adapter.install(unet).requires_grad_(True)
     return stage, batch
 
@@ -296,17 +316,17 @@ def test_every_stage_has_gradients_on_another_device(name):
 
 # --- looking on
 def test_a_run_that_is_looked_at_ends_with_the_same_weights(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "sample_latents", partial(recipes.sample_latents, steps=2))
+    monkeypatch.setattr(looks, "sample_latents", partial(looks.sample_latents, steps=2))
     runs, r = tmp_path / "runs", tiny_recipe(validation_steps=3, sample_steps=5)
     shutil.copytree(tiny, runs)
     shutil.rmtree(runs / "frame_adapter")
-    val = recipes.ValidationSet(runs, r)
-    a, f, rng = fill(val.folder, val.recipe, recipes.N_VAL, 1)
-    a["mel"][:] = rng.normal(-4, 1, (recipes.N_VAL, 128, 1))
+    val = looks.ValidationSet(runs, r)
+    a, f, rng = fill(val.folder, val.recipe, looks.N_VAL, 1)
+    a["mel"][:] = rng.normal(-4, 1, (looks.N_VAL, 128, 1))
     a["done"][:], f["frames_done"][:] = True, True
     for x in (*a.values(), *f.values()):
         x.flush()
-    images = recipes.mel_rows(a, MelTransform.mini(), range(recipes.N_VAL))
+    images = mel_images(a, MelTransform.mini(), range(looks.N_VAL))
     PatchAutoencoder().fit(images + 0.01 * torch.randn(images.shape)).save_pretrained(runs / "components" / "weights")
     recipes.run_stage("frame_adapter", runs, r, lambda audio, sr, scene: dict(peak=float(abs(audio).max())))
     out = runs / "frame_adapter"
@@ -334,7 +354,7 @@ WRONG = {
     "n_pictures is 0": dict(n_pictures=0),
     "fps is nan": dict(fps=float("nan")),
     "frame_position is 'middle'": dict(frame_position="middle"),
-    "vocoder: 'phase' or 'hifigan'": dict(vocoder="flute"),
+    "vocoder is 'flute'": dict(vocoder="flute"),
     "base: ema_decay is 1.0": dict(ema_decay=1.0),
     "base: report_to is 'abacus'": dict(report_to="abacus"),
     "lr_warmup_steps is 50": dict(lr_warmup_steps=50, max_train_steps=20),
@@ -349,8 +369,15 @@ def test_a_recipe_that_contradicts_itself_is_refused_before_anything_is_made(sai
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("change", [dict(stages=("base", "vea")), dict(max_steps=0)])
+def test_unknown_stages_and_runs_without_steps_are_refused(change, tmp_path):
+    with pytest.raises(FoleyError, match="unknown vea; choose from|max_steps: must be at least 1"):
+        recipes.train_mini(tmp_path / "runs", **change)
+    assert not (tmp_path / "runs").exists()
+
+
 def claim(runs, stages=("base",), resume=True, **options):
-    return recipes.claim_folder(runs, recipes.recipe_with(options, stages), stages, resume)
+    return folder.claim_folder(runs, recipe_with(options, stages), stages, resume)
 
 
 def begin(runs, *stages):
@@ -368,7 +395,7 @@ def test_a_folder_of_another_recipe_is_refused_with_both_values(tmp_path):
     begin(tmp_path, "base")
     with pytest.raises(FoleyError, match=r"base.learning_rate 0.001 there and 0.0001 now"):
         claim(tmp_path, n_scenes=60, learning_rate=1e-4)
-    steps = recipes.Recipe().stages["base"].max_train_steps
+    steps = Recipe().stages["base"].max_train_steps
     with pytest.raises(FoleyError, match=f"base.max_train_steps {steps} there and 8000 now"):
         claim(tmp_path, n_scenes=60, max_train_steps=8000)
     claim(tmp_path, n_scenes=60, log_steps=1, validation_steps=5, guidance_scale=3.0)
@@ -388,7 +415,7 @@ def test_a_folder_of_another_passby_is_refused(tmp_path, monkeypatch):
     (tmp_path / "cache").mkdir()
     np.save(tmp_path / "cache" / "done.npy", np.ones(2, bool))
     claim(tmp_path)
-    monkeypatch.setattr(recipes, "passby_mark", lambda: "another")
+    monkeypatch.setattr(folder, "passby_mark", lambda: "another")
     with pytest.raises(FoleyError, match="passby '[0-9a-f]{16}' there and 'another' now"):
         claim(tmp_path)
 
@@ -418,7 +445,10 @@ def test_every_field_is_an_option_of_the_command_line():
 def test_the_command_line_changes_the_chosen_stages(monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr(recipes, "run_stage", lambda name, out, r, measure: asked.update({name: r, "measure": measure}))
-    words = "--learning-rate 3e-4 --ema-decay 0.999 0.99 --keep-checkpoints-at 100 --sample-steps 50 --seed 3 --latent-channels 8 --no-frame-wise"
+    words = (
+        "--learning-rate 3e-4 --ema-decay 0.999 0.99 --keep-checkpoints-at 100 --sample-steps 50 "
+        "--seed 3 --latent-channels 8 --no-frame-wise"
+    )
     assert cli.main(["train", "mini", "--out", str(tmp_path), "--stages", "base,frame_adapter", *words.split()]) == 0
     r = asked["base"]
     assert r.stages["base"] == replace(

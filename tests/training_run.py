@@ -10,8 +10,8 @@ from smooth_foley.backbone import make_scheduler, make_text_encoder, make_unet, 
 from smooth_foley.clip import build_tokenizer
 from smooth_foley.mel import MelTransform
 from smooth_foley.temporal_adapter import make_temporal_adapter
+from smooth_foley.train.diffusion import TemporalStage
 from smooth_foley.train.loop import TrainConfig, train
-from smooth_foley.train.recipes import TemporalStage
 
 CFG = TrainConfig(
     max_train_steps=40,
