@@ -21,7 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smooth_foley.app import cli
-from smooth_foley.backbone import PatchAutoencoder, make_scheduler, make_text_encoder, make_unet, tokenize_prompt
+from smooth_foley.backbone import (
+    PatchAutoencoder,
+    make_scheduler,
+    make_text_encoder,
+    make_unet,
+    make_vae,
+    tokenize_prompt,
+)
 from smooth_foley.clip import build_tokenizer
 from smooth_foley.core import FoleyError
 from smooth_foley.frame_adapter import FrameAdapter
@@ -116,7 +123,8 @@ RECORDED = {
 
 def tiny_recipe(**change):
     "Five steps on eight scenes"
-    r = replace(Recipe(), n_scenes=8, n_picture_scenes=8, n_feature_scenes=8, channel_power=0)
+    sizes = dict(n_scenes=8, n_picture_scenes=8, n_feature_scenes=8)
+    r = replace(Recipe(), **sizes, autoencoder="patch", latent_channels=16, focus=0.5)
     change = (
         dict(max_train_steps=5, lr_cycles=1, lr_warmup_steps=2, log_steps=1, train_batch_size=2, mixed_precision="no")
         | change
@@ -207,7 +215,13 @@ def stage_clip():
 
 
 def stage_vae():
-    return parts.VaeStage(PatchAutoencoder(hidden_channels=8, num_blocks=1)), dict(image=torch.randn(3, 16, 8, 8))
+    vae = make_vae(block_out_channels=(16, 16), latent_channels=2, norm_num_groups=4)
+    return parts.VaeStage(vae, cols=4), dict(image=torch.randn(3, 16, 8, 8))
+
+
+def stage_correction():
+    vae = PatchAutoencoder(hidden_channels=8, num_blocks=1)
+    return parts.CorrectionStage(vae), dict(image=torch.randn(3, 16, 8, 8))
 
 
 def stage_vocoder():
@@ -244,6 +258,7 @@ def stage_frame_adapter(position="window"):
 GPU_STAGES = dict(
     clip=stage_clip,
     vae=stage_vae,
+    correction=stage_correction,
     vocoder=stage_vocoder,
     base=stage_base,
     projection=stage_projection,
@@ -447,7 +462,7 @@ def test_the_command_line_changes_the_chosen_stages(monkeypatch, tmp_path):
     monkeypatch.setattr(recipes, "run_stage", lambda name, out, r, measure: asked.update({name: r, "measure": measure}))
     words = (
         "--learning-rate 3e-4 --ema-decay 0.999 0.99 --keep-checkpoints-at 100 --sample-steps 50 "
-        "--seed 3 --latent-channels 8 --no-frame-wise"
+        "--seed 3 --latent-channels 12 --no-frame-wise"
     )
     assert cli.main(["train", "mini", "--out", str(tmp_path), "--stages", "base,frame_adapter", *words.split()]) == 0
     r = asked["base"]
@@ -464,5 +479,5 @@ def test_the_command_line_changes_the_chosen_stages(monkeypatch, tmp_path):
         r.seed,
         r.frame_wise,
         r.frame_position,
-    ) == (8, 3, False, "none")
+    ) == (12, 3, False, "none")
     assert asked["measure"] is cli.sample_measures

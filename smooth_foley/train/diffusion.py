@@ -7,7 +7,6 @@ __all__ = ['noise_levels', 'DiffusionStage', 'train_base', 'load_base', 'load_to
            'train_temporal_adapter', 'FrameStage', 'train_frame_adapter']
 
 # %% ../../nbs/train/38_diffusion.ipynb #dif00004
-import json
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from smooth_foley.backbone import (
     tokenize_prompt,
 )
 from ..mel import MelTransform
-from .encoding import feature_arrays, stored_latents
+from .encoding import feature_arrays, load_autoencoder, stored_latents
 from .folder import StageRun
 from .looks import diffusion_looks
 from .loop import Draw, FrozenParts, Stage, is_main, save_trained, train
@@ -150,12 +149,11 @@ def load_tokenizer(runs) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(Path(runs) / "base" / "weights" / "tokenizer")
 
 # %% ../../nbs/train/38_diffusion.ipynb #5f1cff31
-def _channel_weight(runs, power):
+def _channel_weight(runs, r):
     "Weights of the latent channels, `(c,)`, mean 1: their standard deviation to a power; None if all are alike"
-    if not power:
+    if not r.channel_power:
         return None
-    config = json.loads((Path(runs) / "components" / "weights" / "config.json").read_text())
-    weight = torch.tensor(config["latents_std"]) ** power
+    weight = torch.tensor(load_autoencoder(runs, r).config.latents_std) ** r.channel_power
     return weight / weight.mean()
 
 # %% ../../nbs/train/38_diffusion.ipynb #13aac8fe
@@ -176,10 +174,11 @@ def train_temporal_adapter(run: StageRun) -> None:
     r = run.recipe
     torch.manual_seed(r.seed)
     base, mel = load_base(run.runs), MelTransform.mini()
-    tok, z = load_tokenizer(run.runs), stored_latents(run.runs, run.cache, r)
+    tok = load_tokenizer(run.runs)
+    z = stored_latents(run.runs, run.cache, r)[: r.n_feature_scenes]
     net = make_temporal_adapter(base["unet"], mel.config.fold**2, (8, 16, 32))
     net = net.to(memory_format=torch.channels_last).train()
-    weight = _channel_weight(run.runs, r.channel_power)
+    weight = _channel_weight(run.runs, r)
     stage = TemporalStage(dict(controlnet=net), dict(base, mel=mel), tok, make_scheduler(), channel_weight=weight)
     rows = partial(_diffusion_rows, tokenizer=tok, text_encoder=base["text_encoder"])
     batch_of = rows(sound_arrays(run.cache, r), z)
@@ -239,7 +238,7 @@ def train_frame_adapter(run: StageRun) -> None:
     z = stored_latents(run.runs, run.cache, r)[: r.n_feature_scenes]
     dim = features["emb"].shape[-1]
     adapter = FrameAdapter.from_unet(base["unet"], dim, frame_position=r.frame_position, motion=r.frame_motion)
-    how = dict(frame_wise=r.frame_wise, channel_weight=_channel_weight(run.runs, r.channel_power))
+    how = dict(frame_wise=r.frame_wise, channel_weight=_channel_weight(run.runs, r))
     stage = FrameStage(dict(adapter=adapter), base, tok, make_scheduler(), **how)
     adapter.install(base["unet"]).requires_grad_(True).train()
     plain = partial(_diffusion_rows, tokenizer=tok, text_encoder=base["text_encoder"])

@@ -25,12 +25,13 @@ _READ_BY = dict(
     n_scenes=("scenes",),
     n_picture_scenes=("pictures",),
     n_pictures=("pictures",),
-    latent_channels=("components",),
+    autoencoder=("components", "vae"),
+    latent_channels=("components", "vae"),
     focus=("base",),
     channel_power=("temporal_adapter", "frame_adapter"),
     n_feature_scenes=("features",),
     first_seed=("scenes", "pictures", "features"),
-    seed=("components", "base", "vocoder", "clip", "temporal_adapter", "frame_adapter"),
+    seed=("components", "vae", "base", "vocoder", "clip", "temporal_adapter", "frame_adapter"),
     fps=("features",),
     frame_position=("frame_adapter",),
     frame_motion=("frame_adapter",),
@@ -150,7 +151,7 @@ def _start_again(runs, stage):
     for name in _CACHED.get(stage, ()):
         for folder in (runs / "cache", runs / "cache" / "val"):
             (folder / f"{name}.npy").unlink(missing_ok=True)
-    if stage in ("scenes", "components"):
+    if stage in ("scenes", "components", "vae"):
         (runs / "latents.npy").unlink(missing_ok=True)
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbone import PatchAutoencoder, decode_latents, noise_like
+from ..backbone import decode_latents, noise_like
 from ..core import derive_generator
 from ..media import write_wav
 from ..mel import MelTransform
-from .encoding import encode_features, encode_mels, feature_arrays
+from .encoding import encode_features, encode_mels, feature_arrays, load_autoencoder
 from .loop import Draw, TrainConfig, is_main, wait_for_all
 from .recipe import VAL_SEED, Recipe
 from smooth_foley.train.scenes import (
@@ -72,7 +72,7 @@ class ValidationSet:
 
     def latents(self):
         "Of `sounds`, `(N_VAL, c, 8, 64)` float16"
-        return encode_mels(self.runs, self.sounds(), N_VAL).numpy()
+        return encode_mels(self.runs, self.sounds(), N_VAL, self.recipe).numpy()
 
 # %% ../../nbs/train/36_looks.ipynb #b71b453f
 def _on(device, batch):
@@ -180,8 +180,7 @@ class SampleSheets:
         arrays = val.sounds()
         self.true = torch.from_numpy(np.stack([arrays["mel"][i] for i in scenes])).float()
         self.captions = [stored_caption(arrays, i) for i in scenes]
-        trained, fitted = (val.runs / stage / "weights" for stage in ("vae", "components"))
-        self.vae = PatchAutoencoder.from_pretrained(trained if trained.exists() else fitted)
+        self.vae = load_autoencoder(val.runs, val.recipe)
 
     def __call__(self, stage, step):
         batch = _on(stage.device, self.batch_of(self.scenes))

@@ -15,8 +15,8 @@ from .loop import TrainConfig, check_config
 STAGES = (
     "scenes",
     "components",
-    "base",
     "vae",
+    "base",
     "vocoder",
     "pictures",
     "clip",
@@ -39,9 +39,9 @@ def _stage_configs():
             weight_decay=0.05,
         ),
         vae=TrainConfig(
-            max_train_steps=1500,
+            max_train_steps=2400,
             train_batch_size=8,
-            learning_rate=6e-4,
+            learning_rate=8e-4,
             ema_decay=0.998,
         ),
         vocoder=TrainConfig(
@@ -52,8 +52,7 @@ def _stage_configs():
             mixed_precision="no",
         ),
         base=TrainConfig(
-            max_train_steps=12000,
-            lr_cycles=3,
+            max_train_steps=3200,
             train_batch_size=16,
             learning_rate=1e-3,
             lr_warmup_steps=200,
@@ -69,8 +68,8 @@ def _stage_configs():
             ema_decay=0.99,
             mixed_precision="no",
         ),
-        temporal_adapter=TrainConfig(max_train_steps=1000, **adapter),
-        frame_adapter=TrainConfig(max_train_steps=3000, **adapter),
+        temporal_adapter=TrainConfig(max_train_steps=800, **adapter),
+        frame_adapter=TrainConfig(max_train_steps=1200, **adapter),
     )
 
 # %% ../../nbs/train/32_recipe.ipynb #rcp00008
@@ -78,12 +77,15 @@ def _stage_configs():
 class Recipe:
     "All that decides what `mini` becomes"
 
-    n_scenes: int = 12000  # Scenes whose sound trains the autoencoder, vocoder and base
+    n_scenes: int = 6000  # Scenes whose sound trains the autoencoder, vocoder and base
     n_picture_scenes: int = 6000  # Scenes whose pictures train CLIP
     n_pictures: int = 8  # Pictures of each of them
-    latent_channels: int = 16  # Principal components of each patch
-    focus: float = 0.5  # Share of noise levels drawn near a signal-to-noise ratio of 1; the others are uniform
-    channel_power: float = 1.0  # The adapters' loss weighs latent channels by their standard deviation to this power
+    autoencoder: str = "kl"  # 'kl' trains an `AutoencoderKL`; 'patch' keeps principal components of mel patches
+    latent_channels: int = 8  # Channels of the latents
+    focus: float = (
+        0.0  # Of the base's noise levels, the share near a signal-to-noise ratio of 1; the others are uniform
+    )
+    channel_power: float = 0.0  # The adapters' loss weighs latent channels by their standard deviation to this power
     n_feature_scenes: int = 2500  # Of these scenes all frames are encoded, for the adapters
     first_seed: int = 0  # Of the scenes, in Passby's training seeds
     seed: int = 0  # Of initial weights; batches and noise have the seeds of the stages
@@ -145,6 +147,8 @@ def _check_scenes(r):
 
 def _check_names(r):
     "Refuse unknown words, and a time code for a token without a time"
+    if r.autoencoder not in ("kl", "patch"):
+        raise FoleyError(f"autoencoder is {r.autoencoder!r}: choose 'kl' or 'patch'")
     if r.vocoder not in ("phase", "hifigan"):
         raise FoleyError(f"vocoder is {r.vocoder!r}: choose 'phase' or 'hifigan'")
     if r.frame_position not in _POSITIONS:

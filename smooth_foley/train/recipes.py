@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..backbone import PatchAutoencoder, make_scheduler
+from ..backbone import make_scheduler
 from ..clip import FrameEncoder
 from ..core import FoleyError
 from ..mel import MelTransform
@@ -28,7 +28,7 @@ from smooth_foley.train.diffusion import (
     train_frame_adapter,
     train_temporal_adapter,
 )
-from .encoding import encode_features, fit_components
+from .encoding import encode_features, fit_components, load_autoencoder
 from .folder import StageRun, claim_folder, write_json
 from .looks import ValidationSet
 from .loop import hardware, is_main, wait_for_all
@@ -64,7 +64,8 @@ def _make(run):
 # %% ../../nbs/train/39_recipes.ipynb #rcs00002
 def _is_needed(name, r):
     "Does a recipe need a stage?"
-    return name != "vocoder" or r.vocoder != "phase"
+    skipped = dict(vocoder=r.vocoder == "phase", components=r.autoencoder == "kl")
+    return not skipped.get(name, False)
 
 
 def run_stage(
@@ -134,7 +135,7 @@ def _load_parts(runs, r):
 
     by_rule = r.vocoder == "phase"
     return dict(
-        vae=PatchAutoencoder.from_pretrained(weights("vae")),
+        vae=load_autoencoder(runs, r),
         tokenizer=load_tokenizer(runs),
         **load_base(runs),
         scheduler=make_scheduler(),
