@@ -39,14 +39,10 @@ from smooth_foley.backbone import (
     CLIPTokenizer,
     PatchAutoencoder,
     UNet2DConditionModel,
-    add_noise,
-    alphas_cumprod,
     decode_latents,
     encode_latents,
-    make_scheduler,
     make_text_encoder,
     make_unet,
-    noise_like,
     set_latent_stats,
     tokenize_prompt,
 )
@@ -54,6 +50,7 @@ from ..clip import FrameEncoder, build_tokenizer, mini_clip_cfg
 from ..core import FoleyError, atomic_path, derive_generator, die_with_parent, progress, suggest
 from ..media import clip_resize, write_wav
 from ..mel import MelTransform
+from ..schedule import add_noise, alphas_cumprod, make_scheduler, noise_like
 from smooth_foley.train.loop import (
     Draw,
     FrozenParts,

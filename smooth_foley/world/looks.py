@@ -8,10 +8,10 @@ __all__ = ['FOCAL', 'project', 'render_frames', 'render_mixed_frames']
 # %% ../../nbs/world/19_looks.ipynb #10a10003
 import csv
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from ..core import mini_path
 from .dials import SOURCES, Dials, Motion
 from .sounds import gate, revs
 
@@ -32,7 +32,8 @@ class _Part:
 def _read_looks():
     "The table of looks: label -> parts, painted in this order"
     looks = {}
-    with open(Path(__file__).parent.parent / "assets" / "passby_looks.tsv", encoding="utf-8", newline="") as file:
+    path = mini_path().parents[1] / "assets" / "passby_looks.tsv"
+    with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             place = (float(row[key]) for key in ("x", "y", "half_width", "half_height"))
             colour = tuple(float(row[key]) for key in ("red", "green", "blue"))

@@ -160,7 +160,6 @@ _STRIKES = {
     "church bell ringing": _bell,
     "playing bass drum": _drum,
 }
-assert {*_SUSTAINED, *_STRIKES} == set(SOURCES)
 
 # %% ../../nbs/world/18_sounds.ipynb #b26bb97f
 def gate(active, t, rise=0.04):
