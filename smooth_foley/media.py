@@ -29,10 +29,10 @@ from smooth_foley.containers import (
     display_matrix,
     encode_picture,
     encode_sound,
+    error_text,
     measure_span,
     open_media,
     picture_stream,
-    reason,
 )
 from .core import FoleyError, _claim, _place, atomic_path
 from .tracks import open_output, plan_picture, plan_sounds, write_tracks
@@ -235,7 +235,7 @@ def read_audio(
             for frame in chain(decode(f, stream), [None]):
                 parts += [block.to_ndarray()[0] for block in to_mono.resample(frame)]
         except av.error.FFmpegError as e:
-            raise FoleyError(f"{path}: its sound cannot be decoded ({reason(e)})") from e
+            raise FoleyError(f"{path}: its sound cannot be decoded ({error_text(e)})") from e
         audio = np.concatenate(parts) if parts else np.zeros(0, np.float32)
         return audio[: round(stream.duration * stream.time_base * sr)] if stream.duration else audio
 

@@ -23,9 +23,9 @@ from smooth_foley.containers import (
     decode_timed,
     display_matrix,
     encode_sound,
+    error_text,
     open_media,
     picture_stream,
-    reason,
 )
 from .core import FoleyError
 
@@ -220,7 +220,7 @@ def _misfit(video, suffix, span, plan):
     except FoleyError:
         raise
     except (av.error.FFmpegError, ValueError) as e:
-        return reason(e)
+        return error_text(e)
 
 # %% ../nbs/00b_tracks.ipynb #c0d1a7e9
 def plan_picture(video, suffix, span):
