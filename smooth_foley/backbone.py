@@ -72,7 +72,7 @@ def encode_latents(
     m, s = _latent_stats(vae, z)
     return (z - m) / s
 
-
+# %% ../nbs/05_backbone.ipynb #29cf0bb2
 @torch.no_grad()
 def decode_latents(
     vae: AutoencoderKL,
@@ -118,7 +118,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.correct.weight)
         nn.init.zeros_(self.correct.bias)
 
-
+# %% ../nbs/05_backbone.ipynb #03005919
 def _residual_block(width):
     "Two 3x3 convolutions whose sum with the input is returned by `correction`"
     conv = partial(nn.Conv2d, width, width, 3, padding=1)
@@ -148,7 +148,7 @@ def correction(
         h = h + block(h)
     return self.correct(F.silu(h))
 
-
+# %% ../nbs/05_backbone.ipynb #bc33bc8f
 @patch
 def decode(
     self: PatchAutoencoder,
@@ -188,7 +188,7 @@ def fit(
     set_latent_stats(self, torch.zeros_like(deviation), deviation)
     return self
 
-
+# %% ../nbs/05_backbone.ipynb #b2cd647c
 def vae_factor(
     vae,  # `AutoencoderKL` or `PatchAutoencoder`
 ) -> int:  # Rows of the mel image per row of the latent; columns likewise
@@ -322,7 +322,7 @@ def load_vae(
     kind = PatchAutoencoder if name == "PatchAutoencoder" else AutoencoderKL
     return _load_strictly(kind, folder, "vae", **kw)
 
-
+# %% ../nbs/05_backbone.ipynb #22e20473
 def load_backbone(
     folder,  # Folder or hub id with `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`
     torch_dtype=torch.float32,  # Type of the weights, however they are stored

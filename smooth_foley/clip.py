@@ -155,7 +155,7 @@ def _checked(frames):
         raise FoleyError(f"frames are {f.dtype} {f.shape}; give RGB frames as uint8 (T, H, W, 3) with T at least 1")
     return f
 
-
+# %% ../nbs/04_clip.ipynb #ca1361e5
 @patch
 def preprocess(
     self: FrameEncoder,
@@ -258,7 +258,7 @@ def _fetch(repo_id, subfolder, **hub):
         why = f"is no folder here and cannot be fetched from the hub ({type(e).__name__})"
         raise FoleyError(f"{repo_id} {why}; check the name, or the network") from e
 
-
+# %% ../nbs/04_clip.ipynb #ed1c19a6
 @contextmanager
 def _building_in(dtype):
     "New parameters are of this type, so that a large model in a small type never exists in float32"
@@ -269,7 +269,7 @@ def _building_in(dtype):
     finally:
         torch.set_default_dtype(before)
 
-
+# %% ../nbs/04_clip.ipynb #03aeac88
 @patch(cls_method=True)
 def from_pretrained(
     cls: FrameEncoder,

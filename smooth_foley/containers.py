@@ -29,7 +29,7 @@ def error_text(e):
     "What an error of the media library says"
     return (getattr(e, "strerror", None) or str(e)).lower()
 
-
+# %% ../nbs/00a_containers.ipynb #dcbccb69
 def check_file(path):
     "Raise a `FoleyError` unless `path` is an ordinary file"
     try:
@@ -50,7 +50,7 @@ def open_path(path):
     options = {"protocol_whitelist": "file"}
     return av.open(f"file:{Path(path).absolute()}", container_options=options, metadata_errors="surrogateescape")
 
-
+# %% ../nbs/00a_containers.ipynb #1edf9c78
 def open_media(path):
     "Open a media file for reading, or say in one line why not"
     check_file(path)
@@ -77,7 +77,7 @@ def decodable(stream, path, what):
         f"{path}: its {what} is in a format that cannot be decoded here; convert it first, to H.264 and AAC say"
     )
 
-
+# %% ../nbs/00a_containers.ipynb #0b0b6971
 def picture_stream(container, path):
     "The video stream of an open file"
     cover = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -102,7 +102,7 @@ class Span:
     def duration(self):
         return self.end - self.start
 
-
+# %% ../nbs/00a_containers.ipynb #501a2a7e
 def _hidden(rows):
     "Where hidden pictures lie, from `(time, hidden)` in decoding order; those after the last shown one are not needed"
     shown = [i for i, (_, hidden) in enumerate(rows) if not hidden]
@@ -125,7 +125,7 @@ def _cut_short(container, stream, promised, count):
         length = int.from_bytes(f.read(8)[4:], "little") + 8
     return count < stream.frames and os.stat(f.name).st_size < length
 
-
+# %% ../nbs/00a_containers.ipynb #f76058b5
 def _packets(container, stream, path):
     "`(time, duration, size, hidden)` of every packet that stands for a picture"
     rows = []
@@ -158,7 +158,7 @@ def measure_span(container, stream, path):
     seconds = [float(t * stream.time_base) for t in (start, end)]
     return Span(*seconds, len(pictures), (last, end), _hidden(timed))
 
-
+# %% ../nbs/00a_containers.ipynb #40abf2aa
 def _check_pictures(path, rows, pictures):
     if len(rows) > 1 and all(row[0] is None for row in rows):
         raise FoleyError(f"{path}: its frames carry no times (a raw stream?); put it into an .mp4 or .mkv")
@@ -174,7 +174,7 @@ def decode(container, stream):
         if packet.size or packet.pts is None:
             yield from packet.decode()
 
-
+# %% ../nbs/00a_containers.ipynb #01b91c17
 def decode_timed(container, stream, path):
     "Frames of a stream with their times, one at a time"
     stream.thread_type = "AUTO"

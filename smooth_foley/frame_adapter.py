@@ -21,7 +21,8 @@ from .core import FoleyError
 from smooth_foley.frame_position import (
     ColumnResidual,
     FrameAttnProcessor,
-    level_columns,
+    attach_residual,
+    check_position,
     motion_weights,
     time_code,
     window_list,
@@ -46,22 +47,6 @@ def _projection(kind, d_in, d_ctx, num_tokens):
         raise FoleyError(f"`projection='mlp'` makes one token per frame: set `num_tokens=1`, not {num_tokens}")
     return IPAdapterFullImageProjection(d_in, d_ctx)
 
-
-def _check_config(frame_position, frame_window, conv_in_dim):
-    "Refuse values that no adapter can have"
-    if frame_position not in ("none", "sinusoidal", "window", "residual"):
-        raise FoleyError(f"`frame_position` is {frame_position!r}: use 'none', 'sinusoidal', 'window' or 'residual'")
-    windows = window_list(frame_window)
-    if not windows or not all(math.isfinite(w) and w > 0 for w in windows):
-        raise FoleyError(
-            f"`frame_window` is {frame_window}: give seconds, more than 0, one for all heads or one for each"
-        )
-    if frame_position == "residual" and not conv_in_dim:
-        raise FoleyError(
-            "`conv_in_dim` is missing: with `frame_position='residual'` give the width of the UNet's "
-            "first convolution, or use `from_unet`"
-        )
-
 # %% ../nbs/06_frame_adapter.ipynb #83a7a311
 class FrameAdapter(ModelMixin, ConfigMixin):
     "All that trains for the frames: their projection (Eq. 1) and W_k, W_v of every cross-attention (Eq. 2)"
@@ -81,7 +66,7 @@ class FrameAdapter(ModelMixin, ConfigMixin):
         conv_in_dim: int | None = None,  # Width of the UNet's first convolution, needed with "residual"
     ):
         super().__init__()
-        _check_config(frame_position, frame_window, conv_in_dim)
+        check_position(frame_position, frame_window, conv_in_dim)
         d_in = clip_dim * (2 if motion else 1) + (position_dim if frame_position == "sinusoidal" else 0)
         self.image_proj = MultiIPAdapterImageProjection(
             [_projection(projection, d_in, cross_attention_dim, num_tokens)]
@@ -149,7 +134,7 @@ def install(
         proc.replaced, proc.hooks = (attn.processor,), ()  # in a tuple, so that it is no submodule
         attn.set_processor(proc)
     if self.residual is not None:
-        _attach(self, unet, attns)
+        attach_residual(self.residual, self.image_proj, unet, attns)
     unet.encoder_hid_proj = self.image_proj
     unet.config.encoder_hid_dim_type = "ip_image_proj"
     self.set_scale(unet, scale)
@@ -162,33 +147,6 @@ def _processor(c):
         return FrameAttnProcessor(c.num_tokens, c.frame_window)
     with torch.device("meta"):
         return IPAdapterAttnProcessor2_0(1, 1, (c.num_tokens,))  # its own matrices are never used
-
-# %% ../nbs/06_frame_adapter.ipynb #eb17801b
-def _attach(adapter, unet, attns):
-    "Hooks that add the column residual"
-    res, now = adapter.residual, {}
-
-    def see(proj, args):
-        now["tokens"] = args[0][0]
-
-    def on_conv_in(conv_in, args, h):
-        lam, now["shape"] = attns[0].processor.scale[0], h.shape[-2:]
-        if not lam:
-            return None
-        now["f"] = res(now["tokens"], h.shape[-1])
-        return h + lam * res.at(0, now["f"], *now["shape"]).permute(0, 3, 1, 2).to(h.dtype)
-
-    def on_attn(i, attn, h):
-        if not attn.processor.scale[0]:
-            return None
-        cols = level_columns(h.shape[1], now["shape"])
-        return h + attn.processor.scale[0] * res.at(i, now["f"], h.shape[1] // cols, cols).flatten(1, 2).to(h.dtype)
-
-    res.when, first = None, attns[0].processor
-    first.residual = res  # a part of the UNet as long as it is installed
-    first.hooks = [adapter.image_proj.register_forward_pre_hook(see), unet.conv_in.register_forward_hook(on_conv_in)]
-    for i, attn in enumerate(attns, 1):
-        first.hooks.append(attn.register_forward_hook(lambda attn, args, h, i=i: on_attn(i, attn, h)))
 
 # %% ../nbs/06_frame_adapter.ipynb #b29c915a
 def _check_fit(adapter, unet, attns):
@@ -341,7 +299,7 @@ def _proj_keys(adapter):
         keys[f"image_proj.{theirs}{name.removeprefix(ours)}"] = f"image_proj.image_projection_layers.0.{name}"
     return keys
 
-
+# %% ../nbs/06_frame_adapter.ipynb #2cd865c4
 def _ip_keys(adapter):
     "Published name -> our name of all weights"
     n = len(adapter.config.attention_dims)

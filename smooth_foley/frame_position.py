@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['time_code', 'motion_weights', 'frame_weights', 'column_weights', 'ColumnResidual', 'level_columns', 'window_bias',
-           'window_list', 'FrameAttnProcessor']
+           'window_list', 'FrameAttnProcessor', 'attach_residual', 'check_position']
 
 # %% ../nbs/05b_frame_position.ipynb #f4a10003
 import math
@@ -122,7 +122,7 @@ def weights(self: ColumnResidual, tokens, cols):
         raise FoleyError(f"{T} frames for {b} samples, but `look` was given times of shape {tuple(times.shape)}")
     return column_weights(times.to(tokens.device), cols, span).to(tokens).repeat(b // len(times), 1, 1)
 
-
+# %% ../nbs/05b_frame_position.ipynb #839b70db
 @patch
 def at(
     self: ColumnResidual,
@@ -169,7 +169,7 @@ def window_list(
     "The windows as a list"
     return list(frame_window) if isinstance(frame_window, (list, tuple)) else [frame_window]
 
-
+# %% ../nbs/05b_frame_position.ipynb #ae52b28e
 class FrameAttnProcessor(IPAdapterAttnProcessor2_0):
     "Eq. 2 with a window in time"
 
@@ -217,7 +217,60 @@ def __call__(
         out = out + self.scale[0] * scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).reshape(b, n, -1)))
 
-
+# %% ../nbs/05b_frame_position.ipynb #93064879
 def _heads(attn, x):
     "`(b, n, heads*d)` as `(b, heads, n, d)`"
     return x.reshape(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)
+
+# %% ../nbs/05b_frame_position.ipynb #eb17801b
+def attach_residual(
+    residual: ColumnResidual,
+    image_proj: nn.Module,  # The projection whose input is what `FrameAdapter.tokens` gives
+    unet,  # Backbone, a `UNet2DConditionModel`
+    attns: list,  # Its cross-attentions, with the processors of the frame adapter
+) -> None:  # The first processor keeps the handles of the hooks in `hooks`
+    "Hooks that add the column residual"
+    now = {}
+
+    def see(proj, args):
+        now["tokens"] = args[0][0]
+
+    def on_conv_in(conv_in, args, h):
+        lam, now["shape"] = attns[0].processor.scale[0], h.shape[-2:]
+        if not lam:
+            return None
+        now["f"] = residual(now["tokens"], h.shape[-1])
+        return h + lam * residual.at(0, now["f"], *now["shape"]).permute(0, 3, 1, 2).to(h.dtype)
+
+    def on_attn(i, attn, h):
+        lam = attn.processor.scale[0]
+        if not lam:
+            return None
+        cols = level_columns(h.shape[1], now["shape"])
+        return h + lam * residual.at(i, now["f"], h.shape[1] // cols, cols).flatten(1, 2).to(h.dtype)
+
+    residual.when, first = None, attns[0].processor
+    first.residual = residual  # a part of the UNet as long as it is installed
+    first.hooks = [image_proj.register_forward_pre_hook(see), unet.conv_in.register_forward_hook(on_conv_in)]
+    for i, attn in enumerate(attns, 1):
+        first.hooks.append(attn.register_forward_hook(lambda attn, args, h, i=i: on_attn(i, attn, h)))
+
+# %% ../nbs/05b_frame_position.ipynb #f4a10009
+def check_position(
+    frame_position: str,  # "none", "sinusoidal", "window" or "residual"
+    frame_window: float,  # Seconds, one window or one for each head
+    conv_in_dim: int | None,  # Width of the UNet's first convolution
+) -> None:
+    "Refuse values that no adapter can have"
+    if frame_position not in ("none", "sinusoidal", "window", "residual"):
+        raise FoleyError(f"`frame_position` is {frame_position!r}: use 'none', 'sinusoidal', 'window' or 'residual'")
+    windows = window_list(frame_window)
+    if not windows or not all(math.isfinite(w) and w > 0 for w in windows):
+        raise FoleyError(
+            f"`frame_window` is {frame_window}: give seconds, more than 0, one for all heads or one for each"
+        )
+    if frame_position == "residual" and not conv_in_dim:
+        raise FoleyError(
+            "`conv_in_dim` is missing: with `frame_position='residual'` give the width of the UNet's "
+            "first convolution, or use `from_unet`"
+        )

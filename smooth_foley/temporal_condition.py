@@ -51,7 +51,7 @@ class LabelProjection(ModelMixin, ConfigMixin):
         low, high = _logged_calibration(*self.config.calibration)
         return ((cos - low) / (high - low)).clamp(0, 1)
 
-
+# %% ../nbs/07_temporal_condition.ipynb #45168cfc
 @lru_cache
 def _logged_calibration(low, high):
     "The calibration, logged the first time it is used"
@@ -129,7 +129,7 @@ def from_intervals(
     active = [any(s <= t < e for s, e in spans) for t in times]
     return cls(times, np.full(len(times), np.nan), active, duration)
 
-
+# %% ../nbs/07_temporal_condition.ipynb #eb5be9b6
 def _span(span, duration):
     "One checked interval"
     try:
@@ -166,7 +166,7 @@ def columns(
     on = self.active[frame.clip(0)] & (centre < self.duration)
     return torch.from_numpy(np.where(on, 1.0, -1.0)).float()
 
-
+# %% ../nbs/07_temporal_condition.ipynb #2a39eb73
 @patch
 def _columns_foleycrafter(self: TemporalCondition, n_cols):
     "102.4 columns a second; masks longer than the image are squeezed into it (nearest)"
@@ -185,7 +185,7 @@ def plot(
     "Similarity, threshold and the stretches they give, over seconds"
     return plot_condition(self, ax)
 
-
+# %% ../nbs/07_temporal_condition.ipynb #890c0766
 def plot_condition(
     cond: TemporalCondition,
     ax=None,  # Axes to draw into; None makes new ones

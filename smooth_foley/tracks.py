@@ -42,7 +42,7 @@ def _needed(packets):
         yield from waiting
         waiting = []
 
-
+# %% ../nbs/00b_tracks.ipynb #40fb5780
 def _dated(packets):
     "Packets with the decoding times that Matroska leaves out at the start, counted back from the first one known"
     waiting = []
@@ -57,7 +57,7 @@ def _dated(packets):
     if waiting:
         raise ValueError("its packets carry no times")
 
-
+# %% ../nbs/00b_tracks.ipynb #a2c6d065
 def _copied(container, stream, target, start, last=None):
     "The packets of `stream`, addressed to `target`; the clock begins at `start` seconds"
     shift = round(start / stream.time_base)
@@ -92,7 +92,7 @@ def _codec_tag(stream, out):
     except UnicodeDecodeError:
         return None
 
-
+# %% ../nbs/00b_tracks.ipynb #71986b12
 def _describe(target, stream):
     "Language, title and dispositions of `stream`"
     target.metadata.update((k, v) for k, v in stream.metadata.items() if k in _STREAM_TAGS)
@@ -101,7 +101,7 @@ def _describe(target, stream):
         target.metadata["language"] = _OLD_LANGUAGES.get(language, language or "und")
     target.disposition = stream.disposition
 
-
+# %% ../nbs/00b_tracks.ipynb #8c69b6ae
 def _add_copy(out, stream, keep_tag=True):
     "A stream of `out` for the packets of `stream`, with all that is known about it"
     target = out.add_stream_from_template(stream, opaque=True)
@@ -127,7 +127,7 @@ def _add_encoded(out, stream, matrix):
         target.set_display_matrix(matrix)
     return target
 
-
+# %% ../nbs/00b_tracks.ipynb #f9b1e795
 def _encoded_anew(out, container, stream, start, path):
     "The frames that a player shows, as packets of a new stream"
     frames = decode_timed(container, stream, path)
@@ -151,7 +151,7 @@ class Plan:
     sounds: tuple = ()  # Indices of the streams of sound that are kept
     notes: tuple = ()  # What does not come out as it was, a line each
 
-
+# %% ../nbs/00b_tracks.ipynb #482401f4
 def write_tracks(out, video, span, plan, audio, sr):
     "Write the picture of `video`, a waveform, and the sounds that are kept"
     with ExitStack() as files:
@@ -163,7 +163,7 @@ def write_tracks(out, video, span, plan, audio, sr):
         for packet in by_time(*streams):
             out.mux(packet)
 
-
+# %% ../nbs/00b_tracks.ipynb #b3991c45
 def _picture_into(out, f, span, plan, path):
     stream = picture_stream(f, path)
     if plan.anew:
@@ -236,7 +236,7 @@ def plan_picture(video, suffix, span):
             return plan, None
     return None, why
 
-
+# %% ../nbs/00b_tracks.ipynb #b6e32aba
 def plan_sounds(video, suffix, span, plan):
     "The plan with every sound that fits, and a note for each that does not"
     with open_media(video) as f:

@@ -129,7 +129,7 @@ def _often_silent(rng):
     )
     return kinds[rng.choice(5, p=(0.14, 0.2, 0.2, 0.28, 0.18))]
 
-
+# %% ../../nbs/world/17_dials.ipynb #72fb2610
 def _active(src, rng, hard):
     "Intervals in which the source emits sound, for a scene of 10.24 s"
     if src.events:
@@ -143,7 +143,7 @@ def _bystanders(label, rng, count, alike):
     others = tuple(str(other) for other in shuffled[:2])[:count]
     return (label, *others) if alike else others
 
-
+# %% ../../nbs/world/17_dials.ipynb #dec90a73
 def _drawn(label, rng, hard):
     "The dials of a scene of 10.24 s; the order of the draws is part of the world"
     s = SOURCES[label]
@@ -177,7 +177,7 @@ def _repeated(strikes, duration):
     every = [(a + k * DURATION, b + k * DURATION) for k in rounds for a, b in strikes]
     return tuple((a, b) for a, b in every if a < duration)
 
-
+# %% ../../nbs/world/17_dials.ipynb #f26628f1
 def _stretched(d):
     "The same scene over its own duration"
     k = d.duration / DURATION
@@ -216,7 +216,7 @@ def _check_request(seed, split, override):
     if bad := set(override) - set(Dials.__dataclass_fields__):
         raise FoleyError(f"dials: unknown {', '.join(sorted(bad))}")
 
-
+# %% ../../nbs/world/17_dials.ipynb #192492d1
 def _checked_label(label):
     "A label of the world, or what is near to it"
     if not label:
@@ -251,7 +251,7 @@ class Motion:
         "A quantity of the grid at emission times `t_e`"
         return np.interp(t_e, self.t_e, what)
 
-
+# %% ../../nbs/world/17_dials.ipynb #d1180e9e
 def motion(d: Dials) -> Motion:
     "A straight path past the camera, slower than sound"
     far = (d.nearest + d.height + d.speed * d.duration) / C

@@ -28,7 +28,7 @@ class _Part:
     colour: tuple  # Red, green, blue in [0, 1]
     when: str = "always"  # "always", "sounding", "silent", "revs", "flash" or "counterflash"
 
-
+# %% ../../nbs/world/19_looks.ipynb #9800f220
 def _read_looks():
     "The table of looks: label -> parts, painted in this order"
     looks = {}
@@ -42,7 +42,11 @@ def _read_looks():
 
 # %% ../../nbs/world/19_looks.ipynb #10a10008
 _LOOKS = _read_looks()
+
+
 _GLARE = 1.1  # Half width of the smallest sign that something sounds, px of 64
+
+
 _FAINT = 0.35  # Half width of the smallest part without such a meaning, px of 64
 
 
@@ -58,7 +62,7 @@ def _presence(on, t):
         "counterflash": on * (1 - flash),
     }
 
-
+# %% ../../nbs/world/19_looks.ipynb #c46bd1ed
 def _inside(shape, a, b, dx, dy):
     "Distance to the edge of a shape with half axes `a` and `b`, px, positive inside"
     if shape == "box":
@@ -78,7 +82,7 @@ class _Place:
     blur: float = 0.0  # Softness of the edges, px
     flip: float = 1  # -1 mirrors it
 
-
+# %% ../../nbs/world/19_looks.ipynb #e4d4fb74
 def _paint(img, look, place, t):
     "Paint one look onto frames `img`, `(T, s, s, 3)`, in place"
     column, row = _grid(img.shape[1])
@@ -96,7 +100,7 @@ def _paint(img, look, place, t):
         cover = soft * presence[part.when][:, None, None] / (1 + 0.4 * place.blur)
         img += cover[..., None] * (np.array(part.colour, np.float32) - img)
 
-
+# %% ../../nbs/world/19_looks.ipynb #2d5e3660
 def _grid(size):
     "Pixel centres of a row and of a column"
     centre = np.arange(size, dtype=np.float32) + 0.5
@@ -116,7 +120,7 @@ def _background(rng, size, yaw):
     img = sky * (1 - 0.25 * y[None, :, None, None]) * (1 - hill) + far * hill
     return (img * (1 - soil) + ground * soil * furrows).astype(np.float32)
 
-
+# %% ../../nbs/world/19_looks.ipynb #d9bc26ab
 def _tinted(rng, colour):
     "A colour of the scene's own brightness"
     return np.array(colour, np.float32) * rng.uniform(0.7, 1.1)
@@ -144,7 +148,7 @@ def project(d: Dials, m: Motion, t, yaw=None) -> tuple:  # u, v in picture width
     v = FOCAL * np.tan(elevation * (1 - d.tracking)) + 0.02
     return u, v, np.sqrt(flat**2 + y**2), yaw
 
-
+# %% ../../nbs/world/19_looks.ipynb #19da82bf
 def _following(d, t, azimuth):
     "Yaw of the camera that follows a source"
     if d.leaves is None:
@@ -167,7 +171,7 @@ def _paint_bystanders(img, d, yaw, t, rng):
         v = size * rng.uniform(0.6, 0.8)
         _paint(img, _LOOKS[label], _Place(_f32(u), ones * _f32(v), ones * _f32(px), on=0 * ones), t)
 
-
+# %% ../../nbs/world/19_looks.ipynb #7e672968
 def _paint_source(img, d, m, t, yaw=None):
     "The source of `d`, and the wall that hides it; `yaw` of another source's camera, rad"
     size, source = img.shape[1], SOURCES[d.label]
@@ -185,7 +189,7 @@ def _paint_source(img, d, m, t, yaw=None):
     if d.occluded:
         _paint_wall(img, d, place, t)
 
-
+# %% ../../nbs/world/19_looks.ipynb #f4e1ddaa
 def _f32(x):
     return np.asarray(x, np.float32)
 
@@ -201,7 +205,7 @@ def _paint_wall(img, d, place, t):
     px = np.maximum(place.px * 1.6, 0.3 * size)
     _paint(img, _WALL, _Place(u, v, px, place.on), t)
 
-
+# %% ../../nbs/world/19_looks.ipynb #c2190d22
 def _developed(img, rng, supersample=1):
     "Camera noise, smaller pixels averaged, 8 bits"
     if supersample > 1:

@@ -70,7 +70,7 @@ def truth_of(
         radial_speed=m.at(t, radial_speed),
     )
 
-
+# %% ../../nbs/world/20_passby.ipynb #d1a55dd5
 def _heard(d, m, t, radial_speed):
     "What arrives at the microphone"
     t_e = m.emitted(t)
@@ -85,7 +85,7 @@ def _heard(d, m, t, radial_speed):
         f0=np.where(sounding, pitch(d, t_e) * doppler, np.nan) if tonal else np.full_like(t, np.nan),
     )
 
-
+# %% ../../nbs/world/20_passby.ipynb #90d88ed3
 def _seen(d, m, t, size, yaw):
     "What the camera sees"
     u, v, r, _ = project(d, m, t, yaw)
@@ -176,7 +176,7 @@ def _mixed_scene(seed, fps, size, frames, audio, **dials):
         s.audio = with_ambience(alone[0] + alone[1], first, np.random.default_rng([int(seed), 6]))
     return s
 
-
+# %% ../../nbs/world/20_passby.ipynb #5e649e58
 def _mixed_truths(both, paths, size):
     "Label -> timeline, both seen by the camera that follows the first"
     clock = np.arange(int(both[0].duration * RATE)) / RATE

@@ -22,7 +22,7 @@ def _harmonics(phase, amps):
         p *= z
     return out
 
-
+# %% ../../nbs/world/18_sounds.ipynb #1ac43d87
 def _noise(rng, t_e, lo, hi, tilt=0.0):
     "Noise between `lo` and `hi` (Hz) with a spectral `tilt` (power of f), unit rms, read at `t_e`"
     n = int((t_e[-1] - t_e[0]) * SR) + 3
@@ -35,7 +35,7 @@ def _noise(rng, t_e, lo, hi, tilt=0.0):
     x = np.fft.irfft(spec, size)[:n]
     return np.interp((t_e - t_e[0]) * SR, np.arange(n), x / (x.std() + 1e-9))
 
-
+# %% ../../nbs/world/18_sounds.ipynb #a292a8d7
 def _phase(t_e, f):
     "Phase (rad) of an instantaneous frequency `f(t)` (Hz) by integration on a 1 kHz grid"
     g = np.arange(t_e[0] - 0.01, t_e[-1] + 0.01, 1e-3)
@@ -119,7 +119,7 @@ def _railroad_car(d, t_e, rng):
     rumble = 0.8 * _noise(rng, t_e, 30, 420, -0.5)
     return rumble + clack * _noise(rng, t_e, 700, 4200, -0.2)
 
-
+# %% ../../nbs/world/18_sounds.ipynb #0230c825
 _SUSTAINED = dict.fromkeys(_VOICES, _voice) | {
     "helicopter": _helicopter,
     "railroad car, train wagon": _railroad_car,
@@ -153,7 +153,7 @@ def _drum(d, x, rng):
     tone = np.sin(2 * np.pi * (d.f0 * x + 2.2 * (1 - np.exp(-x / 0.03)))) * np.exp(-x / 0.07)
     return tone + 0.25 * np.exp(-x / 0.015) * rng.standard_normal(len(x))
 
-
+# %% ../../nbs/world/18_sounds.ipynb #577d0768
 _STRIKES = {
     "dog barking": _bark,
     "hammering nails": _hammer,
@@ -190,7 +190,7 @@ def _continuous(d, t_e, rng):
     "A sustained sound, while it is on"
     return _SUSTAINED[d.label](d, t_e, rng) * gate(d.active, t_e)
 
-
+# %% ../../nbs/world/18_sounds.ipynb #e5275c21
 def _struck(d, t_e, rng):
     "Single strikes, each of its own strength"
     x = np.zeros_like(t_e)
