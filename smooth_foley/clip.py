@@ -37,9 +37,9 @@ def build_tokenizer(
     symbols, ends = alphabet + [a + "</w>" for a in alphabet], ["<|startoftext|>", "<|endoftext|>"]
     room = vocab_size - len(symbols) - len(ends)
     if room < 0:
-        raise FoleyError(
-            f"vocab_size={vocab_size} has no room for {len(symbols)} byte symbols and {len(ends)} special tokens; give at least {len(symbols) + len(ends)}"
-        )
+        needed = len(symbols) + len(ends)
+        what = f"{len(symbols)} byte symbols and {len(ends)} special tokens"
+        raise FoleyError(f"vocab_size={vocab_size} has no room for {what}; give at least {needed}")
     like = CLIPTokenizer(vocab={t: i for i, t in enumerate(symbols + ends)}, merges=[]).backend_tokenizer
     tok = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tok.normalizer, tok.pre_tokenizer = like.normalizer, like.pre_tokenizer
@@ -113,9 +113,8 @@ class FrameEncoder(ModelMixin, ConfigMixin):
         super().__init__()
         n_tok = model_cfg["text_cfg"].get("vocab_size", 49408)
         if tokenizer is not None and len(tokenizer) > n_tok:
-            raise FoleyError(
-                f"tokenizer has {len(tokenizer)} tokens but text_cfg vocab_size is {n_tok}; use the tokenizer the model is trained with"
-            )
+            sizes = f"tokenizer has {len(tokenizer)} tokens but text_cfg vocab_size is {n_tok}"
+            raise FoleyError(f"{sizes}; use the tokenizer the model is trained with")
         from open_clip.tokenizer import SimpleTokenizer
         from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
@@ -143,7 +142,7 @@ class FrameEncoder(ModelMixin, ConfigMixin):
 def from_config(
     cls: FrameEncoder,
     model_cfg: dict,  # open_clip's `model_cfg`
-    preprocess_cfg: dict = None,  # open_clip's `preprocess_cfg`; open_clip's defaults at the model's image size when None
+    preprocess_cfg: dict = None,  # open_clip's `preprocess_cfg`; its defaults at the model's image size when None
     tokenizer=None,  # `CLIPTokenizer`; open_clip's own when None
 ) -> FrameEncoder:  # Random weights
     "A new encoder of the given shape"
@@ -156,7 +155,7 @@ def _checked(frames):
         raise FoleyError(f"frames are {f.dtype} {f.shape}; give RGB frames as uint8 (T, H, W, 3) with T at least 1")
     return f
 
-
+# %% ../nbs/04_clip.ipynb #ca1361e5
 @patch
 def preprocess(
     self: FrameEncoder,
@@ -256,11 +255,10 @@ def _fetch(repo_id, subfolder, **hub):
     try:
         return snapshot_download(str(repo_id), allow_patterns=files, **hub)
     except Exception as e:
-        raise FoleyError(
-            f"{repo_id} is no folder here and cannot be fetched from the hub ({type(e).__name__}); check the name, or the network"
-        ) from e
+        why = f"is no folder here and cannot be fetched from the hub ({type(e).__name__})"
+        raise FoleyError(f"{repo_id} {why}; check the name, or the network") from e
 
-
+# %% ../nbs/04_clip.ipynb #ed1c19a6
 @contextmanager
 def _building_in(dtype):
     "New parameters are of this type, so that a large model in a small type never exists in float32"
@@ -271,7 +269,7 @@ def _building_in(dtype):
     finally:
         torch.set_default_dtype(before)
 
-
+# %% ../nbs/04_clip.ipynb #03aeac88
 @patch(cls_method=True)
 def from_pretrained(
     cls: FrameEncoder,

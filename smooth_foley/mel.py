@@ -67,7 +67,7 @@ class ConfigOnly(ModelMixin, ConfigMixin):
 
 # %% ../nbs/02_mel.ipynb #d25365a1
 class MelTransform(ConfigOnly):
-    "Waveform -> natural-log mel -> the image a VAE eats, and back"
+    "Waveform -> natural-log mel -> the image a VAE reads, and back"
 
     @register_to_config
     def __init__(
@@ -108,20 +108,9 @@ def full(cls: MelTransform, **kw) -> MelTransform:
 @patch(cls_method=True)
 def mini(cls: MelTransform, **kw) -> MelTransform:
     "The small scale: 128 bands, 4x4 patches folded into channels, `(16, 32, 256)`"
-    return cls(
-        **{
-            **dict(
-                n_fft=1024,
-                n_mels=128,
-                log_min=math.log(1e-4),
-                log_max=math.log(20.0),
-                image_channels=1,
-                fold=4,
-                flip=False,
-            ),
-            **kw,
-        }
-    )
+    small = dict(n_fft=1024, n_mels=128, image_channels=1, fold=4, flip=False)
+    floor, ceiling = math.log(1e-4), math.log(20.0)
+    return cls(**{**small, "log_min": floor, "log_max": ceiling, **kw})
 
 # %% ../nbs/02_mel.ipynb #b9153b05
 @patch
@@ -201,7 +190,7 @@ def to_image(
     self: MelTransform,
     log_mel: Tensor,  # Natural-log mel, `(b, n_mels, n_cols)`
 ) -> Tensor:  # Image, `(b, C, h, w)`, in [-1, 1]
-    "Log-mel as the image the VAE eats"
+    "Log-mel as the image the VAE reads"
     c = self.config
     x = 2 * (log_mel.clamp(c.log_min, c.log_max) - c.log_min) / (c.log_max - c.log_min) - 1
     if c.flip:

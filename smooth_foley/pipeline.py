@@ -28,16 +28,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, SpeechT5HifiGan
 from transformers.utils import logging as transformers_logging
 
-from smooth_foley.backbone import (
-    decode_latents,
-    encode_prompt,
-    make_scheduler,
-    make_text_encoder,
-    make_unet,
-    make_vae,
-    noise_like,
-    vae_factor,
-)
+from .backbone import decode_latents, encode_prompt, make_text_encoder, make_unet, make_vae, vae_factor
 from .clip import FrameEncoder, build_tokenizer, mini_clip_cfg, rank_labels
 from .core import FoleyError, atomic_path, default_device, derive_generator, mini_path, printable
 from .frame_adapter import FrameAdapter
@@ -45,6 +36,7 @@ from .media import SR, Clip, read_clip, seconds_to_samples
 from .mel import MelTransform, plot_mel
 from .reuse import EmbeddingCache, fast_linear
 from .reuse import reuse as remember
+from .schedule import make_scheduler, noise_like
 from .temporal_adapter import make_temporal_adapter, residuals
 from .temporal_condition import LabelProjection, TemporalCondition, plot_condition
 from .vocoder import PhaseVocoder, make_vocoder, vocode

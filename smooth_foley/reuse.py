@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .core import FoleyError, atomic_path
-from .frame_adapter import ColumnResidual, cross_attentions
+from .frame_adapter import cross_attentions
+from .frame_position import ColumnResidual
 from .temporal_adapter import residuals
 
 # %% ../nbs/09_reuse.ipynb #24118430

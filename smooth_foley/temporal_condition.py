@@ -29,7 +29,7 @@ class LabelProjection(ModelMixin, ConfigMixin):
     def __init__(
         self,
         clip_dim: int,  # Size of a CLIP embedding, D
-        calibration: tuple = None,  # Cosines `(low, high)` that become 0 and 1, for plain CLIP without a trained projection
+        calibration: tuple = None,  # Cosines `(low, high)` that become 0 and 1, where no projection is trained
     ):
         super().__init__()
         self.proj = nn.Linear(clip_dim, clip_dim)
@@ -48,12 +48,12 @@ class LabelProjection(ModelMixin, ConfigMixin):
         cos = nn.functional.cosine_similarity(frames.float(), text_emb[..., None, :].float(), dim=-1)
         if self.config.calibration is None:
             return cos
-        low, high = _told_once(*self.config.calibration)
+        low, high = _logged_calibration(*self.config.calibration)
         return ((cos - low) / (high - low)).clamp(0, 1)
 
-
+# %% ../nbs/07_temporal_condition.ipynb #45168cfc
 @lru_cache
-def _told_once(low, high):
+def _logged_calibration(low, high):
     "The calibration, logged the first time it is used"
     logging.getLogger(__name__).warning(
         "no trained label projection: plain CLIP cosines, %g to %g read as 0 to 1 (a choice, not a measurement)",
@@ -80,7 +80,8 @@ class TemporalCondition:
             raise FoleyError(f"`duration` is {self.duration}: give the length of the clip in seconds, above 0")
         if not len(self.times) == len(self.similarity) == len(self.active) > 0:
             raise FoleyError(
-                f"condition has {len(self.times)} times, {len(self.similarity)} similarities and {len(self.active)} answers: give one of each per frame"
+                f"condition has {len(self.times)} times, {len(self.similarity)} similarities and "
+                f"{len(self.active)} answers: give one of each per frame"
             )
         if not np.all(np.diff(self.times) > 0):
             raise FoleyError("condition `times` do not rise: give the frames in order of time, in seconds")
@@ -128,7 +129,7 @@ def from_intervals(
     active = [any(s <= t < e for s, e in spans) for t in times]
     return cls(times, np.full(len(times), np.nan), active, duration)
 
-
+# %% ../nbs/07_temporal_condition.ipynb #eb5be9b6
 def _span(span, duration):
     "One checked interval"
     try:
@@ -165,7 +166,7 @@ def columns(
     on = self.active[frame.clip(0)] & (centre < self.duration)
     return torch.from_numpy(np.where(on, 1.0, -1.0)).float()
 
-
+# %% ../nbs/07_temporal_condition.ipynb #2a39eb73
 @patch
 def _columns_foleycrafter(self: TemporalCondition, n_cols):
     "102.4 columns a second; masks longer than the image are squeezed into it (nearest)"
@@ -184,13 +185,12 @@ def plot(
     "Similarity, threshold and the stretches they give, over seconds"
     return plot_condition(self, ax)
 
-
+# %% ../nbs/07_temporal_condition.ipynb #890c0766
 def plot_condition(
     cond: TemporalCondition,
     ax=None,  # Axes to draw into; None makes new ones
 ):  # The axes
     "Similarity, threshold and the stretches they give, over seconds"
-    import matplotlib.pyplot as plt
 
     if ax is None:
         ax = plt.subplots(figsize=(8, 1.8), dpi=80)[1]

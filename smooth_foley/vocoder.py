@@ -32,9 +32,8 @@ def make_vocoder(
 ) -> SpeechT5HifiGan:  # Random weights, reads natural-log mel as it is
     "A HiFi-GAN generator of the given size; 512 channels and 256 bands are Auffusion's"
     if any((k - r) % 2 for k, r in zip(upsample_kernel_sizes, upsample_rates)):
-        raise FoleyError(
-            f"upsample_kernel_sizes={upsample_kernel_sizes} minus upsample_rates={upsample_rates} has odd entries; choose even differences"
-        )
+        sizes = f"upsample_kernel_sizes={upsample_kernel_sizes} minus upsample_rates={upsample_rates}"
+        raise FoleyError(f"{sizes} has odd entries; choose even differences")
     return SpeechT5HifiGan(
         SpeechT5HifiGanConfig(
             model_in_dim=num_mels,
@@ -91,7 +90,8 @@ class PhaseVocoder(ConfigOnly):
     ) -> Tensor:  # Magnitudes, `(b, n_fft//2+1, T)`
         "Step 1: the spectrum behind the mel bands"
         W = self.filters
-        S, back = W.T / W.sum(0).clamp(min=1e-8)[:, None] @ (mel / W.sum(1)[:, None]) + 1e-8, W.T @ mel
+        S = W.T / W.sum(0).clamp(min=1e-8)[:, None] @ (mel / W.sum(1)[:, None]) + 1e-8
+        back = W.T @ mel
         for _ in range(self.config.inversion_steps):
             S = S * back / (W.T @ (W @ S) + 1e-10)
         return S
@@ -102,12 +102,11 @@ class PhaseVocoder(ConfigOnly):
     ) -> Tensor:  # Phases, rad, same shape
         "Step 2: what each peak has turned by"
         lg, k = S.clamp(min=1e-10).log(), S.shape[1]
-        below, above = F.pad(lg, (0, 0, 1, 0), value=-99.0)[:, :k], F.pad(lg, (0, 0, 0, 1), value=-99.0)[:, 1:]
+        below = F.pad(lg, (0, 0, 1, 0), value=-99.0)[:, :k]
+        above = F.pad(lg, (0, 0, 0, 1), value=-99.0)[:, 1:]
         bins = torch.arange(k, device=S.device)[None, :, None]
-        peak, offset = (
-            (lg > below) & (lg >= above),
-            (0.5 * (below - above) / (below - 2 * lg + above).clamp(max=-1e-6)).clamp(-0.5, 0.5),
-        )
+        peak = (lg > below) & (lg >= above)
+        offset = (0.5 * (below - above) / (below - 2 * lg + above).clamp(max=-1e-6)).clamp(-0.5, 0.5)
         left = torch.where(peak, bins, -k).cummax(1).values
         right = torch.where(peak, bins, 2 * k).flip(1).cummin(1).values.flip(1)
         owner = torch.where(bins - left <= right - bins, left, right).clamp(0, k - 1)
@@ -123,10 +122,14 @@ def forward(
     "Steps 1 to 3; `MelTransform`'s columns are centred half a hop late, and so is the sound"
     c, n = self.config, log_mel.shape[-1] * self.config.hop_length
     S = F.pad(self.magnitudes(log_mel.to(self.window.device).exp()), (1, 1), mode="replicate")
-    wave = lambda spec: torch.istft(spec, c.n_fft, c.hop_length, c.n_fft, self.window, length=n + c.hop_length)
+    frames = (c.n_fft, c.hop_length, c.n_fft, self.window)
+
+    def wave(spec):
+        return torch.istft(spec, *frames, length=n + c.hop_length)
+
     angle, last = torch.polar(torch.ones_like(S), self.phases(S)), 0.0
     for _ in range(c.griffin_lim_steps):
-        again = torch.stft(wave(S * angle), c.n_fft, c.hop_length, c.n_fft, self.window, return_complex=True)
+        again = torch.stft(wave(S * angle), *frames, return_complex=True)
         angle, last = again - c.momentum / (1 + c.momentum) * last, again
         angle = angle / (angle.abs() + 1e-12)
     return wave(S * angle)[:, c.hop_length // 2 :][:, :n]
@@ -158,9 +161,8 @@ def load_checked(
         if k in want and v.shape != want[k].shape
     ]
     if miss or extra or shape:
-        raise FoleyError(
-            f"{what} do not fit: missing {miss}, unexpected {extra}, wrong shape {shape}; use weights and config of the same model"
-        )
+        keys = f"missing {miss}, unexpected {extra}, wrong shape {shape}"
+        raise FoleyError(f"{what} do not fit: {keys}; use weights and config of the same model")
     model.load_state_dict(state_dict, strict=False)
 
 # %% ../nbs/03_vocoder.ipynb #708bfb8d
@@ -175,9 +177,8 @@ def convert_hifigan_state_dict(
     ]
     lone = [k for k in sd if k.endswith(("_g", "_v")) and k[:-1] + ("v" if k[-1] == "g" else "g") not in sd]
     if odd or lone:
-        raise FoleyError(
-            f"HiFi-GAN state dict does not fit: unexpected {odd}, without partner {lone}; give the 'generator' entry of the checkpoint"
-        )
+        keys = f"unexpected {odd}, without partner {lone}"
+        raise FoleyError(f"HiFi-GAN state dict does not fit: {keys}; give the 'generator' entry of the checkpoint")
     out = {k.replace("ups.", "upsampler."): v for k, v in sd.items() if not k.endswith(("_g", "_v"))}
     for k in [k[:-2] for k in sd if k.endswith("_v")]:
         out[k.replace("ups.", "upsampler.")] = torch._weight_norm(sd[k + "_v"], sd[k + "_g"], 0)
@@ -199,9 +200,8 @@ def from_hifigan(
         "sampling_rate",
     )
     if str(config.get("resblock", "1")) != "1":
-        raise FoleyError(
-            f"resblock={config['resblock']!r}: only HiFi-GAN's residual block '1' has a stock counterpart; use a V1-like vocoder"
-        )
+        why = "only HiFi-GAN's residual block '1' has a stock counterpart"
+        raise FoleyError(f"resblock={config['resblock']!r}: {why}; use a V1-like vocoder")
     missing = [k for k in keys if k not in config]
     if missing:
         raise FoleyError(f"HiFi-GAN config lacks {missing}; give the config.json beside the checkpoint")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
-from smooth_foley import media
+from smooth_foley.containers import picture_stream
 from smooth_foley.core import FoleyError
 from smooth_foley.media import SR, container_for, mux, plan_mux, probe, read_audio, read_clip, write_video, write_wav
 
@@ -160,7 +160,7 @@ CASES = {  # name: (suffix, maker, frames a player shows, seconds it shows them)
     "vp9": (".webm", lambda p: film(p, "libvpx-vp9", options={"deadline": "realtime"}, prepare=wide), 15, 1.5),
     "two sounds": (
         ".mp4",
-        lambda p: film(p, sounds=[("aac", 48000, l) for l in ("deu", "eng", "fra", "swe")]),
+        lambda p: film(p, sounds=[("aac", 48000, language) for language in ("deu", "eng", "fra", "swe")]),
         15,
         1.5,
     ),
@@ -174,7 +174,7 @@ CASES = {  # name: (suffix, maker, frames a player shows, seconds it shows them)
 def facts(path):
     "What matters of a file: packets that are needed, when pictures are shown, how they look, what is known about them"
     with av.open(str(path)) as f:
-        v = media._picture(f, path)
+        v = picture_stream(f, path)
         about = dict(
             codec=v.codec_context.codec.canonical_name, tag=v.codec_context.codec_tag, shape=v.sample_aspect_ratio or 1
         )

@@ -12,10 +12,11 @@ from accelerate import init_empty_weights
 from parity import CHECKS, FIXTURE, INPUTS, README, TOLERANCE, WANT, error, load_system, pictures
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from smooth_foley.backbone import FULL, build_full, tokenize_prompt
+from smooth_foley.backbone import tokenize_prompt
 from smooth_foley.clip import FrameEncoder
 from smooth_foley.compare.foleycrafter import TimeDetector
 from smooth_foley.frame_adapter import FrameAdapter
+from smooth_foley.full_size import FULL, build_full
 from smooth_foley.mel import MelTransform
 from smooth_foley.published import OPENAI, clip_config_from_transformers, clip_from_transformers, clip_to_transformers
 from smooth_foley.temporal_adapter import make_temporal_adapter

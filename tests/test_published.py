@@ -181,9 +181,9 @@ def test_the_detector_lies_beside_the_pipeline(full, sources):
 
 
 def test_without_a_trained_projection_cosines_are_calibrated_and_it_is_said_once(pipe, caplog):
-    from smooth_foley.temporal_condition import _told_once
+    from smooth_foley.temporal_condition import _logged_calibration
 
-    _told_once.cache_clear()
+    _logged_calibration.cache_clear()
     text = torch.eye(24)[0]
     frames = torch.stack([torch.tensor([c, (1 - c * c) ** 0.5, *[0.0] * 22]) for c in (0.1, 0.175, 0.25)])
     with torch.no_grad():

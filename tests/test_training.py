@@ -21,18 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smooth_foley.app import cli
-from smooth_foley.backbone import (
-    PatchAutoencoder,
-    make_scheduler,
-    make_text_encoder,
-    make_unet,
-    make_vae,
-    tokenize_prompt,
-)
+from smooth_foley.backbone import PatchAutoencoder, make_text_encoder, make_unet, make_vae, tokenize_prompt
 from smooth_foley.clip import build_tokenizer
 from smooth_foley.core import FoleyError
 from smooth_foley.frame_adapter import FrameAdapter
 from smooth_foley.mel import MelTransform
+from smooth_foley.schedule import make_scheduler
 from smooth_foley.temporal_adapter import make_temporal_adapter
 from smooth_foley.temporal_condition import LabelProjection
 from smooth_foley.train import diffusion, folder, looks, parts, recipes

@@ -6,9 +6,10 @@ import time
 import torch
 from safetensors.torch import save_file
 
-from smooth_foley.backbone import make_scheduler, make_text_encoder, make_unet, tokenize_prompt
+from smooth_foley.backbone import make_text_encoder, make_unet, tokenize_prompt
 from smooth_foley.clip import build_tokenizer
 from smooth_foley.mel import MelTransform
+from smooth_foley.schedule import make_scheduler
 from smooth_foley.temporal_adapter import make_temporal_adapter
 from smooth_foley.train.diffusion import TemporalStage
 from smooth_foley.train.loop import TrainConfig, train

@@ -26,13 +26,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..backbone import build_full, build_full_parts, decode_latents, encode_prompt, fill_random, noise_like
+from ..backbone import decode_latents, encode_prompt
 from ..core import FoleyError, atomic_path, default_device, derive_generator
 from ..frame_adapter import FrameAdapter
+from ..full_size import build_full, build_full_parts, fill_random
 from ..media import mux, probe, read_clip, write_video
 from ..mel import MelTransform
 from ..pipeline import SmoothFoleyPipeline, guide
 from ..reuse import onednn_linear
+from ..schedule import noise_like
 from ..temporal_adapter import make_temporal_adapter
 from ..temporal_condition import LabelProjection
 from ..vocoder import vocode

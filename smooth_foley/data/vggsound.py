@@ -36,19 +36,16 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation
 
+from ..containers import add_picture as _add_picture
+from ..containers import add_sound as _add_sound
+from ..containers import by_time as _by_time
+from ..containers import encode_picture as _picture_packets
+from ..containers import encode_sound as _sound_packets
+from ..containers import error_text as _why
+from ..containers import open_path as _open_file
+from ..containers import picture_stream as _picture
 from ..core import FoleyError, atomic_path, mini_path, progress, suggest
-from smooth_foley.media import (
-    SR,
-    _add_picture,
-    _add_sound,
-    _by_time,
-    _open_file,
-    _picture,
-    _picture_packets,
-    _sound_packets,
-    _why,
-    write_video,
-)
+from ..media import SR, write_video
 
 # %% ../../nbs/data/50_vggsound.ipynb #fcbf6f10
 @dataclass

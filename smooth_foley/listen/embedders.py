@@ -92,12 +92,12 @@ def decode(
     "The sound of a file at its own rate, channel by channel"
     import av
 
-    from smooth_foley.media import _check_file, _open_file
+    from smooth_foley.containers import check_file, open_path
 
     if os.path.exists(path):
-        _check_file(path)
+        check_file(path)
     try:
-        f = _open_file(path)
+        f = open_path(path)
     except FileNotFoundError as e:
         raise FoleyError(f"{path}: there is no such file; check the path") from e
     except (av.error.FFmpegError, OSError, ValueError) as e:

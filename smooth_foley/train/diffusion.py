@@ -18,14 +18,12 @@ from smooth_foley.backbone import (
     CLIPTextModel,
     CLIPTokenizer,
     UNet2DConditionModel,
-    add_noise,
-    alphas_cumprod,
-    make_scheduler,
     make_text_encoder,
     make_unet,
     tokenize_prompt,
 )
 from ..mel import MelTransform
+from ..schedule import add_noise, alphas_cumprod, make_scheduler
 from .encoding import feature_arrays, load_autoencoder, stored_latents
 from .folder import StageRun
 from .looks import diffusion_looks

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbone import decode_latents, noise_like
+from ..backbone import decode_latents
 from ..core import derive_generator
 from ..media import write_wav
 from ..mel import MelTransform
+from ..schedule import noise_like
 from .encoding import encode_features, encode_mels, feature_arrays, load_autoencoder
 from .loop import Draw, TrainConfig, is_main, wait_for_all
 from .recipe import VAL_SEED, Recipe

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbone import v_target
 from ..core import FoleyError
+from ..schedule import v_target
 
 # %% ../../nbs/train/30_losses.ipynb #e82849c3
 def diffusion_target(

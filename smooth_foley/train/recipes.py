@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..backbone import make_scheduler
 from ..clip import FrameEncoder
 from ..core import FoleyError
 from ..mel import MelTransform
+from ..schedule import make_scheduler
 from smooth_foley.train.diffusion import (
     load_base,
     load_tokenizer,
