@@ -57,7 +57,7 @@ def per_clip_texts(
         _check_text(name, text, empty or blank, blank)
     return texts
 
-
+# %% ../nbs/09a_arguments.ipynb #3ad105ae
 def _check_text(name, text, empty, blank):
     "None, or a text that says something"
     if text is None:

@@ -39,7 +39,7 @@ _TEXT = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
 
-
+# %% ../nbs/10b_clip_names.ipynb #cc4834f3
 def _block_names(ours, theirs):
     "open_clip's names of one block -> names in `transformers`"
     names = {}
@@ -49,7 +49,7 @@ def _block_names(ours, theirs):
         names[f"{ours}.attn.in_proj_{w}"] = tuple(f"{theirs}.self_attn.{p}_proj.{w}" for p in "qkv")
     return names
 
-
+# %% ../nbs/10b_clip_names.ipynb #f8e6e6a2
 def _clip_names(
     n_vision: int,  # Blocks of the image tower; 0 leaves it out
     n_text: int,  # Blocks of the text tower; 0 leaves it out
@@ -99,7 +99,7 @@ def _names_of(state_dict, vision, text):
         names["logit_scale"] = ("logit_scale",)
     return names
 
-
+# %% ../nbs/10b_clip_names.ipynb #48600042
 def clip_to_transformers(
     state_dict: dict,  # An open_clip model's weights; one tower is enough
 ) -> dict:  # The same weights under `CLIPModel`'s names
@@ -115,7 +115,7 @@ def clip_to_transformers(
         out |= dict(zip(theirs, parts))
     return out
 
-
+# %% ../nbs/10b_clip_names.ipynb #158fe7bd
 def clip_from_transformers(
     state_dict: dict,  # Weights of a `CLIPModel`, or of one tower with its projection
 ) -> dict:  # The same weights under open_clip's names
@@ -138,7 +138,7 @@ OPENAI = dict(
     resize_mode="shortest",
 )
 
-
+# %% ../nbs/10b_clip_names.ipynb #a9f6d373
 def _check_towers(vision, text):
     "Refuse towers that open_clip cannot hold in one model"
     shared = [(c.get("hidden_act"), c.get("layer_norm_eps", 1e-5), c["projection_dim"]) for c in (vision, text)]
@@ -155,7 +155,7 @@ def _size(c):
     ratio = c["intermediate_size"] / c["hidden_size"]
     return dict(width=c["hidden_size"], layers=c["num_hidden_layers"], mlp_ratio=ratio)
 
-
+# %% ../nbs/10b_clip_names.ipynb #eb422f79
 def clip_config_from_transformers(
     vision: dict,  # `CLIPVisionConfig` as a dict
     text: dict,  # `CLIPTextConfig` as a dict

@@ -79,7 +79,7 @@ def _read(self: EmbeddingCache, key, n):
         return None  # cut short: encode again
     return z if len(z) == n else None
 
-
+# %% ../nbs/10a_frame_cache.ipynb #089693fc
 @patch
 def _write(self: EmbeddingCache, key, z):
     "Keep it in the folder, if there is one"

@@ -44,7 +44,7 @@ def _std(x):
     "Standard deviation of each sample"
     return x.std(dim=(1, 2, 3), keepdim=True)
 
-
+# %% ../nbs/09b_guidance.ipynb #12b22ff8
 def guide(
     eps: Tensor,  # Predictions, `(2b, c, h, w)`: unconditional, (text without frames,) conditional
     scale: float,  # Guidance w
@@ -75,7 +75,7 @@ def guided(self: Guidance) -> bool:
     "Whether the networks predict more than once at each step"
     return self.guidance_scale != 1 or self.w_f not in (None, 1)
 
-
+# %% ../nbs/09b_guidance.ipynb #ba0a0a6d
 @patch
 def stacked(
     self: Guidance,
@@ -104,7 +104,7 @@ def groups(
         found.setdefault(size, []).append(i)
     return list(found.values())
 
-
+# %% ../nbs/09b_guidance.ipynb #29f4665d
 @patch
 def of(
     self: Guidance,

@@ -26,7 +26,7 @@ class HubFile:
     exact: bool = False  # Is `size` what the hub says?
     optional: bool = False  # May be missing
 
-
+# %% ../nbs/10c_hub.ipynb #18cd8f15
 @dataclass(frozen=True)
 class Source:
     "A repository on the hub"
@@ -47,7 +47,7 @@ def _weights(part, stem, size):
     pickled = "pytorch_model" if stem == "model" else stem
     return HubFile(part, (f"{part}/{stem}.safetensors", f"{part}/{pickled}.bin"), size)
 
-
+# %% ../nbs/10c_hub.ipynb #843ec301
 _AUFFUSION = (
     _json("unet", "config.json"),
     _weights("unet", "diffusion_pytorch_model", 3438.1e6),
@@ -110,7 +110,7 @@ def readable_size(
     "A size in MB, or kB below 0.1 MB"
     return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{max(1, round(n / 1e3))} kB"
 
-
+# %% ../nbs/10c_hub.ipynb #450f0d00
 def show_plan(
     rows: list,  # As `plan` gives them
 ) -> str:  # Lines

@@ -40,7 +40,7 @@ def _inside(folder, part):
     bare = [(name, Path(name).name) for name in LAYOUT[part]]
     return _first_file(folder, [name for pair in bare for name in pair])
 
-
+# %% ../nbs/10d_layout.ipynb #bb4801d4
 def _named(part, path):
     "The file of a part that was named itself"
     if part == "frame_encoder" and isinstance(path, (tuple, list)):
@@ -68,7 +68,7 @@ def _as_dict(sources):
         return sources
     return dict(enumerate([sources] if isinstance(sources, (str, os.PathLike)) else sources))
 
-
+# %% ../nbs/10d_layout.ipynb #364d633b
 def locate(
     sources,  # A folder, folders, or a dict: a part's name -> its file or folder, any other name -> a folder to search
 ) -> dict:  # Part -> file; `frame_encoder` may be two folders, image and text tower as `transformers` saves them

@@ -41,7 +41,7 @@ def _load_pickle(path):
         warnings.simplefilter("ignore")  # about pickles of newer protocols, which are refused
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
-
+# %% ../nbs/10_loading.ipynb #d5eb2461
 def read_weights(
     path,  # `.safetensors`, or a pickle of `torch.save`
 ) -> dict:  # What it holds
@@ -58,7 +58,7 @@ def read_weights(
         raise FoleyError(f"{path}: holds a {kind}, not weights by name; give the checkpoint its authors published")
     return found
 
-
+# %% ../nbs/10_loading.ipynb #68104584
 def _unreadable(path, e):
     "The error for a checkpoint that raises `e`"
     asked = re.search(r"GLOBAL ([\w.]+)", str(e)) if isinstance(e, pickle.UnpicklingError) else None
@@ -90,7 +90,7 @@ def quiet():
         if bars:
             transformers_logging.enable_progress_bar()
 
-
+# %% ../nbs/10_loading.ipynb #1f0b3e82
 def _one_line(folder, load, *args, **kw):
     "Turn what the libraries raise on damaged files into one line"
     try:
@@ -121,7 +121,7 @@ def _is_strict(cls):
     ours = [c for c in cls.__mro__ if c.__module__.startswith("smooth_foley")]
     return any("from_pretrained" in vars(c) for c in ours)
 
-
+# %% ../nbs/10_loading.ipynb #e53c80cb
 def _refuse_misfits(folder, info):
     "Name the keys that the libraries report as missing, unexpected or of another shape"
     said = []
@@ -163,7 +163,7 @@ def read_index(
     path = folder / "model_index.json"
     return _one_line(path, lambda: json.loads(path.read_text()))
 
-
+# %% ../nbs/10_loading.ipynb #f7fe8e40
 def load_parts(
     folder: Path,  # Folder with a `model_index.json`
     cls: type,  # Pipeline, whose `__init__` says what it needs
@@ -182,7 +182,7 @@ def load_parts(
                 loaded[name].requires_grad_(False)
     return {**loaded, **given}
 
-
+# %% ../nbs/10_loading.ipynb #df1ee67d
 def _check_names(folder, index, given, parts, settings):
     "Every component is stored or given, and nothing else is given"
     missing = sorted(parts - set(index) - set(given))
@@ -215,7 +215,7 @@ def find_weights(
         folder = _download(str(name), **hub)
     return _with_index(folder, "give a folder that `save_pretrained` wrote")
 
-
+# %% ../nbs/10_loading.ipynb #9deef1e8
 def _with_index(folder, how):
     "The folder, if it holds a pipeline"
     if not (folder / "model_index.json").is_file():

@@ -63,7 +63,7 @@ def plot_foley(
             fig.savefig(tmp)
     return fig
 
-
+# %% ../nbs/11a_output.ipynb #8e3f1a4e
 def _plot_frames(clip, n, ax):
     "A strip of frames, each over its share of the time"
     edges = np.linspace(0, clip.duration, n + 1)

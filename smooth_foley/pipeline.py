@@ -168,7 +168,7 @@ def read(
         raise FoleyError("`video` is an empty list: give at least one video")
     return [self._read_one(v) for v in videos]
 
-
+# %% ../nbs/12_pipeline.ipynb #fed393ff
 @patch
 def _read_one(self: SmoothFoleyPipeline, video):
     "A clip, from a file if need be"
@@ -184,7 +184,7 @@ def _read_one(self: SmoothFoleyPipeline, video):
         raise FoleyError(f"{video.name}: {n} frames with {n_times} times; give one time per frame")
     return video
 
-
+# %% ../nbs/12_pipeline.ipynb #3d9c2093
 @patch
 def _see(self: SmoothFoleyPipeline, clip, batch_size, reuse):
     "Frame embeddings of a clip, `(T, D)`"
@@ -215,7 +215,7 @@ def similarity(
     "How much each frame looks like the label (Sec. II-C)"
     return self.label_projection(frame_emb, self.frame_encoder.encode_text([label])[0])
 
-
+# %% ../nbs/12_pipeline.ipynb #c3d99dbe
 @patch
 def condition(
     self: SmoothFoleyPipeline,
@@ -244,7 +244,7 @@ def _is_unnamed(label, prompt, ask):
     automatic = isinstance(ask, str) and ask == "auto"
     return label is None and (prompt is None or (prompt == "" and automatic))
 
-
+# %% ../nbs/12_pipeline.ipynb #0e37853b
 @patch
 def _decide(self: SmoothFoleyPipeline, clips, embs, labels, prompts, asks):
     "Label, prompt, condition and proposals of every clip"
@@ -270,7 +270,7 @@ def _steer(self: SmoothFoleyPipeline, guidance, clips, embs, conditions, frame_w
         guidance = replace(guidance, condition=self._condition_image(conditions))
     return guidance
 
-
+# %% ../nbs/12_pipeline.ipynb #5a9d9ce5
 @patch
 def _condition_image(self: SmoothFoleyPipeline, conds):
     "What the temporal adapter reads, `(b, C', h', w')`"

@@ -43,7 +43,7 @@ def _disk_error(out, e):
     if isinstance(e, PermissionError):
         return FoleyError(f"{out}: cannot be written ({(e.strerror or str(e)).lower()}); choose another place")
 
-
+# %% ../nbs/11_published.ipynb #14f284cd
 @contextmanager
 def new_folder(
     out,  # Where the finished folder goes
@@ -84,7 +84,7 @@ def _weights_name(cls):
         return WEIGHTS_FILE
     return "model.safetensors" if issubclass(cls, PreTrainedModel) else "diffusion_pytorch_model.safetensors"
 
-
+# %% ../nbs/11_published.ipynb #6ef0e164
 def _write_config(part, folder, has_weights):
     "Configuration of a part; all of it, if it has no weights"
     if part.cls is FrameEncoder:
@@ -96,7 +96,7 @@ def _write_config(part, folder, has_weights):
     else:
         part.model.save_pretrained(folder)
 
-
+# %% ../nbs/11_published.ipynb #f759d6e9
 def _write_encoder_config(encoder, folder):
     "open_clip's configuration, and a tokenizer of its own"
     cfg = {k: encoder.config[k] for k in ("model_cfg", "preprocess_cfg")}
@@ -140,7 +140,7 @@ def _home(cls):
     "The module that `model_index.json` names for a class"
     return cls.__module__ if cls.__module__.startswith("smooth_foley") else cls.__module__.split(".")[0]
 
-
+# %% ../nbs/11_published.ipynb #4fead51e
 def _index(parts):
     "What `model_index.json` says"
     return dict(
@@ -155,7 +155,7 @@ def _commit(file):
     "Commit of a file in the hub's cache, or None"
     return file.parts[file.parts.index("snapshots") + 1] if "snapshots" in file.parts else None
 
-
+# %% ../nbs/11_published.ipynb #e5216eb3
 def _origin(file):
     "Name, size and commit of what a part was made from"
     files = [f for f in (file if isinstance(file, tuple) else (file,)) if f.is_file()]
@@ -168,7 +168,7 @@ _DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bflo
 def _write_json(path, values, **kw):
     path.write_text(json.dumps(values, indent=2, **kw) + "\n")
 
-
+# %% ../nbs/11_published.ipynb #fdd7341f
 def convert(
     sources,  # As in `locate`
     out,  # Folder to make
@@ -258,7 +258,7 @@ def _say_nothing(text):
 def _say_to_stderr(text):
     print(text, file=sys.stderr)
 
-
+# %% ../nbs/11_published.ipynb #0070df9e
 def resolve_full(
     local_files_only: bool = False,  # Never download
     revision: str = None,  # Has no meaning here: there are three repositories

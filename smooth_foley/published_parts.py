@@ -43,7 +43,7 @@ def _read_json(path):
     except ValueError as e:
         raise FoleyError(f"{path}: is no JSON ({e}); delete it and fetch it again") from e
 
-
+# %% ../nbs/10e_published_parts.ipynb #7d8bc801
 def _config(file):
     "The `config.json` beside a file"
     path = Path(file).parent / "config.json"
@@ -51,7 +51,7 @@ def _config(file):
         raise FoleyError(f"{path}: no such file; the configuration belongs beside the weights, fetch it too")
     return _read_json(path)
 
-
+# %% ../nbs/10e_published_parts.ipynb #e2d60f4a
 def check_fit(
     model,  # Module, also on the meta device
     weights: dict,  # Name -> tensor
@@ -101,7 +101,7 @@ def _new_vae_name(name):
         name = name.replace(old, new)
     return name
 
-
+# %% ../nbs/10e_published_parts.ipynb #d7aaff01
 def _diffusers_part(cls, file, rename=_same_name):
     "UNet or VAE"
     model = _lay_out(cls, _config(file), file)
@@ -129,7 +129,7 @@ def _scheduler_part(file):
         )
     return Part(cls, cls.from_config(cfg))
 
-
+# %% ../nbs/10e_published_parts.ipynb #501d0fec
 def _tokenizer_part(file):
     "The tokenizer, of two files"
     folder = Path(file).parent
@@ -146,7 +146,7 @@ def _unwrap(found, *keys):
     "What a training checkpoint keeps its weights under"
     return next((found[k] for k in keys if isinstance(found.get(k), dict)), found)
 
-
+# %% ../nbs/10e_published_parts.ipynb #a3907854
 def _temporal_part(file, unet):
     "The temporal adapter, of this UNet"
     with torch.device("meta"):
@@ -160,7 +160,7 @@ def _temporal_part(file, unet):
     weights = {k.removeprefix("module."): v for k, v in found.items()}
     return Part(ControlNetModel, model, check_fit(model, weights, file))
 
-
+# %% ../nbs/10e_published_parts.ipynb #525c61fa
 def _read_ip_adapter(file):
     "A `FrameAdapter` from an IP-Adapter checkpoint"
     found = read_weights(file)
@@ -175,7 +175,7 @@ def _read_ip_adapter(file):
             "use semantic_adapter.bin as published"
         ) from e
 
-
+# %% ../nbs/10e_published_parts.ipynb #8d013476
 def _frame_part(file, unet):
     "The semantic adapter, of this UNet"
     adapter = _read_ip_adapter(file)
@@ -201,7 +201,7 @@ def _read_vocoder(file, cfg):
             f"{file}: is no HiFi-GAN generator ({type(e).__name__}); give the vocoder with its config.json"
         ) from e
 
-
+# %% ../nbs/10e_published_parts.ipynb #39bcf289
 def _vocoder_parts(file, changes: dict):
     "The vocoder, and the mel it reads"
     cfg = _config(file)
@@ -229,7 +229,7 @@ def _clip_tokenizer(folder, vocab_size):
         )
     return CLIPTokenizer.from_pretrained(folder)
 
-
+# %% ../nbs/10e_published_parts.ipynb #d259c57e
 def _tower_file(path):
     "Weights of a tower: the file itself, or the first known name in a folder"
     if path.is_file():
@@ -259,7 +259,7 @@ def _open_clip(file):
     tokenizer = _clip_tokenizer(file.parent, cfg["text_cfg"].get("vocab_size", 49408))
     return cfg, stored.get("preprocess_cfg"), weights, tokenizer
 
-
+# %% ../nbs/10e_published_parts.ipynb #0084c78e
 def _encoder_part(file):
     "CLIP, from one file or from two towers"
     if isinstance(file, tuple):
@@ -280,7 +280,7 @@ def _projection_part(encoder, changes):
     cfg = {"calibration": _CALIBRATION, **changes}
     return Part(LabelProjection, LabelProjection(encoder.model.config.embed_dim, **cfg))
 
-
+# %% ../nbs/10e_published_parts.ipynb #5812a647
 def read_parts(
     found: dict,  # As `locate` gives it
     configs: dict = None,  # Part -> changes to its configuration, for `mel`, `label_projection` and parts with a reader
@@ -330,7 +330,7 @@ def _check_together(parts, found):
     _check_tokenizer(parts["tokenizer"].model, text, found["tokenizer"])
     _check_halving(mel, c["vae"], found["vocoder"])
 
-
+# %% ../nbs/10e_published_parts.ipynb #898f2ebd
 def _check_tokenizer(tokenizer, text, file):
     "The text encoder knows every token"
     if len(tokenizer) > text.vocab_size:
@@ -339,7 +339,7 @@ def _check_tokenizer(tokenizer, text, file):
             "use the tokenizer of the same model"
         )
 
-
+# %% ../nbs/10e_published_parts.ipynb #c0992749
 def _check_halving(mel, vae, file):
     "The VAE halves the mel without a rest"
     down = 2 ** (len(vae.block_out_channels) - 1)

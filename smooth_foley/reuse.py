@@ -37,7 +37,7 @@ def borrowed(
         else:
             module.forward = before
 
-
+# %% ../nbs/09_reuse.ipynb #c03b0204
 def _first_answer(forward):
     "The same function for an input that stays the same: computes at the first call only"
     known = []
@@ -117,7 +117,7 @@ def frame_keys(self: _KnownKeys, attn):
     v = _heads(self.stock.to_v_ip[0](self.F_emb), attn)
     return [(g.pick(k), g.pick(v)) for g in self.groups]
 
-
+# %% ../nbs/09_reuse.ipynb #ce90d024
 @patch
 def look(self: _KnownKeys, attn, q):
     "Frame branch of Eq. 2, group by group"
@@ -131,7 +131,7 @@ def look(self: _KnownKeys, attn, q):
         out.append(scaled_dot_product_attention(x, k, v, attn_mask=bias))
     return torch.cat(out)
 
-
+# %% ../nbs/09_reuse.ipynb #5ea8a3a9
 def _bias(processor, q, n):
     "What a processor with a window in time adds to the logits of `n` frame tokens, or None"
     bias = getattr(processor, "bias", None)
@@ -147,7 +147,7 @@ def _is_stock(attn):
     others = [getattr(attn, name, None) for name in _OTHER_LAYERS]
     return not any(others) and attn.rescale_output_factor == 1
 
-
+# %% ../nbs/09_reuse.ipynb #1d8a19dd
 @contextmanager
 def _known_keys(
     net,  # UNet or temporal adapter
@@ -193,7 +193,7 @@ def _before_the_time(resnet):
     layers = (resnet.norm1, resnet.conv1, resnet.norm2, resnet.conv2, resnet.conv_shortcut)
     return [m for m in layers if m is not None]
 
-
+# %% ../nbs/09_reuse.ipynb #ad55ff8e
 def equal_layers(
     net,  # UNet or temporal adapter
 ) -> list:  # Layers that see the same in both halves, in order
@@ -209,7 +209,7 @@ def equal_layers(
         layers += list(block.downsamplers or [])
     return layers
 
-
+# %% ../nbs/09_reuse.ipynb #22f8db1c
 def _before_the_text(block):
     "Layers of a block with cross-attention that come before the text"
     outer = block.attentions[0]
@@ -241,7 +241,7 @@ def _one_half(net, copies=2):
 # %% ../nbs/09_reuse.ipynb #d803516a
 PIECES = ("text", "frames", "group", "condition", "halves")
 
-
+# %% ../nbs/09_reuse.ipynb #80cc3633
 @dataclass(frozen=True)
 class _Remembering:
     "UNet and temporal adapter that know text, frames and condition already"
@@ -327,7 +327,7 @@ def _keep_frames(stack, unet, keys, tokens, empty, pieces):
                 stack.enter_context(borrowed(m, _first_answer(m.forward)))
     return torch.cat([torch.zeros_like(tokens)] * empty + [tokens])
 
-
+# %% ../nbs/09_reuse.ipynb #7c9a6d9e
 def _keep_condition(stack, controlnet, cond, copies):
     "Condition image embedded once, and repeated for every prediction"
     emb = controlnet.controlnet_cond_embedding(cond.to(controlnet.dtype))

@@ -31,7 +31,7 @@ _STAGE_PARTS = dict(
 )
 _MOVED = sorted({part for parts in _STAGE_PARTS.values() for part in parts})
 
-
+# %% ../nbs/11b_running.ipynb #f4b5dc4b
 class Running:
     "Stages of a pipeline, and how they run"
 
@@ -81,7 +81,7 @@ def enable_model_cpu_offload(
     self.to("cpu", silence_dtype_warnings=True)
     self._stage_device = device
 
-
+# %% ../nbs/11b_running.ipynb #9288ccbc
 @patch
 def disable_model_cpu_offload(self: Running) -> None:
     "Leave the parts where they are from now on"
@@ -102,7 +102,7 @@ def _computes(dtype, kind):
         return False
     return True
 
-
+# %% ../nbs/11b_running.ipynb #aef6168e
 @patch
 def check_dtype(self: Running) -> None:
     "Refuse a type the device cannot compute in"
@@ -140,7 +140,7 @@ def _faster(m):
     if isinstance(m, torch.nn.MultiheadAttention) and m.batch_first and m.in_proj_weight is not None:
         return partial(_self_attention, m)
 
-
+# %% ../nbs/11b_running.ipynb #4b35982d
 @contextmanager
 def fast_linear(
     *nets,  # Modules on the CPU, frozen
@@ -164,7 +164,7 @@ def set_memory_format(
     for net in (self.unet, self.temporal_adapter, self.vae):
         torch.nn.Module.to(net, memory_format=layout)
 
-
+# %% ../nbs/11b_running.ipynb #aeb5bae1
 @patch
 def enable_fast_cpu(self: Running) -> None:
     "Lay images out channels last and compute linear layers by oneDNN, until `disable_fast_cpu`"
@@ -177,7 +177,7 @@ def enable_fast_cpu(self: Running) -> None:
     self._fast_cpu = ExitStack()
     self._fast_cpu.enter_context(fast_linear(self.unet, self.temporal_adapter, self.frame_encoder, self.text_encoder))
 
-
+# %% ../nbs/11b_running.ipynb #b49ad1bd
 @patch
 def disable_fast_cpu(self: Running) -> None:
     "Back to PyTorch's own choice"
@@ -206,7 +206,7 @@ def _reset_peak(cuda):
     except OSError:
         pass
 
-
+# %% ../nbs/11b_running.ipynb #85c6b22a
 def _peak(cuda):
     "Bytes at most since then"
     if cuda:
@@ -230,7 +230,7 @@ def _watch(record, cuda, name):
         torch.cuda.synchronize()
     record.append(Stage(name, time.perf_counter() - start, _peak(cuda)))
 
-
+# %% ../nbs/11b_running.ipynb #f9929a98
 @patch
 @contextmanager
 def profile(

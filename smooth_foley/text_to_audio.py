@@ -127,7 +127,7 @@ def _predictor(self: TextToAudio, guidance, reuse):
         cond = _repeat(cond, len(text))
     yield lambda z, t: self.predict(_repeat(z, len(text)), t, text, tokens, cond, scale)
 
-
+# %% ../nbs/11d_text_to_audio.ipynb #464acda3
 def _repeat(x, n):
     "Copies of a batch, `n` samples in all"
     return torch.cat([x] * (n // len(x)))
@@ -157,7 +157,7 @@ def _check(self: TextToAudio, num_inference_steps, output_type):
     steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
     return check_number("num_inference_steps", steps, 1, whole=True)
 
-
+# %% ../nbs/11d_text_to_audio.ipynb #5364db18
 @patch
 def _generators(self: TextToAudio, generator, seed, names):
     "One generator per clip, from (seed, clip name) unless given"
@@ -168,7 +168,7 @@ def _generators(self: TextToAudio, generator, seed, names):
         raise FoleyError("`generator` is no torch.Generator: give one, or one for each clip, or use `seed`")
     return generators
 
-
+# %% ../nbs/11d_text_to_audio.ipynb #bcf9bdda
 @patch
 def _check_latents(self: TextToAudio, latents, n):
     "Noise for `n` clips, or None"

@@ -19,7 +19,7 @@ from .vocoder import make_vocoder
 # %% ../nbs/11c_tiny.ipynb #e90ecbcf
 _CLIP = dict(embed_dim=24, patch_size=16, width=32, layers=1, head_width=16, text_width=32, text_layers=1, text_heads=2)
 
-
+# %% ../nbs/11c_tiny.ipynb #2238bd71
 def _make_parts(labels, frame_position):
     "Every component, as its own maker begins it"
     tokenizer = build_tokenizer(list(labels), vocab_size=600)
@@ -38,7 +38,7 @@ def _make_parts(labels, frame_position):
         temporal_adapter=make_temporal_adapter(unet, 16, (16, 16, 16)),
     )
 
-
+# %% ../nbs/11c_tiny.ipynb #17114fc2
 def tiny_parts(
     seed: int = 0,  # Same seed, same weights
     labels: tuple = ("train", "siren", "dog barking"),  # Labels its tokenizer knows

@@ -62,7 +62,7 @@ def _stem(mid, width):
         *_norm_relu(width),
     )
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #c0d41d83
 def _stage(n_in, n_out, blocks, stride):
     "Residual blocks, the first of which may halve the picture"
     skip = None
@@ -134,7 +134,7 @@ def preprocess(
 
     return torch.cat([one(p) for p in frames.split(chunk)]).transpose(0, 1)[None].to(self.device, self.dtype)
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #4a943200
 def _check_frames(frames):
     "Pictures as the detector needs them"
     if not isinstance(frames, Tensor):
@@ -162,7 +162,7 @@ def _own_statistics(net):
         for m, (training, track) in zip(norms, before):
             m.training, m.track_running_stats = training, track
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #dac980dc
 @patch
 @torch.no_grad()
 def logits(
@@ -199,7 +199,7 @@ def _check_detector(want, found):
             "give timestamp_detector.pth.tar, or its config"
         )
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #484095fa
 @patch(cls_method=True)
 def from_published_state_dict(
     cls: TimeDetector,
@@ -216,7 +216,7 @@ def from_published_state_dict(
     self.load_state_dict({k: v.to(want[k].dtype, copy=True) for k, v in found.items()}, assign=True)
     return self.requires_grad_(False).eval()
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #519297aa
 @patch
 def to_published_state_dict(self: TimeDetector) -> dict:  # `{"state_dict": {"module.net.model...": tensor}}`
     "The weights under the names of the published file"
@@ -238,7 +238,7 @@ def pick(
         times=np.arange(n) * clip.duration / n,
     )
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #72b6bfe6
 @patch
 def probabilities(
     self: TimeDetector,
@@ -272,7 +272,7 @@ MINI_DETECTOR = dict(
     n_frames=None,
 )
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #e5c1b76d
 def impact_scene(
     i: int,  # Number of the scene; labels take turns, every other four are harder
     first_seed: int = 200_000,  # Seed of scene 0: train below 1e6, validation from 1e6
@@ -326,7 +326,7 @@ def _windows(values, starts, length):
     "A stretch of each clip"
     return [v[s : s + length] for v, s in zip(values, starts)]
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #bd1a9bd4
 class _DetectorStage(nn.Module):
     "Binary cross-entropy of frames against what is heard"
 
@@ -356,7 +356,7 @@ def _detector_config():
         checkpointing_steps=150,
     )
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #1400ca84
 def train_detector(
     out,  # Folder for everything
     n_scenes: int = 600,  # Rendered impacts
@@ -404,7 +404,7 @@ def _detect(
         true.append(frame_truth(s))
     return np.stack(stored), np.stack(own), np.stack(true)
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #06ee49e9
 def detector_scores(on, true) -> dict:
     "Precision, recall and F1 over the frames of all clips"
     both = (on & true).sum()
@@ -415,7 +415,7 @@ def detector_scores(on, true) -> dict:
     )
     return {k: round(float(v), 4) for k, v in scores.items()}
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #b36da7d0
 def _validate_detector(
     detector: TimeDetector,
     n: int = 60,  # Scenes of each kind
@@ -476,7 +476,7 @@ def published_detector(
 
 READERS = {"time_detector": published_detector}
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #a5ea0833
 def _add_detector(folder, config=None, **hub):
     "Convert the published detector for a `full` that was made without it"
     files = [replace(s, files=tuple(f for f in s.files if f.part in READERS)) for s in SOURCES]
@@ -498,7 +498,7 @@ def _folder_of(name):
         _add_detector(folder)
     return folder
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #112e5955
 def _detector_from(folder):
     "The detector of a folder, every weight accounted for"
     if not (folder / "time_detector").is_dir():
@@ -506,7 +506,7 @@ def _detector_from(folder):
     detector = load_part(folder / "time_detector", TimeDetector.__module__, "TimeDetector")
     return detector.requires_grad_(False)
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #e65bcaed
 @patch(cls_method=True)
 def from_pretrained(
     cls: FoleyCrafter,
@@ -525,7 +525,7 @@ def from_pretrained(
         parts["frame_adapter"] = adapter.requires_grad_(False)
     return super(FoleyCrafter, cls).from_pretrained(name, torch_dtype=torch_dtype, **parts)
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #0d8731dc
 @patch(cls_method=True)
 def from_random(cls: FoleyCrafter, seed: int = 0) -> FoleyCrafter:
     "A tiny untrained one, for tests"
@@ -552,7 +552,7 @@ def conditions(
         out.append(self.time_detector.probabilities(clip.frames, clip.times, clip.duration, threshold))
     return out
 
-
+# %% ../../nbs/compare/70_foleycrafter.ipynb #03dc97a7
 @patch
 def __call__(
     self: FoleyCrafter,
