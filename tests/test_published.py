@@ -585,7 +585,9 @@ def server(sources, open_clip_folder, tmp_path):
     http.server_close()
 
 
-FETCH = f"TINY = {TINY!r}" + """
+FETCH = (
+    f"TINY = {TINY!r}"
+    + """
 import sys
 from dataclasses import replace
 from smooth_foley import hub, published as P
@@ -597,6 +599,7 @@ sources = (*known, replace(clip, revision=None, files=clip.files+tokenizer))
 try: P.fetch(sys.argv[1], sources=sources, configs=TINY, readers=READERS)
 except FoleyError as e: sys.exit(f'refused: {e}')
 """
+)
 
 
 def run_fetch(server, out, cache):
