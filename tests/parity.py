@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from smooth_foley.backbone import decode_latents, encode_latents, encode_prompt
 from smooth_foley.compare.foleycrafter import TimeDetector
+from smooth_foley.guidance import Guidance
 from smooth_foley.media import write_wav
 from smooth_foley.mel import MelTransform, peak_normalize
 from smooth_foley.pipeline import SmoothFoleyPipeline
@@ -292,18 +293,16 @@ def denoise(s, emb="image_embeds", temporal_scale=None, steps=README["runs"]["st
         return z
 
     with p.frame_adapter.installed(p.unet, s.ip_scale):
-        p.denoise(
-            text(s),
-            kw.pop("generators", [torch.Generator()]),
-            p.frame_adapter.tokens(s.inputs[emb][1:], frame_wise=s.frame_wise),
-            cond(s),
-            steps,
-            p.config.guidance_scale,
+        guidance = Guidance(
+            guidance_scale=p.config.guidance_scale,
+            frame_scale=s.ip_scale,
             temporal_scale=p.config.temporal_scale if temporal_scale is None else temporal_scale,
-            on_step=on_step,
-            reuse=s.reuse,
-            **kw,
+            text=text(s),
+            tokens=p.frame_adapter.tokens(s.inputs[emb][1:], frame_wise=s.frame_wise),
+            condition=cond(s),
         )
+        generators = kw.pop("generators", [torch.Generator()])
+        p.denoise(guidance, generators, steps, on_step, reuse=s.reuse, **kw)
     return torch.stack(seen)
 
 

@@ -1,8 +1,7 @@
-"""What is no story about the baseline: names and shapes of the published file, switches, wrong input, the shipped detector"""
+"""What is no story about the baseline: the published file, switches, wrong input, the shipped detector"""
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +27,9 @@ from smooth_foley.compare.foleycrafter import (
 from smooth_foley.core import FoleyError, mini_path
 from smooth_foley.frame_adapter import FrameAdapter
 from smooth_foley.media import Clip, write_video
+from smooth_foley.pipeline import SmoothFoleyPipeline
 from smooth_foley.temporal_condition import TemporalCondition
 from smooth_foley.train.loop import TrainConfig
-from smooth_foley.world import passby
 
 TINY = dict(widths=[8, 12], blocks=[1, 2], stem_width=8, head_width=8, resize=32, image_size=28)
 
@@ -49,8 +48,18 @@ def make(seed=0, **config):
 
 
 def quiet(baseline):
-    baseline.pipe.set_progress_bar_config(disable=True)
+    baseline.set_progress_bar_config(disable=True)
     return baseline
+
+
+def plain_pipeline(baseline):
+    "Our pipeline with the components of the baseline"
+    parts, settings = SmoothFoleyPipeline._get_signature_keys(SmoothFoleyPipeline)
+    return quiet(
+        SmoothFoleyPipeline(
+            **{k: getattr(baseline, k) for k in parts if k != "self"}, **{k: baseline.config[k] for k in settings}
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +195,10 @@ def test_times_and_thresholds_that_are_wrong():
 
 def test_checkpoints_that_do_not_fit_are_refused_by_name():
     good = make().to_published_state_dict()
-    load = lambda sd: TimeDetector.from_published_state_dict(sd, **TINY)
+
+    def load(sd):
+        return TimeDetector.from_published_state_dict(sd, **TINY)
+
     assert torch.equal(load(good["state_dict"]).fc[0].weight, load(good).fc[0].weight)  # with or without the outer name
     lacks = {k: v for k, v in good["state_dict"].items() if k != "module.net.model.stem.0.weight"}
     with pytest.raises(FoleyError, match="missing .*net.model.stem.0.weight"):
@@ -213,10 +225,11 @@ def test_prompt_and_no_prompt_differ_at_the_same_times(baseline):
 def test_it_is_our_pipeline_with_other_guidance(baseline):
     clip = noise_clip()
     (cond,) = baseline.conditions(clip)
-    ours = baseline.pipe(clip, label="train", condition=cond, frame_wise=False, output_type="latent")
-    assert torch.equal(baseline(clip, prompt="train", output_type="latent").latents, ours.latents)
-    frame_wise = baseline.pipe(clip, label="train", condition=cond, output_type="latent")
-    assert not torch.equal(frame_wise.latents, ours.latents)
+    ours = plain_pipeline(baseline)
+    clip_wise = ours(clip, label="train", condition=cond, frame_wise=False, output_type="latent")
+    assert torch.equal(baseline(clip, prompt="train", output_type="latent").latents, clip_wise.latents)
+    frame_wise = ours(clip, label="train", condition=cond, output_type="latent")
+    assert not torch.equal(frame_wise.latents, clip_wise.latents)
 
 
 def test_a_batch_is_its_clips(baseline):
@@ -231,11 +244,14 @@ def test_a_batch_is_its_clips(baseline):
 
 def test_every_control_reaches_the_sound(baseline):
     clip = noise_clip()
-    sound = lambda b=baseline, **kw: b(clip, output_type="latent", **kw).latents
+
+    def sound(**kw):
+        return baseline(clip, output_type="latent", **kw).latents
+
     want, p = sound(), baseline.conditions(clip)[0].similarity
     for kw in (
         dict(threshold=float(np.median(p))),
-        dict(semantic_scale=0),
+        dict(frame_scale=0),
         dict(temporal_scale=0),
         dict(temporal_scale=0.2),
         dict(prompt="train"),
@@ -269,14 +285,14 @@ def test_the_slow_clock_is_a_switch(tmp_path):
 def test_a_file_and_its_clip_agree(baseline, tmp_path):
     path = tmp_path / "square.mp4"
     write_video(path, noise_frames(20, 32, 32), 15)
-    (clip,) = baseline.pipe.read(path)
+    (clip,) = baseline.read(path)
     assert clip.frames.shape[1:3] != (32, 32)  # CLIP reads its own size, the detector squeezes the whole picture
     assert len(baseline.conditions(path)[0].active) == len(clip.frames)
     assert baseline(path).audios[0].shape == (round(clip.duration * 16000),)
 
 
 def test_wrong_words_and_folders(baseline, tmp_path):
-    for kw in (dict(label="train"), dict(frame_wise=True), dict(frame_scale=1.0)):
+    for kw in (dict(label="train"), dict(frame_wise=True), dict(semantic_scale=1.0)):
         with pytest.raises(FoleyError, match=f"takes no {next(iter(kw))}"):
             baseline(noise_clip(), **kw)
     with pytest.raises(FoleyError, match="no time_detector"):
@@ -290,6 +306,20 @@ def test_wrong_words_and_folders(baseline, tmp_path):
         FoleyCrafter.from_pretrained(tmp_path)
 
 
+def test_folders_saved_before_the_detector_was_a_component_load(baseline, tmp_path):
+    plain_pipeline(baseline).save_pretrained(tmp_path)
+    baseline.time_detector.save_pretrained(tmp_path / "time_detector")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "SmoothFoleyPipeline" and "time_detector" not in index
+    old = quiet(FoleyCrafter.from_pretrained(tmp_path))
+    want = baseline(noise_clip(), output_type="latent").latents
+    assert torch.equal(old(noise_clip(), output_type="latent").latents, want)
+    old.save_pretrained(tmp_path / "new")
+    index = json.loads((tmp_path / "new" / "model_index.json").read_text())
+    assert index["time_detector"] == ["smooth_foley.compare.foleycrafter", "TimeDetector"]
+    assert "time_detector" in FoleyCrafter.from_pretrained(tmp_path / "new").components
+
+
 def test_semantic_adapter_of_its_own_is_used(baseline, tmp_path):
     baseline.save_pretrained(tmp_path)
     want = baseline(noise_clip(), output_type="latent").latents
@@ -297,10 +327,10 @@ def test_semantic_adapter_of_its_own_is_used(baseline, tmp_path):
         quiet(FoleyCrafter.from_pretrained(tmp_path))(noise_clip(), output_type="latent").latents, want, rtol=0, atol=0
     )
     torch.manual_seed(5)
-    other = FrameAdapter(**{k: v for k, v in baseline.pipe.frame_adapter.config.items() if not k.startswith("_")})
+    other = FrameAdapter(**{k: v for k, v in baseline.frame_adapter.config.items() if not k.startswith("_")})
     other.save_pretrained(tmp_path / "semantic_adapter")
     loaded = quiet(FoleyCrafter.from_pretrained(tmp_path))
-    assert torch.equal(loaded.pipe.frame_adapter.to_k_ip[0].weight, other.to_k_ip[0].weight)
+    assert torch.equal(loaded.frame_adapter.to_k_ip[0].weight, other.to_k_ip[0].weight)
     assert (loaded(noise_clip(), output_type="latent").latents - want).abs().max() > 1e-2
 
 
@@ -320,7 +350,7 @@ def test_shipped_detector_is_small_and_as_its_record_says(mini):
     on, true = [], []
     for i in range(12):
         s = impact_scene(i, 1_000_000)
-        on.append(mini.detector.probabilities(s.frames, s.times, s.duration).active), true.append(frame_truth(s))
+        on.append(mini.time_detector.probabilities(s.frames, s.times, s.duration).active), true.append(frame_truth(s))
     f1 = detector_scores(np.stack(on), np.stack(true))["f1"]
     assert abs(f1 - about["validation"]["impacts"]["stored statistics"]["f1"]) < 0.12  # twelve of the recorded scenes
     assert f1 > 1.5 * detector_scores(np.ones_like(true), np.stack(true))["f1"]  # better than calling everything sound
@@ -328,7 +358,7 @@ def test_shipped_detector_is_small_and_as_its_record_says(mini):
 
 def test_shipped_detector_hears_nothing_in_an_empty_picture(mini):
     grey = np.full((60, 64, 64, 3), 128, np.uint8)
-    assert not mini.detector.probabilities(grey, np.arange(60) / 15).active.any()
+    assert not mini.time_detector.probabilities(grey, np.arange(60) / 15).active.any()
 
 
 def test_training_goes_on_where_it_stopped(tmp_path):
@@ -341,10 +371,11 @@ def test_training_goes_on_where_it_stopped(tmp_path):
         checkpointing_steps=2,
     )
     config = MINI_DETECTOR | dict(TINY, resize=16, image_size=16)
-    weights = lambda p: load_file(p / "diffusion_pytorch_model.safetensors")
-    train = lambda out, **kw: weights(
-        train_detector(tmp_path / out, n_scenes=4, n_val=2, cfg=replace(cfg, **kw), config=config)
-    )
+
+    def train(out):
+        folder = train_detector(tmp_path / out, n_scenes=4, n_val=2, cfg=cfg, config=config)
+        return load_file(folder / "diffusion_pytorch_model.safetensors")
+
     whole = train("a")
     cache = impact_cache(tmp_path / "a" / "cache", 4)
     assert cache["done"].all() and np.array_equal(cache["frames"][3], impact_scene(3).frames)

@@ -14,11 +14,16 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from smooth_foley.backbone import tokenize_prompt
 from smooth_foley.clip import FrameEncoder
+from smooth_foley.clip_names import (
+    OPENAI,
+    clip_config_from_transformers,
+    clip_from_transformers,
+    clip_to_transformers,
+)
 from smooth_foley.compare.foleycrafter import TimeDetector
 from smooth_foley.frame_adapter import FrameAdapter
 from smooth_foley.full_size import FULL, build_full
 from smooth_foley.mel import MelTransform
-from smooth_foley.published import OPENAI, clip_config_from_transformers, clip_from_transformers, clip_to_transformers
 from smooth_foley.temporal_adapter import make_temporal_adapter
 from smooth_foley.vocoder import convert_hifigan_state_dict
 

@@ -166,6 +166,51 @@ def test_unknown_arguments_and_places(folder, tmp_path):
         SmoothFoleyPipeline.from_pretrained("owner/name", local_files_only=True, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "given, why",
+    [
+        (dict(frame_scale=float("nan")), "frame_scale"),
+        (dict(frame_scale="1"), "frame_scale"),
+        (dict(frame_scale=True), "frame_scale"),
+        (dict(temporal_scale=-1), "temporal_scale"),
+        (dict(guidance_scale=float("inf")), "guidance_scale"),
+        (dict(frame_guidance_scale=-1), "frame_guidance_scale"),
+        (dict(guidance_rescale=2), "guidance_rescale"),
+        (dict(num_inference_steps=0), "num_inference_steps"),
+        (dict(num_inference_steps=2.5), "whole number"),
+        (dict(label=""), "label"),
+        (dict(label=["a", "b"]), "2 entries for 1"),
+        (dict(label=3), "label"),
+        (dict(prompt=" "), "prompt"),
+        (dict(condition="sometimes"), "condition"),
+        (dict(condition=[(2, 1)]), "start < end"),
+        (dict(condition=[(5, 6)]), "4.20 s"),
+        (dict(output_type="wav"), "output_type"),
+        (dict(seed=-1), "seed"),
+        (dict(seed=0.5), "seed"),
+        (dict(generator=3), "generator"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_one_clear_line(pipe, given, why):
+    with pytest.raises(FoleyError, match=why) as e:
+        pipe(noise_clip(4.2), **{"label": "siren", **given})
+    assert "\n" not in str(e.value)
+
+
+def test_videos_that_are_none(pipe):
+    with pytest.raises(FoleyError, match="no such file"):
+        pipe("nowhere.mp4", label="siren")
+    with pytest.raises(FoleyError, match="lasts 11.00 s"):
+        pipe([noise_clip(4.2), noise_clip(11.0)], label="siren")
+
+
+def test_numpy_numbers_are_numbers(pipe):
+    want = pipe(noise_clip(1.0), label="siren", guidance_scale=3.0, frame_scale=0.5, seed=2).latents
+    numbers = dict(guidance_scale=np.float32(3), frame_scale=np.float64(0.5), seed=np.int64(2))
+    assert torch.equal(pipe(noise_clip(1.0), label="siren", **numbers).latents, want)
+
+
 def test_a_batch_of_four_is_four_batches_of_one(pipe):
     clips = [noise_clip(s, i) for i, s in enumerate((4.2, 1.0, 4.2, 10.24))]
     for kw in (

@@ -1,4 +1,4 @@
-"Published checkpoints become a folder that loads; what is wrong with them is told in one line, and leaves no trace"
+"Published checkpoints become a folder that loads; what is wrong with them is one line, and leaves no trace"
 
 import json
 import math
@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from smooth_foley import clip_names, hub, layout, published_parts
 from smooth_foley import published as P
-from smooth_foley.clip import FrameEncoder
-from smooth_foley.compare.foleycrafter import TimeDetector
+from smooth_foley.compare.foleycrafter import READERS, TimeDetector, _add_detector
 from smooth_foley.core import FoleyError
+from smooth_foley.loading import read_weights
 from smooth_foley.pipeline import SmoothFoleyPipeline
 
 FIXTURES = Path(__file__).parent / "fixtures" / "foleycrafter_full"
@@ -77,7 +78,7 @@ def sources(home):
 
 @pytest.fixture(scope="module")
 def full(home, sources):
-    return P.convert(sources, home / "full", configs=TINY)
+    return P.convert(sources, home / "full", configs=TINY, readers=READERS)
 
 
 @pytest.fixture(scope="module")
@@ -145,12 +146,12 @@ def test_both_libraries_see_the_same(sources, pipe):
 
 def test_clip_names_there_and_back(pipe):
     ours = pipe.frame_encoder.model.state_dict()
-    theirs = P.clip_to_transformers(ours)
+    theirs = clip_names.clip_to_transformers(ours)
     assert {"logit_scale", "visual_projection.weight", "text_model.final_layer_norm.bias"} < set(theirs)
-    back = P.clip_from_transformers(theirs)
+    back = clip_names.clip_from_transformers(theirs)
     assert set(back) == set(ours) and all(torch.equal(back[k], v) for k, v in ours.items())
     with pytest.raises(FoleyError, match="unexpected visual.extra"):
-        P.clip_to_transformers({**ours, "visual.extra": torch.zeros(1)})
+        clip_names.clip_to_transformers({**ours, "visual.extra": torch.zeros(1)})
 
 
 def test_settings_are_foleycrafters(pipe, full):
@@ -175,7 +176,7 @@ def test_settings_are_foleycrafters(pipe, full):
 
 def test_the_detector_lies_beside_the_pipeline(full, sources):
     got = TimeDetector.from_pretrained(full / "time_detector").state_dict()
-    want = P.read_weights(sources["foleycrafter"] / "timestamp_detector.pth.tar")["state_dict"]
+    want = read_weights(sources["foleycrafter"] / "timestamp_detector.pth.tar")["state_dict"]
     assert all(torch.equal(v, want[f"module.{k}"]) for k, v in got.items()) and len(got) == len(want)
     assert "time_detector" not in json.loads((full / "model_index.json").read_text())
 
@@ -208,8 +209,8 @@ def test_spellings_of_the_adapters(sources, pipe, tmp_path):
     sd = load_file(FIXTURES / "temporal_adapter.safetensors")
     torch.save({k.removeprefix("module."): v for k, v in sd.items()}, tmp_path / "bare.ckpt")
     shutil.copy(FIXTURES / "semantic_adapter.safetensors", tmp_path)
-    found = P.locate({**sources, "temporal_adapter": tmp_path / "bare.ckpt", "semantic_adapter": tmp_path})
-    parts = P.read_parts(found, TINY)
+    found = layout.locate({**sources, "temporal_adapter": tmp_path / "bare.ckpt", "semantic_adapter": tmp_path})
+    parts = published_parts.read_parts(found, TINY)
     assert all(
         torch.equal(v.float(), pipe.temporal_adapter.state_dict()[k])
         for k, v in parts["temporal_adapter"].weights.items()
@@ -219,18 +220,18 @@ def test_spellings_of_the_adapters(sources, pipe, tmp_path):
 
 def test_pickled_auffusion_with_the_old_names_of_attention(sources, pipe, tmp_path):
     sd = load_file(FIXTURES / "vae" / "diffusion_pytorch_model.safetensors")
-    for old, new in P._OLD_VAE.items():
+    for old, new in published_parts._OLD_VAE.items():
         sd = {k.replace(new, old) if ".attentions." in k else k: v for k, v in sd.items()}
     assert any(".proj_attn." in k for k in sd) and any(".query." in k for k in sd)
     shutil.copytree(sources["auffusion"] / "vae", tmp_path / "vae", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(sd, tmp_path / "vae" / "diffusion_pytorch_model.bin")
-    parts = P.read_parts(P.locate({**sources, "vae": tmp_path / "vae"}), TINY)
+    parts = published_parts.read_parts(layout.locate({**sources, "vae": tmp_path / "vae"}), TINY)
     assert all(torch.equal(v.float(), pipe.vae.state_dict()[k]) for k, v in parts["vae"].weights.items())
 
 
 def test_open_clips_own_layout(sources, pipe, open_clip_folder):
-    found = P.locate({k: v for k, v in sources.items() if k != "frame_encoder"} | {"clip": open_clip_folder})
-    part = P._encoder_part(found["frame_encoder"])
+    found = layout.locate({k: v for k, v in sources.items() if k != "frame_encoder"} | {"clip": open_clip_folder})
+    part = published_parts._encoder_part(found["frame_encoder"])
     assert all(torch.equal(part.weights[k], v) for k, v in pipe.frame_encoder.model.state_dict().items())
 
 
@@ -240,6 +241,15 @@ def test_without_the_detector_everything_else_converts(sources, tmp_path):
     out = P.fetch(tmp_path / "out", folders={**sources, "foleycrafter": fc}, configs=TINY, say=said.append)
     assert not (out / "time_detector").exists() and any("time detector" in s for s in said)
     SmoothFoleyPipeline.from_pretrained(out)
+
+
+def test_a_detector_is_added_to_a_full_made_without_it(sources, full, tmp_path):
+    made = P.convert(sources, tmp_path / "full", configs=TINY)
+    assert not (made / "time_detector").exists()
+    into_cache(tmp_path / "cache", hub.SOURCES[1], sources["foleycrafter"])
+    _add_detector(made, DETECTOR, cache_dir=tmp_path / "cache", local_files_only=True)
+    a, b = (TimeDetector.from_pretrained(f / "time_detector").state_dict() for f in (made, full))
+    assert equal(a, b)
 
 
 # --- what is refused
@@ -270,7 +280,7 @@ def test_a_pickle_that_wants_to_run_something(part, protocol, sources, tmp_path)
     else:
         file.write_bytes(pickle.dumps(bad, protocol))
     with pytest.raises(FoleyError, match="wants to run posix.system|nothing of it was run") as e:
-        P.convert({**sources, part: file}, tmp_path / "out", configs=TINY)
+        P.convert({**sources, part: file}, tmp_path / "out", configs=TINY, readers=READERS)
     assert "\n" not in str(e.value) and str(file) in str(e.value)
     assert not mark.exists() and not (tmp_path / "out").exists()
     if protocol != "zip":
@@ -309,10 +319,10 @@ def test_half_a_download_or_none(name, harm, home, sources, tmp_path):
         (files / name).unlink()
     before = snapshot(tmp_path)
     if harm == "gone" and name.endswith(".tar"):
-        assert "time_detector" not in P.locate(mine)
+        assert "time_detector" not in layout.locate(mine)
         return  # the only one that may be missing
     with pytest.raises(FoleyError) as e:
-        P.convert(mine, tmp_path / "out", configs=TINY)
+        P.convert(mine, tmp_path / "out", configs=TINY, readers=READERS)
     assert Path(name).parent.name in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 600
     assert snapshot(tmp_path) == before
 
@@ -360,7 +370,7 @@ def test_checkpoints_of_other_models(i, sources, tmp_path):
     part, file, why = _misfits(sources, tmp_path)[i]
     before = snapshot(tmp_path)
     with pytest.raises(FoleyError, match=why) as e:
-        P.convert({**sources, part: tmp_path / file}, tmp_path / "out", configs=TINY)
+        P.convert({**sources, part: tmp_path / file}, tmp_path / "out", configs=TINY, readers=READERS)
     assert file in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 600
     assert snapshot(tmp_path) == before
 
@@ -371,22 +381,22 @@ def test_another_unet(sources, tmp_path):
     os.chmod(d / "config.json", 0o644)
     (d / "config.json").write_text(json.dumps({**cfg, "cross_attention_dim": 24}))
     with pytest.raises(FoleyError, match="of another shape .*instead of"):
-        P.convert({**sources, "unet": d}, tmp_path / "out", configs=TINY)
+        P.convert({**sources, "unet": d}, tmp_path / "out", configs=TINY, readers=READERS)
     (d / "config.json").write_text(json.dumps({**cfg, "_class_name": "UNet3DConditionModel"}))
     with pytest.raises(FoleyError, match="describes UNet3DConditionModel"):
-        P.convert({**sources, "unet": d}, tmp_path / "out", configs=TINY)
+        P.convert({**sources, "unet": d}, tmp_path / "out", configs=TINY, readers=READERS)
 
 
 def test_folders_that_lack_parts_or_have_them_twice(sources, tmp_path):
     with pytest.raises(FoleyError, match="no vocoder .*semantic_adapter.*temporal_adapter.*frame_encoder"):
-        P.locate(sources["auffusion"])
+        layout.locate(sources["auffusion"])
     with pytest.raises(FoleyError, match="no such folder"):
-        P.locate([sources["auffusion"], tmp_path / "nowhere"])
+        layout.locate([sources["auffusion"], tmp_path / "nowhere"])
     shutil.copytree(FIXTURES / "vocoder", tmp_path / "vocoder")
     with pytest.raises(FoleyError, match="vocoder: found in .* and in"):
-        P.locate({**sources, "more": tmp_path})
+        layout.locate({**sources, "more": tmp_path})
     assert (
-        P.locate({**sources, "more": tmp_path, "vocoder": tmp_path / "vocoder"})["vocoder"]
+        layout.locate({**sources, "more": tmp_path, "vocoder": tmp_path / "vocoder"})["vocoder"]
         == tmp_path / "vocoder" / "vocoder.safetensors"
     )
 
@@ -397,7 +407,7 @@ def test_folders_that_lack_parts_or_have_them_twice(sources, tmp_path):
 def test_no_room_is_noticed_before_anything_is_written(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 5 * 10**6))
     with pytest.raises(FoleyError, match=r"needs .* MB and 5.0 MB are free"):
-        P.convert(sources, tmp_path / "out", configs=TINY)
+        P.convert(sources, tmp_path / "out", configs=TINY, readers=READERS)
     assert not list(tmp_path.iterdir())
     P.convert(sources, tmp_path / "out", "float16", TINY)  # half the bytes fit
 
@@ -420,7 +430,7 @@ def test_a_disk_that_fills_up_keeps_the_old_folder(sources, tmp_path, monkeypatc
     assert [f.name for f in tmp_path.rglob("*")] == ["out", "kept"]
     monkeypatch.setattr(P, "save_file", real)
     with pytest.raises(FoleyError, match="is there already"):
-        P.convert(sources, old, configs=TINY)
+        P.convert(sources, old, configs=TINY, readers=READERS)
     P.convert(sources, old, configs=TINY, overwrite=True)
     assert (old / "model_index.json").is_file() and not (old / "kept").exists() and len(list(tmp_path.iterdir())) == 1
 
@@ -431,7 +441,7 @@ def test_an_interrupt_leaves_nothing(sources, tmp_path, monkeypatch):
 
     monkeypatch.setattr(P, "save_file", stop)
     with pytest.raises(KeyboardInterrupt):
-        P.convert(sources, tmp_path / "out", configs=TINY)
+        P.convert(sources, tmp_path / "out", configs=TINY, readers=READERS)
     assert not list(tmp_path.iterdir())
 
 
@@ -447,7 +457,7 @@ def into_cache(cache, source, folder):
 
 
 def test_the_plan_names_what_there_is():
-    text = P.show_plan(P.plan())
+    text = hub.show_plan(hub.plan())
     for s in (
         "auffusion/auffusion-full-no-adapter",
         "semantic/semantic_adapter.bin",
@@ -462,8 +472,8 @@ def test_the_plan_names_what_there_is():
         "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
     ):
         assert s in text
-    rows = P.plan()
-    assert {r["part"] for r in rows} == set(P.LAYOUT) and all(r["size"] > 0 for r in rows)
+    rows = hub.plan()
+    assert {r["part"] for r in rows} == set(layout.LAYOUT) and all(r["size"] > 0 for r in rows)
     assert [r["file"] for r in rows if r["exact"]] == ["open_clip_model.safetensors"]
 
 
@@ -484,16 +494,15 @@ def test_full_is_made_from_the_cache_and_found_again(sources, pipe, open_clip_fo
     fc = shutil.copytree(
         sources["foleycrafter"], tmp_path / "fc", ignore=shutil.ignore_patterns("*.tar")
     )  # the tiny detector is not of the published shape
-    for s, d in zip(P.SOURCES, (sources["auffusion"], fc, open_clip_folder)):
+    for s, d in zip(hub.SOURCES, (sources["auffusion"], fc, open_clip_folder)):
         into_cache(tmp_path / "cache", s, d)
     before = snapshot(tmp_path / "cache")
     made = P.resolve_full(cache_dir=tmp_path / "cache")
     assert made == P.full_path() == tmp_path / "home" / "full" and snapshot(tmp_path / "cache") == before
     stamp = snapshot(made)
     assert P.resolve_full(local_files_only=True, cache_dir=tmp_path / "empty") == made and snapshot(made) == stamp
-    assert (
-        json.loads((made / "sources.json").read_text())["files"]["frame_encoder"][0]["commit"] == P.SOURCES[2].revision
-    )
+    files = json.loads((made / "sources.json").read_text())["files"]
+    assert files["frame_encoder"][0]["commit"] == hub.SOURCES[2].revision
     got = SmoothFoleyPipeline.from_pretrained("full")
     assert equal(got.unet.state_dict(), pipe.unet.state_dict()) and got.mel.config.n_cols == 1024
     with pytest.raises(FoleyError, match="three repositories"):
@@ -558,7 +567,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(sources, open_clip_folder, tmp_path):
+def server(sources, open_clip_folder, tmp_path):
     fc = shutil.copytree(sources["foleycrafter"], tmp_path / "on-the-hub")
     torch.save(
         {
@@ -567,35 +576,37 @@ def hub(sources, open_clip_folder, tmp_path):
         },
         fc / "temporal_adapter.ckpt",
     )  # larger than a chunk of a download
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files = dict(zip((s.repo for s in P.SOURCES), (sources["auffusion"], fc, open_clip_folder)))
-    server.asked, server.broken, server.breaks, server.for_good = [], False, None, False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    http.files = dict(zip((s.repo for s in hub.SOURCES), (sources["auffusion"], fc, open_clip_folder)))
+    http.asked, http.broken, http.breaks, http.for_good = [], False, None, False
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield http
+    http.shutdown()
+    http.server_close()
 
 
 FETCH = (
-    """
+    f"TINY = {TINY!r}"
+    + """
 import sys
 from dataclasses import replace
-from smooth_foley import published as P
+from smooth_foley import hub, published as P
+from smooth_foley.compare.foleycrafter import READERS
 from smooth_foley.core import FoleyError
-*known, clip = P.SOURCES
-tokenizer = tuple(P.HubFile('frame_encoder', (n,), 1e3) for n in ('tokenizer.json', 'tokenizer_config.json'))
-try: P.fetch(sys.argv[1], sources=(*known, replace(clip, revision=None, files=clip.files+tokenizer)), configs=%r)
+*known, clip = hub.SOURCES
+tokenizer = tuple(hub.HubFile('frame_encoder', (n,), 1e3) for n in ('tokenizer.json', 'tokenizer_config.json'))
+sources = (*known, replace(clip, revision=None, files=clip.files+tokenizer))
+try: P.fetch(sys.argv[1], sources=sources, configs=TINY, readers=READERS)
 except FoleyError as e: sys.exit(f'refused: {e}')
 """
-    % TINY
 )
 
 
-def run_fetch(hub, out, cache):
+def run_fetch(server, out, cache):
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(cache),
         "HF_HUB_CACHE": str(cache / "hub"),
         "HF_HUB_DISABLE_XET": "1",
@@ -606,41 +617,41 @@ def run_fetch(hub, out, cache):
     return subprocess.run([sys.executable, "-c", FETCH, str(out)], env=env, capture_output=True, text=True, timeout=300)
 
 
-def test_a_connection_that_breaks_goes_on_where_it_was(hub, pipe, tmp_path):
-    hub.breaks = "temporal_adapter.ckpt"
-    got = run_fetch(hub, tmp_path / "full", tmp_path / "cache")
+def test_a_connection_that_breaks_goes_on_where_it_was(server, pipe, tmp_path):
+    server.breaks = "temporal_adapter.ckpt"
+    got = run_fetch(server, tmp_path / "full", tmp_path / "cache")
     assert got.returncode == 0, got.stderr
     assert got.stdout.index("licence") < got.stdout.index("together")
-    starts = [n for f, n in hub.asked if f == "temporal_adapter.ckpt"]
+    starts = [n for f, n in server.asked if f == "temporal_adapter.ckpt"]
     assert starts[0] == 0 and starts[1] > 0 and len(starts) == 2  # only the rest was asked for
     assert equal(
         SmoothFoleyPipeline.from_pretrained(tmp_path / "full").temporal_adapter.state_dict(),
         pipe.temporal_adapter.state_dict(),
     )
-    hub.asked.clear()
-    again = run_fetch(hub, tmp_path / "full", tmp_path / "cache")
-    assert again.returncode and "is there already" in again.stderr and not hub.asked
+    server.asked.clear()
+    again = run_fetch(server, tmp_path / "full", tmp_path / "cache")
+    assert again.returncode and "is there already" in again.stderr and not server.asked
 
 
-def test_a_download_that_fails_keeps_the_files_that_are_whole(hub, tmp_path):
-    hub.breaks, hub.for_good = "temporal_adapter.ckpt", True
-    first = run_fetch(hub, tmp_path / "full", tmp_path / "cache")
+def test_a_download_that_fails_keeps_the_files_that_are_whole(server, tmp_path):
+    server.breaks, server.for_good = "temporal_adapter.ckpt", True
+    first = run_fetch(server, tmp_path / "full", tmp_path / "cache")
     assert (
         first.returncode
-        and "refused: ymzhang319/FoleyCrafter/temporal_adapter.ckpt: cannot be had from the hub" in first.stderr
+        and "refused: ymzhang319/FoleyCrafter/temporal_adapter.ckpt: cannot be downloaded from the hub" in first.stderr
         and not (tmp_path / "full").exists()
     ), first.stderr
     assert not list((tmp_path / "cache").rglob("snapshots/*/temporal_adapter.ckpt"))
-    hub.breaks, hub.broken, hub.asked[:] = None, False, []
-    second = run_fetch(hub, tmp_path / "full", tmp_path / "cache")
+    server.breaks, server.broken, server.asked[:] = None, False, []
+    second = run_fetch(server, tmp_path / "full", tmp_path / "cache")
     assert second.returncode == 0, second.stderr
-    asked = [f for f, _ in hub.asked]
+    asked = [f for f, _ in server.asked]
     assert "temporal_adapter.ckpt" in asked and "unet/diffusion_pytorch_model.safetensors" not in asked
 
 
-def test_a_repository_that_has_changed(hub, tmp_path):
-    hub.files["ymzhang319/FoleyCrafter"] = tmp_path / "nothing"
-    got = run_fetch(hub, tmp_path / "full", tmp_path / "cache")
+def test_a_repository_that_has_changed(server, tmp_path):
+    server.files["ymzhang319/FoleyCrafter"] = tmp_path / "nothing"
+    got = run_fetch(server, tmp_path / "full", tmp_path / "cache")
     assert (
         got.returncode
         and "refused: ymzhang319/FoleyCrafter: has no semantic/semantic_adapter.bin" in got.stderr

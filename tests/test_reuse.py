@@ -9,9 +9,10 @@ from diffusers import PNDMScheduler, UNet2DConditionModel
 
 from smooth_foley.core import FoleyError, mini_path
 from smooth_foley.frame_adapter import FrameAdapter, cross_attentions
+from smooth_foley.frame_cache import EmbeddingCache
 from smooth_foley.media import Clip
 from smooth_foley.pipeline import SmoothFoleyPipeline
-from smooth_foley.reuse import PIECES, EmbeddingCache, equal_layers, reuse
+from smooth_foley.reuse import PIECES, equal_layers, reuse
 from smooth_foley.temporal_adapter import make_temporal_adapter, residuals
 
 B, T, D, L = 2, 7, 20, 9
@@ -419,6 +420,6 @@ def test_offloading_brings_each_part_for_its_stage(pipe, monkeypatch):
 
 
 def test_a_type_the_device_cannot_compute_in(pipe, monkeypatch):
-    monkeypatch.setattr("smooth_foley.pipeline._computes", lambda dtype, kind: False)
+    monkeypatch.setattr("smooth_foley.running._computes", lambda dtype, kind: False)
     with pytest.raises(FoleyError, match="bfloat16 or torch.float32"):
         pipe(a_clip(1.0), label="siren")

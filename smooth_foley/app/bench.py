@@ -29,12 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..backbone import decode_latents, encode_prompt
 from ..core import FoleyError, atomic_path, default_device, derive_generator
 from ..frame_adapter import FrameAdapter
-from ..full_size import build_full, build_full_parts, fill_random
+from ..guidance import guide
 from ..media import mux, probe, read_clip, write_video
 from ..mel import MelTransform
-from ..pipeline import SmoothFoleyPipeline, guide
-from ..reuse import onednn_linear
-from ..schedule import noise_like
+from ..pipeline import SmoothFoleyPipeline
+from ..running import onednn_linear
 from ..temporal_adapter import make_temporal_adapter
 from ..temporal_condition import LabelProjection
 from ..vocoder import vocode

@@ -101,7 +101,7 @@ def local_model(
     model: str,  # `--model`
 ) -> Path:  # Folder with a `model_index.json`
     "Where a model lies on this machine"
-    from smooth_foley.pipeline import resolve_weights
+    from smooth_foley.published import resolve_weights
 
     try:
         return resolve_weights(None if model == "mini" else model, local_files_only=True)
@@ -303,7 +303,7 @@ def make_sound(pipe, clip, label, args):
 def save(clip, output, out, plot, args):
     "Write the plot, then the sound or the video with it"
     if plot:
-        from smooth_foley.pipeline import plot_foley
+        from smooth_foley.output import plot_foley
 
         plot_foley(clip, output, 0, plot)
         print(f"wrote {printable(plot)}")
@@ -428,7 +428,7 @@ def info(args):
 # %% ../../nbs/app/91_cli.ipynb #f6590b9e
 def _given_sources(words):
     "Folders to search and parts that are named, from the words after --from"
-    from smooth_foley.published import LAYOUT
+    from smooth_foley.layout import LAYOUT
 
     named = [w.split("=", 1) if w.split("=", 1)[0] in LAYOUT else (i, w) for i, w in enumerate(words)]
     return {k: tuple(v.split(",")) if k == "frame_encoder" and "," in v else v for k, v in named}
@@ -465,9 +465,10 @@ def fetch(args):
     if args.what == "grounding":
         return _fetch_grounding(args)
     from smooth_foley import published
+    from smooth_foley.compare.foleycrafter import READERS
 
     folders = _given_sources(args.folders) if args.folders else None
-    out = published.fetch(args.out, args.dry_run, args.dtype, folders, overwrite=args.overwrite)
+    out = published.fetch(args.out, args.dry_run, args.dtype, folders, overwrite=args.overwrite, readers=READERS)
     print(f"would become {out}" if args.dry_run else f"wrote {out}; use it with --model {out if args.out else 'full'}")
 
 # %% ../../nbs/app/91_cli.ipynb #47b8cfdb

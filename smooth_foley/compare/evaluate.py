@@ -34,6 +34,7 @@ import torch
 from ..backbone import decode_latents, encode_latents
 from ..core import FoleyError, atomic_path, default_device, mini_path, progress, suggest
 from ..listen.embedders import decode, listen_to, load_audio, load_embedder, mono
+from ..loading import load_part
 from smooth_foley.media import (
     SR,
     Clip,
@@ -67,7 +68,7 @@ from smooth_foley.metrics.timing import (
     paired_difference,
     pooled,
 )
-from ..pipeline import SmoothFoleyPipeline, load_part
+from ..pipeline import SmoothFoleyPipeline
 from ..vocoder import vocode
 from ..world import passby
 
@@ -289,8 +290,8 @@ def _foleycrafter(pipe, prompted, **options):
         )
     mine = {k: m for k, m in pipe.components.items() if k != "frame_adapter" or k in getattr(pipe, "swapped", ())}
     crafter = FoleyCrafter.from_pretrained(None if same else folder, **mine).to(pipe.device)
-    crafter.pipe.set_progress_bar_config(disable=True)
-    key = fingerprint(dict(detector=crafter.detector))
+    crafter.set_progress_bar_config(disable=True)
+    key = fingerprint(dict(detector=crafter.time_detector))
 
     def sound(takes, seed, steps):
         for t in takes:
@@ -305,7 +306,8 @@ def _foleycrafter(pipe, prompted, **options):
         )
         return play(pipe, out.mels, takes), out.conditions
 
-    sound.modules = dict(detector=crafter.detector, **crafter.pipe.components)
+    parts = {k: m for k, m in crafter.components.items() if k != "time_detector"}
+    sound.modules = dict(detector=crafter.time_detector, **parts)
     return sound
 
 
