@@ -17,10 +17,13 @@ import pytest
 import torch
 
 from smooth_foley.core import FoleyError, mini_path
-from smooth_foley.data import shards
+from smooth_foley.data import shard_reader
 from smooth_foley.data.audioset import read_strong, sounding
-from smooth_foley.data.shards import BadMember, ShardConfig, Shards, ShardStream, TrainRows, verify, write_shards
-from smooth_foley.data.vggsound import Item, join_clips, passby_folder
+from smooth_foley.data.shard_reader import BadMember, Shard, Shards, ShardStream, verify
+from smooth_foley.data.shard_rows import TrainRows
+from smooth_foley.data.shards import ShardConfig, networks, write_shards
+from smooth_foley.data.vggsound import join_clips
+from smooth_foley.world.as_vggsound import passby_folder
 
 CFG = ShardConfig(per_shard=2)
 RUN = """
@@ -190,7 +193,7 @@ def test_every_clip_is_read_once_by_nodes_and_workers(whole, world, workers, mon
     data, sizes, read = Shards(whole, ("latent",)), [], []
     for rank in range(world):
         for w in range(workers):
-            monkeypatch.setattr(shards, "get_worker_info", lambda: type("I", (), dict(id=w, num_workers=workers)))
+            monkeypatch.setattr(shard_reader, "get_worker_info", lambda: type("I", (), dict(id=w, num_workers=workers)))
             mine = ShardStream(data, rank=rank, world=world, seed=5).mine()
             read += list(mine)
             sizes.append(len(mine))
@@ -201,7 +204,7 @@ def test_workers_add_what_is_bad_to_one_report(whole, tmp_path):
     for f, b in content(whole).items():
         (tmp_path / f).write_bytes(b)
     for k in (1, 4):
-        s = shards.Shard(tmp_path / f"shard-00000{k}.tar")
+        s = Shard(tmp_path / f"shard-00000{k}.tar")
         raw = bytearray(s.path.read_bytes())
         raw[int(s.offset[1, s.fields.index("latent.npy")]) + 200] ^= 1
         s.path.write_bytes(raw)
@@ -239,7 +242,7 @@ def test_clips_that_cannot_be_used_are_all_told(items, tmp_path):
 def test_a_damaged_clip_in_training_is_replaced_and_told(whole, tmp_path):
     for f, b in content(whole).items():
         (tmp_path / f).write_bytes(b)
-    s = shards.Shard(tmp_path / "shard-000000.tar")
+    s = Shard(tmp_path / "shard-000000.tar")
     raw = bytearray(s.path.read_bytes())
     raw[int(s.offset[1, s.fields.index("latent.npy")]) + 200] ^= 1
     s.path.write_bytes(raw)
@@ -259,7 +262,7 @@ def test_rows_for_every_stage_give_a_loss_with_gradients(whole, items):
     from smooth_foley.train.recipes import FrameStage, ProjectionStage, VaeStage
     from smooth_foley.world.passby import LABELS
 
-    base, net = load_backbone(mini_path()), shards.networks(CFG)
+    base, net = load_backbone(mini_path()), networks(CFG)
     rows = TrainRows(Shards(whole), base.tokenizer, base.text_encoder, timeline=True)
     i = next(k for k, (_, label) in enumerate(rows.rows) if 0 < sounding(items[k], label).sum() < 150)
     batch = rows([i, 0])
