@@ -1,4 +1,7 @@
-"""Audit many small clips, killing it now and then, and log time and memory: `python tests/audit_run.py FOLDER --n 10000 --out results/audit/10000.csv`"""
+"""Audit many small clips, killing the audit now and then, and log time and memory
+
+python tests/audit_run.py FOLDER --n 10000 --out results/audit/10000.csv
+"""
 
 import argparse
 import csv
@@ -40,7 +43,13 @@ def make(folder, n):
     write_cells(folder / "vggsound.csv", rows)
 
 
-AUDIT = 'import sys; from smooth_foley.data.audit import *; from smooth_foley.data.vggsound import *; audit(join_clips(read_vggsound(sys.argv[1]+"/vggsound.csv", duration=1.), sys.argv[1]+"/video"), sys.argv[2], workers=int(sys.argv[3]))'
+AUDIT = """
+import sys
+from smooth_foley.data.audit import audit
+from smooth_foley.data.vggsound import join_clips, read_vggsound
+folder, out, workers = sys.argv[1:]
+audit(join_clips(read_vggsound(folder + "/vggsound.csv", duration=1.0), folder + "/video"), out, workers=int(workers))
+"""
 
 
 def lines(out):
@@ -98,7 +107,8 @@ def main(folder, n, out, stops):
         w.writeheader()
         w.writerows(keep)
     print(
-        f"{n} clips, two processes killed at {', '.join(map(str, stops))}, one process without: the same tables; at most {max(r['parent_mb'] for r in log)} and {max(r['worker_mb'] for r in log)} MB"
+        f"{n} clips, two processes killed at {', '.join(map(str, stops))}, one process without: the same tables;",
+        f"at most {max(r['parent_mb'] for r in log)} and {max(r['worker_mb'] for r in log)} MB",
     )
 
 

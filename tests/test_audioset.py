@@ -1,4 +1,4 @@
-"""AudioSet-strong where a notebook page is too small: large files, odd bytes, the folder of the examples from list to mask"""
+"AudioSet-strong where a notebook is too small: large files, odd bytes, the folder of the examples from list to mask"
 
 import time
 

@@ -1,4 +1,4 @@
-"VGGSound-Continuous: the rules on random input, the store when things go wrong, the reviewer's buttons, the committed proof"
+"VGGSound-Continuous: the rules on random input, faults in the store, the buttons of a review, the committed proof"
 
 import csv
 import json
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smooth_foley.core import FoleyError
 from smooth_foley.app.continuous_commands import run_command
 from smooth_foley.app.review import review
+from smooth_foley.core import FoleyError
 from smooth_foley.data import continuous as C
 from smooth_foley.data.challenge import (
     REVIEW_COLUMNS,
@@ -81,7 +81,8 @@ def test_every_label_has_a_tier_and_a_reason():
     assert list(table) == list(vggsound_labels()) and len(table) == 309
     assert Counter(d["tier"] for d in table.values()) == {"core": 29, "extended": 40, "not continuous": 240}
     assert all(d["reason"] == d["reason"].strip() and len(d["reason"]) > 10 for d in table.values())
-    assert {l for l in table if "siren" in l or "airplane" in l} <= set(C.select_labels("core"))  # what the paper names
+    named = {label for label in table if "siren" in label or "airplane" in label}  # what the paper names
+    assert named <= set(C.select_labels("core"))
     assert len({d["reason"] for d in table.values()}) > 200
 
 
@@ -221,7 +222,8 @@ def test_two_processes_hear_what_one_hears(clips, tmp_path):
 def test_killed_and_run_again(folder, clips, tmp_path):
     code = (
         "import sys; from smooth_foley.data.continuous import *; from smooth_foley.data.vggsound import *\n"
-        'clips = join_clips(read_vggsound(sys.argv[1]+"/vggsound.csv"), sys.argv[1]+"/video"); ground_clips(clips, sys.argv[2])'
+        'clips = join_clips(read_vggsound(sys.argv[1]+"/vggsound.csv"), sys.argv[1]+"/video")\n'
+        "ground_clips(clips, sys.argv[2])"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(folder), str(tmp_path / "killed")])
     end, done = time.time() + 120, lambda: len([p for p in (tmp_path / "killed").rglob("*.npz") if p.name[0] != "."])
@@ -396,7 +398,9 @@ def words(**more):
 
 
 def test_commands_in_their_order(folder, tmp_path):
-    go = lambda action, **k: run_command(words(action=action, folder=str(folder), out=str(tmp_path / "out"), **k))
+    def go(action, **k):
+        return run_command(words(action=action, folder=str(folder), out=str(tmp_path / "out"), **k))
+
     with pytest.raises(FoleyError, match="run `filter` first"):
         go("sweep")
     with pytest.raises(FoleyError, match="run the step that writes it first"):

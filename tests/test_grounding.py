@@ -1,4 +1,4 @@
-"Text-to-audio grounding: the published model's numbers and layout, odd sounds and phrases, the shipped mini on unseen sounds"
+"Text-to-audio grounding: numbers and layout of the published model, odd input, the shipped mini on unseen sounds"
 
 import json
 import warnings
@@ -182,8 +182,8 @@ def test_download_without_network_is_one_line(tmp_path):
 
 
 def test_every_label_has_phrases_made_of_plain_words():
-    for l in vggsound_labels():
-        ps = P.phrases_of(l)
+    for label in vggsound_labels():
+        ps = P.phrases_of(label)
         assert (
             ps
             and len(set(ps)) == len(ps)
@@ -193,9 +193,9 @@ def test_every_label_has_phrases_made_of_plain_words():
 
 
 def test_written_phrases_differ_from_the_rule(monkeypatch):
-    for l, ps in list(P.WRITTEN.items()):
-        monkeypatch.delitem(P.WRITTEN, l)
-        assert P.phrases_of(l) != ps
+    for label, ps in list(P.WRITTEN.items()):
+        monkeypatch.delitem(P.WRITTEN, label)
+        assert P.phrases_of(label) != ps
 
 
 def test_nothing_unknown_is_silent():
@@ -290,8 +290,8 @@ def test_lengths_and_batches_change_nothing(mini, some):
     cuts = [s.audio[: 16000 * n] for s, n in zip(some, (2, 10, 3, 7, 5, 10))]
     labels = [P.phrases_of(s.label) for s in some[:6]]
     for size in (1, 2, 6):
-        for (t, p), a, l in zip(G.ground_batch(mini, cuts, 16000, labels, batch_size=size), cuts, labels):
-            assert np.abs(p - G.ground(mini, a, 16000, l)[1]).max() < 1e-4 and len(t) == (len(a) // 160 + 1) // 4
+        for (t, p), a, own in zip(G.ground_batch(mini, cuts, 16000, labels, batch_size=size), cuts, labels):
+            assert np.abs(p - G.ground(mini, a, 16000, own)[1]).max() < 1e-4 and len(t) == (len(a) // 160 + 1) // 4
 
 
 def test_other_rates(mini, some):

@@ -78,7 +78,10 @@ def test_labels():
 def test_quoting(tmp_path):
     f = tmp_path / "list.csv"
     f.write_bytes(
-        '\ufeffyoutube_id,start,label,split\r\n--0PQM4-hqg,30,"railroad car, train wagon",train\r\n\r\n"-_0PQM4-hqg","7", "dog barking" ,test\nA-0PQM4-hq_,1.0,dog barking,val'.encode()
+        (
+            '\ufeffyoutube_id,start,label,split\r\n--0PQM4-hqg,30,"railroad car, train wagon",train\r\n\r\n'
+            '"-_0PQM4-hqg","7", "dog barking" ,test\nA-0PQM4-hq_,1.0,dog barking,val'
+        ).encode()
     )
     assert [(i.id, i.start, i.label, i.split) for i in read_vggsound(f)] == [
         ("--0PQM4-hqg", 30, "railroad car, train wagon", "train"),
@@ -475,9 +478,14 @@ def test_real_footage(tmp_path):
 
 # ---- downloads, from a server on this machine
 
-MPD = """<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT10S" profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period>
-<AdaptationSet mimeType="video/mp4"><Representation id="v" codecs="avc1.4d401f" width="64" height="64" bandwidth="90000"><BaseURL>/picture.mp4</BaseURL></Representation></AdaptationSet>
-<AdaptationSet mimeType="audio/mp4"><Representation id="a" codecs="mp4a.40.2" bandwidth="64000"><BaseURL>/sound.m4a</BaseURL></Representation></AdaptationSet></Period></MPD>"""
+MPD = """<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT10S"
+profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period>
+<AdaptationSet mimeType="video/mp4">
+<Representation id="v" codecs="avc1.4d401f" width="64" height="64" bandwidth="90000">
+<BaseURL>/picture.mp4</BaseURL></Representation></AdaptationSet>
+<AdaptationSet mimeType="audio/mp4">
+<Representation id="a" codecs="mp4a.40.2" bandwidth="64000">
+<BaseURL>/sound.m4a</BaseURL></Representation></AdaptationSet></Period></MPD>"""
 
 
 def alone(source, out, kind):
@@ -493,7 +501,7 @@ def alone(source, out, kind):
 
 
 class Tube(BaseHTTPRequestHandler):
-    "Answers by the id: gone, busy, sick (broken twice, then well), slow, page, dash (picture and sound apart), or the video"
+    "Answers by the id: gone, busy, sick (fails twice), slow, page, dash (picture and sound apart), or the video"
 
     protocol_version = "HTTP/1.1"
 
@@ -645,13 +653,17 @@ DOWNLOAD = """
 import sys
 from smooth_foley.data.download import DownloadOptions, download
 from smooth_foley.data.items import Item
-download([Item('-------slow', 4., 'dog barking', 'train', duration=2.)], sys.argv[1], DownloadOptions(retries=0, sections=False, address=sys.argv[2]))
+item = Item('-------slow', 4., 'dog barking', 'train', duration=2.)
+download([item], sys.argv[1], DownloadOptions(retries=0, sections=False, address=sys.argv[2]))
 """
 
 
 def test_kill_in_the_middle_of_a_video(tube, tmp_path):
     run = subprocess.Popen([sys.executable, "-c", DOWNLOAD, tmp_path, how(tube).address])
-    part = lambda: next(iter((tmp_path / ".parts").glob("*.part")), None) if (tmp_path / ".parts").exists() else None
+
+    def part():
+        return next((tmp_path / ".parts").glob("*.part"), None)
+
     while run.poll() is None and not (part() and part().stat().st_size > 10000):
         time.sleep(0.01)
     os.kill(run.pid, signal.SIGKILL)

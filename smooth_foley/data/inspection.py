@@ -199,7 +199,7 @@ def inspect_clip(
     except MemoryError:
         return dict(error="memory", detail="more memory than a worker may have")
     except (av.error.FFmpegError, OSError) as e:
-        return dict(error="memory" if e.errno in SHORT else "unreadable", detail=_why(e))
+        return dict(error="memory" if e.errno in _NO_MEMORY else "unreadable", detail=_why(e))
     except Exception as e:
         return dict(error="unreadable", detail=" ".join(f"{type(e).__name__}: {e}".split()))
 

@@ -11,7 +11,6 @@ __all__ = ['FAMILIES', 'KINDS', 'SNRS', 'Mixed', 'next_scenes', 'mixed_set', 'mi
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
