@@ -51,31 +51,37 @@ class TrainRows:
     def __len__(self):
         return len(self.rows)
 
-    def _timeline_rows(self):
-        "Number and label of every row; reads only what the shards say about the clips"
-        known, rows = Shards(self.shards.folder, fields=()), []
-        for i in range(len(known)):
-            try:
-                item = item_of(known[i])
-            except BadMember as e:
-                self.shards.note(e)
-                continue
-            if item.events is None:
-                raise FoleyError(f"{item.name}: has no timeline; take clips with events, or ground them first")
-            rows += [(i, r.label) for r in per_label([item])]
-        return rows
+# %% ../../nbs/data/57b_shard_rows.ipynb #fb86854d
+@patch
+def _timeline_rows(self: TrainRows):
+    "Number and label of every row; reads only what the shards say about the clips"
+    known, rows = Shards(self.shards.folder, fields=()), []
+    for i in range(len(known)):
+        try:
+            item = item_of(known[i])
+        except BadMember as e:
+            self.shards.note(e)
+            continue
+        if item.events is None:
+            raise FoleyError(f"{item.name}: has no timeline; take clips with events, or ground them first")
+        rows += [(i, r.label) for r in per_label([item])]
+    return rows
 
-    def _prompt_ids(self, label):
-        "Token ids of a label, computed once"
-        from smooth_foley.backbone import tokenize_prompt
+# %% ../../nbs/data/57b_shard_rows.ipynb #41fb5847
+@patch
+def _prompt_ids(self: TrainRows, label):
+    "Token ids of a label, computed once"
+    from smooth_foley.backbone import tokenize_prompt
 
-        if label not in self._ids:
-            self._ids[label] = tokenize_prompt(self.tokenizer, self.text_encoder, [label])[0]
-        return self._ids[label]
+    if label not in self._ids:
+        self._ids[label] = tokenize_prompt(self.tokenizer, self.text_encoder, [label])[0]
+    return self._ids[label]
 
-    def _n_frames(self, fps):
-        "Frames of a row"
-        return int(self.n_cols / COLUMNS_PER_SECOND * fps)
+
+@patch
+def _n_frames(self: TrainRows, fps):
+    "Frames of a row"
+    return int(self.n_cols / COLUMNS_PER_SECOND * fps)
 
 # %% ../../nbs/data/57b_shard_rows.ipynb #16a53149
 def _fit_frames(x, n):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'KINDS', 'SNRS', 'Mixed', 'next_scenes', 'mixed_set', 'mixed_sound', 'in_noise', 'hear', 'scores',
-           'find_mismatched', 'search', 'by_kind', 'keeping', 'plot_f1', 'lost_labels', 'prove_noise', 'scene_signs',
-           'challenge_scores', 'roc_area', 'roc_areas', 'prove_filter']
+           'find_mismatched', 'by_kind', 'plot_f1', 'scene_signs', 'challenge_scores', 'roc_area', 'roc_areas',
+           'prove_filter']
 
 # %% ../../nbs/paper/82_filter_proof.ipynb #bec31922
 from collections import Counter
@@ -210,7 +210,7 @@ def _middle(rows):
     return min(rows, key=distance)
 
 # %% ../../nbs/paper/82_filter_proof.ipynb #56d3209d
-def search(
+def _search(
     mixed: list,  # `Mixed`
     heard: list,  # `Heard` of the same clips
     rule: GroundingFilter = _RULE,
@@ -240,7 +240,7 @@ def by_kind(
     return rows
 
 
-def keeping(
+def _keeping(
     mixed: list,  # `Mixed`
     heard: list,  # `Heard` of the same clips
     rule: GroundingFilter,
@@ -273,7 +273,7 @@ def plot_f1(
 SNRS = (30.0, 20.0, 15.0, 10.0, 5.0, 0.0)
 
 
-def lost_labels(
+def _lost_labels(
     mixed: list,  # `Mixed`
     heard: list,  # `Heard` of the same clips
     rule: GroundingFilter,
@@ -288,7 +288,7 @@ def lost_labels(
     return "; ".join(f"{label} {wrong[label]}/{total[label]}" for label in worst)
 
 # %% ../../nbs/paper/82_filter_proof.ipynb #fe9f6dbb
-def prove_noise(
+def _prove_noise(
     rule: GroundingFilter,
     n: int = 300,  # Test clips
     first: int = 2_800_000,
@@ -301,7 +301,7 @@ def prove_noise(
         for t in THRESHOLDS:
             tried = replace(rule, threshold=t)
             found = find_mismatched(mixed, heard, tried)
-            rows.append(dict(snr=snr, threshold=t, **found, lost=lost_labels(mixed, heard, tried)))
+            rows.append(dict(snr=snr, threshold=t, **found, lost=_lost_labels(mixed, heard, tried)))
     return rows
 
 # %% ../../nbs/paper/82_filter_proof.ipynb #61ffc1e9
@@ -424,8 +424,8 @@ def _prove_filter(out, n, wrong):
     "Choose the rule on validation seeds and measure it on test seeds; returns it and what `filter.json` holds of it"
     val, test = mixed_set(n // 2, 1_500_000, wrong), mixed_set(n, 2_500_000, wrong)
     val_heard, test_heard = hear(val), hear(test)
-    rule, val_rows = search(val, val_heard)
-    test_rows = search(test, test_heard)[1]
+    rule, val_rows = _search(val, val_heard)
+    test_rows = _search(test, test_heard)[1]
     rows = [dict(seeds="val", **r) for r in val_rows] + [dict(seeds="test", **r) for r in test_rows]
     write_rows(out / "threshold.csv", rows, list(rows[0]))
     clips = [_clip_row(m, decide(h, rule)) for m, h in zip(test, test_heard)]
@@ -436,7 +436,7 @@ def _prove_filter(out, n, wrong):
         test=dict(first_seed=2_500_000, **find_mismatched(test, test_heard, rule)),
         test_with_defaults=find_mismatched(test, test_heard, GroundingFilter()),
         by_kind=by_kind(test, test_heard, rule),
-        keeping=keeping(test, test_heard, rule),
+        keeping=_keeping(test, test_heard, rule),
     )
 
 # %% ../../nbs/paper/82_filter_proof.ipynb #9192f661
@@ -452,7 +452,7 @@ def prove_filter(
     rule, found = _prove_filter(out, n, wrong)
     result = dict(command=command, weights=weights_hash(_mini_grounding()), **found)
     write_json(out / "filter.json", result)
-    noise = prove_noise(rule, max(40, 3 * n // 10))
+    noise = _prove_noise(rule, max(40, 3 * n // 10))
     write_rows(out / "noise.csv", noise, list(noise[0]))
     write_json(out / "challenge.json", _prove_challenge(scenes))
     return result

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core import FoleyError, progress
 from ..data.items import Item, file_names, segment_id
-from ..data.tables import write_cells
+from ..data.tables import make_folder, write_cells
 from ..media import seconds_to_frames, seconds_to_samples, write_video
 from .passby import DURATION, LABELS, draw_dials, motion, render_frames, scene
 
@@ -114,8 +114,7 @@ def _check(out, n, seed, seconds, wrong, test):
         raise FoleyError(f"wrong={wrong}, test={test}: must be fractions from 0 to 1")
     if n < 1 or seed + n > 1_000_000:
         raise FoleyError(f"n={n}, seed={seed}: at least one clip, and training seeds end at 1000000")
-    (out / "video").mkdir(parents=True, exist_ok=True)
-    if any((out / "video").iterdir()):
+    if any(make_folder(out / "video").iterdir()):
         raise FoleyError(f"{out}: holds clips already; give a new folder")
 
 # %% ../../nbs/world/21_as_vggsound.ipynb #500151eb
