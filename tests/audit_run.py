@@ -1,4 +1,7 @@
-"""Audit many small clips, killing it now and then, and log time and memory: `python tests/audit_run.py FOLDER --n 10000 --out results/audit/10000.csv`"""
+"""Audit many small clips, killing the audit now and then, and log time and memory
+
+python tests/audit_run.py FOLDER --n 10000 --out results/audit/10000.csv
+"""
 
 import argparse
 import csv
@@ -14,8 +17,10 @@ import numpy as np
 import psutil
 
 from smooth_foley.core import atomic_path, progress
-from smooth_foley.data.vggsound import Item, _id, _table, vggsound_labels
+from smooth_foley.data.items import Item, vggsound_labels
+from smooth_foley.data.tables import write_cells
 from smooth_foley.media import SR, write_video
+from smooth_foley.world.as_vggsound import passby_id
 
 
 def make(folder, n):
@@ -25,7 +30,7 @@ def make(folder, n):
     for k in progress(range(n), "make", "clip", n):
         rng, item = (
             np.random.default_rng(k),
-            Item(_id(k, k), float(k % 300), labels[k % len(labels)], "test" if k % 13 == 0 else "train"),
+            Item(passby_id(k, k), float(k % 300), labels[k % len(labels)], "test" if k % 13 == 0 else "train"),
         )
         rows.append((item.id, int(item.start), item.label, item.split))
         out = folder / "video" / f"{item.name}.mp4"
@@ -35,10 +40,16 @@ def make(folder, n):
         frames = np.broadcast_to(stripes[:, None, :, None], (10, 32, 32, 3)).astype(np.uint8).copy()
         frames[..., 0] += np.uint8(k % 200)
         write_video(out, frames, 10, (0.3 * np.sin(2 * np.pi * rng.uniform(100, 2000) * t)).astype(np.float32))
-    _table(folder / "vggsound.csv", rows)
+    write_cells(folder / "vggsound.csv", rows)
 
 
-AUDIT = 'import sys; from smooth_foley.data.vggsound import *; audit(join_clips(read_vggsound(sys.argv[1]+"/vggsound.csv", duration=1.), sys.argv[1]+"/video"), sys.argv[2], workers=int(sys.argv[3]))'
+AUDIT = """
+import sys
+from smooth_foley.data.audit import audit
+from smooth_foley.data.vggsound import join_clips, read_vggsound
+folder, out, workers = sys.argv[1:]
+audit(join_clips(read_vggsound(folder + "/vggsound.csv", duration=1.0), folder + "/video"), out, workers=int(workers))
+"""
 
 
 def lines(out):
@@ -96,7 +107,8 @@ def main(folder, n, out, stops):
         w.writeheader()
         w.writerows(keep)
     print(
-        f"{n} clips, two processes killed at {', '.join(map(str, stops))}, one process without: the same tables; at most {max(r['parent_mb'] for r in log)} and {max(r['worker_mb'] for r in log)} MB"
+        f"{n} clips, two processes killed at {', '.join(map(str, stops))}, one process without: the same tables;",
+        f"at most {max(r['parent_mb'] for r in log)} and {max(r['worker_mb'] for r in log)} MB",
     )
 
 

@@ -1,4 +1,4 @@
-"""AudioSet-strong where a notebook page is too small: large files, odd bytes, the folder of the examples from list to mask"""
+"AudioSet-strong where a notebook is too small: large files, odd bytes, the folder of the examples from list to mask"
 
 import time
 
@@ -8,10 +8,12 @@ import torch
 
 from smooth_foley.core import FoleyError
 from smooth_foley.data import audioset
-from smooth_foley.data.vggsound import Item, join_clips, passby_folder
+from smooth_foley.data.items import Item
+from smooth_foley.data.vggsound import join_clips
 from smooth_foley.mel import MelTransform
+from smooth_foley.world.as_vggsound import passby_folder
 
-HEADER = "\t".join(audioset.STRONG) + "\n"
+HEADER = "\t".join(audioset.STRONG_COLUMNS) + "\n"
 NAMES = {"/m/0a": "Siren", "/t/dd00001": "Dog"}
 
 

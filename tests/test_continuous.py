@@ -1,4 +1,4 @@
-"VGGSound-Continuous: the rules on random input, the store when things go wrong, the reviewer's buttons, the committed proof"
+"VGGSound-Continuous: the rules on random input, faults in the store, the buttons of a review, the committed proof"
 
 import csv
 import json
@@ -16,27 +16,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smooth_foley.app.continuous_commands import run_command
+from smooth_foley.app.review import review
 from smooth_foley.core import FoleyError
 from smooth_foley.data import continuous as C
-from smooth_foley.data.continuous import (
-    COLUMNS,
-    REVIEW,
+from smooth_foley.data.challenge import (
+    REVIEW_COLUMNS,
     ChallengeRule,
+    challenge,
+    find_candidates,
+    read_continuous,
+    read_dropped,
+    watch_clips,
+    write_split,
+)
+from smooth_foley.data.continuous import (
+    FILTER_COLUMNS,
     GroundingFilter,
     Heard,
     Listener,
-    challenge,
     decide,
     filter_clips,
     ground_clips,
-    measure_clips,
     read_heard,
-    review,
     select,
-    write_split,
 )
-from smooth_foley.data.vggsound import Item, join_clips, passby_folder, read_vggsound, vggsound_labels
+from smooth_foley.data.items import Item, vggsound_labels
+from smooth_foley.data.store import measure_clips
+from smooth_foley.data.vggsound import join_clips, read_vggsound
 from smooth_foley.media import write_video
+from smooth_foley.paper import filter_proof
+from smooth_foley.world.as_vggsound import passby_folder
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "continuous"
 
@@ -71,7 +81,8 @@ def test_every_label_has_a_tier_and_a_reason():
     assert list(table) == list(vggsound_labels()) and len(table) == 309
     assert Counter(d["tier"] for d in table.values()) == {"core": 29, "extended": 40, "not continuous": 240}
     assert all(d["reason"] == d["reason"].strip() and len(d["reason"]) > 10 for d in table.values())
-    assert {l for l in table if "siren" in l or "airplane" in l} <= set(C.select_labels("core"))  # what the paper names
+    named = {label for label in table if "siren" in label or "airplane" in label}  # what the paper names
+    assert named <= set(C.select_labels("core"))
     assert len({d["reason"] for d in table.values()}) > 200
 
 
@@ -211,7 +222,8 @@ def test_two_processes_hear_what_one_hears(clips, tmp_path):
 def test_killed_and_run_again(folder, clips, tmp_path):
     code = (
         "import sys; from smooth_foley.data.continuous import *; from smooth_foley.data.vggsound import *\n"
-        'clips = join_clips(read_vggsound(sys.argv[1]+"/vggsound.csv"), sys.argv[1]+"/video"); ground_clips(clips, sys.argv[2])'
+        'clips = join_clips(read_vggsound(sys.argv[1]+"/vggsound.csv"), sys.argv[1]+"/video")\n'
+        "ground_clips(clips, sys.argv[2])"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(folder), str(tmp_path / "killed")])
     end, done = time.time() + 120, lambda: len([p for p in (tmp_path / "killed").rglob("*.npz") if p.name[0] != "."])
@@ -255,11 +267,13 @@ def test_bad_files_are_rows_and_stop_nothing(clips, tmp_path):
 def test_other_weights_are_refused(clips, tmp_path):
     import torch
 
-    from smooth_foley.listen import grounding
+    from smooth_foley.listen import grounding, grounding_training
 
     ground_clips(clips[:1], tmp_path / "out")
     torch.manual_seed(0)
-    grounding.GroundingModel(grounding.mini_vocabulary(), **grounding.MINI).save_pretrained(tmp_path / "model")
+    grounding.GroundingModel(grounding_training.mini_vocabulary(), **grounding_training.MINI).save_pretrained(
+        tmp_path / "model"
+    )
     with pytest.raises(FoleyError, match="was measured with weights="):
         ground_clips(clips[:1], tmp_path / "out", model=tmp_path / "model")
     assert len(Listener().settings["weights"]) == 12
@@ -323,14 +337,16 @@ def test_signs_point_the_right_way():
 def test_train_and_test_come_from_their_own_splits(clips, tmp_path):
     items = select(clips)
     ground_clips(items, tmp_path)
-    C.watch_clips(items, tmp_path)
+    watch_clips(items, tmp_path)
     rows = filter_clips(items, tmp_path, GroundingFilter(min_active=0.5, min_run=0.5))
     lists = write_split(
-        rows, challenge(C.pictures(rows, items, tmp_path), ChallengeRule(n=3, per_label=2, min_share=0.1)), tmp_path
+        rows,
+        challenge(find_candidates(rows, items, tmp_path), ChallengeRule(n=3, per_label=2, min_share=0.1)),
+        tmp_path,
     )
     split = {i.id: i.split for i in clips}
     assert lists["train"] and lists["test"] and all(split[r["id"]] == k for k, v in lists.items() for r in v)
-    assert [i.id for i in C.read_continuous(tmp_path / "vggsound_continuous_train.csv")] == [
+    assert [i.id for i in read_continuous(tmp_path / "vggsound_continuous_train.csv")] == [
         r["id"] for r in lists["train"]
     ]
     candidates = list(csv.DictReader((tmp_path / "challenge.csv").open()))
@@ -382,13 +398,15 @@ def words(**more):
 
 
 def test_commands_in_their_order(folder, tmp_path):
-    go = lambda action, **k: C.run_command(words(action=action, folder=str(folder), out=str(tmp_path / "out"), **k))
+    def go(action, **k):
+        return run_command(words(action=action, folder=str(folder), out=str(tmp_path / "out"), **k))
+
     with pytest.raises(FoleyError, match="run `filter` first"):
         go("sweep")
     with pytest.raises(FoleyError, match="run the step that writes it first"):
         go("split")
-    assert "clips" in go("select") and "29 labels, 24,726 clips" in C.run_command(words(action="select"))
-    assert "extended" in C.run_command(words(action="select", label="sea waves"))
+    assert "clips" in go("select") and "29 labels, 24,726 clips" in run_command(words(action="select"))
+    assert "extended" in run_command(words(action="select", label="sea waves"))
     for k in (0, 1):
         assert "share" in go("filter", part=f"{k}/2")
     assert "clips kept" in go("filter")
@@ -408,10 +426,10 @@ def test_commands_in_their_order(folder, tmp_path):
         "vggsound_continuous_test.csv",
     } <= names
     table = list(csv.DictReader((tmp_path / "out" / "filter.csv").open()))
-    assert tuple(table[0]) == COLUMNS and len(table) == 20
+    assert tuple(table[0]) == FILTER_COLUMNS and len(table) == 20
     refused = next(r for r in csv.DictReader((tmp_path / "out" / "challenge.csv").open()) if r["picked"] == "1")
     (tmp_path / "review.csv").write_text(
-        ",".join(REVIEW) + f'\n{refused["id"]},{refused["start"]},"{refused["label"]}",drop,no\n'
+        ",".join(REVIEW_COLUMNS) + f'\n{refused["id"]},{refused["start"]},"{refused["label"]}",drop,no\n'
     )
     go("split", n=3, min_share=0.0, review=str(tmp_path / "review.csv"))
     assert refused["id"] not in (tmp_path / "out" / "vggsound_continuous_test.csv").read_text()
@@ -429,7 +447,7 @@ def test_commands_in_their_order(folder, tmp_path):
 )
 def test_wrong_words(folder, tmp_path, bad, says):
     with pytest.raises(FoleyError, match=says):
-        C.run_command(words(**(dict(folder=str(folder), out=str(tmp_path)) | bad)))
+        run_command(words(**(dict(folder=str(folder), out=str(tmp_path)) | bad)))
 
 
 @pytest.mark.parametrize(
@@ -437,14 +455,14 @@ def test_wrong_words(folder, tmp_path, bad, says):
     [
         ("", "line 1"),
         ("id,start\n", "line 1"),
-        (",".join(REVIEW) + "\na,b\n", "line 2"),
-        (",".join(REVIEW) + '\nx,0,l,keep,"r\n', "line"),
+        (",".join(REVIEW_COLUMNS) + "\na,b\n", "line 2"),
+        (",".join(REVIEW_COLUMNS) + '\nx,0,l,keep,"r\n', "line"),
     ],
 )
 def test_tables_that_are_damaged(tmp_path, text, says):
     (tmp_path / "r.csv").write_text(text)
     with pytest.raises(FoleyError, match=says):
-        C.dropped(tmp_path / "r.csv")
+        read_dropped(tmp_path / "r.csv")
 
 
 # ---- the reviewer
@@ -463,7 +481,10 @@ def test_clicks_are_on_disk_at_once_and_a_review_goes_on(clips, tmp_path):
     r.reason.value = 'picture, with a "still"\nin it'
     r.drop.click()
     assert list(csv.DictReader(table.open()))[0] == dict(
-        zip(REVIEW, (items[0].id, str(int(items[0].start)), items[0].label, "drop", 'picture, with a "still" in it'))
+        zip(
+            REVIEW_COLUMNS,
+            (items[0].id, str(int(items[0].start)), items[0].label, "drop", 'picture, with a "still" in it'),
+        )
     )
     r.keep.click()
     again = review(items, table, tmp_path)  # another day
@@ -475,7 +496,7 @@ def test_clicks_are_on_disk_at_once_and_a_review_goes_on(clips, tmp_path):
     assert "so far: keep" in again.title.value and not again.drop.disabled
     again.drop.click()
     assert [x["decision"] for x in csv.DictReader(table.open())] == ["drop", "keep", "keep", "drop"]
-    assert C.dropped(table) == {items[0].name, items[3].name}
+    assert read_dropped(table) == {items[0].name, items[3].name}
 
 
 def test_a_review_of_other_clips_keeps_what_was_decided(clips, tmp_path):
@@ -517,7 +538,7 @@ def test_the_committed_numbers_follow_from_the_committed_clips():
     )
     assert len(clips) == proof["test"]["n"] >= 400 and all(2_000_000 <= int(c["seed"]) < 3_000_000 for c in clips)
     said, true = [c["reason"] == "no match" for c in clips], [bool(c["kind"]) for c in clips]
-    assert {k: proof["test"][k] for k in C.scores(said, true)} == C.scores(said, true)
+    assert {k: proof["test"][k] for k in filter_proof.scores(said, true)} == filter_proof.scores(said, true)
     assert abs(np.mean(true) - 0.15) < 0.01 and proof["test"]["f1"] >= 0.95
     for r in proof["by_kind"]:
         mine = [c for c in clips if (c["kind"] or "as it is") == r["kind"]]
@@ -526,11 +547,11 @@ def test_the_committed_numbers_follow_from_the_committed_clips():
 
 def test_noise_costs_what_the_committed_table_says():
     rows = [r for r in csv.DictReader((RESULTS / "noise.csv").open()) if float(r["threshold"]) == 0.5]
-    assert [float(r["snr"]) for r in rows] == list(C.SNRS) and all(int(r["n"]) == 300 for r in rows)
-    mixed = C.mixed_set(300, 2_800_000)[:24]
+    assert [float(r["snr"]) for r in rows] == list(filter_proof.SNRS) and all(int(r["n"]) == 300 for r in rows)
+    mixed = filter_proof.mixed_set(300, 2_800_000)[:24]
     rule = GroundingFilter()
     for snr in (20.0, 5.0):
-        said = [(m, decide(h, rule).reason == "no match") for m, h in zip(mixed, C.hear(mixed, snr=snr))]
+        said = [(m, decide(h, rule).reason == "no match") for m, h in zip(mixed, filter_proof.hear(mixed, snr=snr))]
         wrong = {m.label for m, bad in said if bad and not m.kind}
         assert wrong <= {x.rsplit(" ", 1)[0] for r in rows if float(r["snr"]) == snr for x in r["lost"].split("; ")}
 
@@ -540,8 +561,8 @@ def test_a_part_of_the_proof_again():
     proof = json.loads((RESULTS / "filter.json").read_text())
     rule = GroundingFilter(**proof["rule"])
     clips = list(csv.DictReader((RESULTS / "clips.csv").open()))
-    mixed = [m for m, _ in zip(C.mixed_set(proof["test"]["n"], proof["test"]["first_seed"]), range(30))]
-    for m, h, c in zip(mixed, C.hear(mixed), clips):
+    mixed = [m for m, _ in zip(filter_proof.mixed_set(proof["test"]["n"], proof["test"]["first_seed"]), range(30))]
+    for m, h, c in zip(mixed, filter_proof.hear(mixed), clips):
         v = decide(h, rule)
         assert (str(m.seed), m.label, m.kind) == (c["seed"], c["label"], c["kind"])
         assert (
@@ -554,25 +575,25 @@ def test_a_part_of_the_proof_again():
 def test_mixed_sets_are_what_they_say():
     from smooth_foley.world.passby import draw_dials
 
-    mixed = C.mixed_set(200, 2_000_000, wrong=0.3)
+    mixed = filter_proof.mixed_set(200, 2_000_000, wrong=0.3)
     kinds = Counter(m.kind for m in mixed)
-    assert kinds == {"": 140, **{k: 15 for k in C.KINDS}}
+    assert kinds == {"": 140, **{k: 15 for k in filter_proof.KINDS}}
     for m in mixed:
         assert m.label == draw_dials(m.seed).label in C.select_labels()
         if m.kind in ("other", "same family"):
             assert draw_dials(m.sound_seed).label == m.sound_label != m.label
         if m.kind == "same family":
-            assert any({m.label, m.sound_label} <= set(f) for f in C.FAMILIES)
+            assert any({m.label, m.sound_label} <= set(f) for f in filter_proof.FAMILIES)
         if m.kind == "other":
-            assert not any({m.label, m.sound_label} <= set(f) for f in C.FAMILIES)
+            assert not any({m.label, m.sound_label} <= set(f) for f in filter_proof.FAMILIES)
         if m.kind == "":
             assert m.sound_seed == m.seed
-    assert not C.sound_of(next(m for m in mixed if m.kind == "silence")).any()
-    assert 0 < np.abs(C.sound_of(next(m for m in mixed if m.kind == "ambience"))).max() < 0.05
+    assert not filter_proof.mixed_sound(next(m for m in mixed if m.kind == "silence")).any()
+    assert 0 < np.abs(filter_proof.mixed_sound(next(m for m in mixed if m.kind == "ambience"))).max() < 0.05
 
 
 def test_the_challenging_split_is_harder_than_chance():
     c = json.loads((RESULTS / "challenge.json").read_text())
     assert c["picked"] == 95 and c["first_seed"] >= 2_000_000 and c["precision"] > c["chance"] + 0.2
-    rows = C.scene_pictures(C.next_scenes(36, 1_750_000))
-    assert C.areas(rows)["score"]["any"] > 0.65
+    rows = filter_proof.scene_signs(filter_proof.next_scenes(36, 1_750_000))
+    assert filter_proof.roc_areas(rows)["score"]["any"] > 0.65

@@ -97,7 +97,7 @@ def test_wrong_input(line, words, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_nowhere_to_write(line, tmp_path, monkeypatch, capsys):
-    from smooth_foley.data.vggsound import passby_folder
+    from smooth_foley.world.as_vggsound import passby_folder
 
     monkeypatch.chdir(tmp_path)
     passby_folder("passby", 1, seconds=1.0)

@@ -11,16 +11,20 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from smooth_foley.core import FoleyError, mini_path
-from smooth_foley.data import shards
+from smooth_foley.data import shard_reader
 from smooth_foley.data.audioset import read_strong, sounding
-from smooth_foley.data.shards import BadMember, ShardConfig, Shards, ShardStream, TrainRows, verify, write_shards
-from smooth_foley.data.vggsound import Item, join_clips, passby_folder
+from smooth_foley.data.shard_reader import BadMember, Shard, Shards, ShardStream, verify
+from smooth_foley.data.shard_rows import TrainRows
+from smooth_foley.data.shards import ShardConfig, networks, write_shards
+from smooth_foley.data.vggsound import join_clips
+from smooth_foley.world.as_vggsound import passby_folder
 
 CFG = ShardConfig(per_shard=2)
 RUN = """
@@ -30,7 +34,8 @@ from smooth_foley.data.shards import ShardConfig, write_shards
 from smooth_foley.data.vggsound import join_clips
 folder, out, processes = sys.argv[1:]
 if __name__=='__main__':
-    items = join_clips(read_strong(f'{folder}/audioset_strong.tsv', f'{folder}/mid_to_display_name.tsv', duration=1.5), f'{folder}/video')
+    items = read_strong(f'{folder}/audioset_strong.tsv', f'{folder}/mid_to_display_name.tsv', duration=1.5)
+    items = join_clips(items, f'{folder}/video')
     write_shards(items, out, ShardConfig(per_shard=2), processes=int(processes))
 """
 
@@ -190,7 +195,8 @@ def test_every_clip_is_read_once_by_nodes_and_workers(whole, world, workers, mon
     data, sizes, read = Shards(whole, ("latent",)), [], []
     for rank in range(world):
         for w in range(workers):
-            monkeypatch.setattr(shards, "get_worker_info", lambda: type("I", (), dict(id=w, num_workers=workers)))
+            info = SimpleNamespace(id=w, num_workers=workers)
+            monkeypatch.setattr(shard_reader, "get_worker_info", lambda info=info: info)
             mine = ShardStream(data, rank=rank, world=world, seed=5).mine()
             read += list(mine)
             sizes.append(len(mine))
@@ -201,7 +207,7 @@ def test_workers_add_what_is_bad_to_one_report(whole, tmp_path):
     for f, b in content(whole).items():
         (tmp_path / f).write_bytes(b)
     for k in (1, 4):
-        s = shards.Shard(tmp_path / f"shard-00000{k}.tar")
+        s = Shard(tmp_path / f"shard-00000{k}.tar")
         raw = bytearray(s.path.read_bytes())
         raw[int(s.offset[1, s.fields.index("latent.npy")]) + 200] ^= 1
         s.path.write_bytes(raw)
@@ -239,7 +245,7 @@ def test_clips_that_cannot_be_used_are_all_told(items, tmp_path):
 def test_a_damaged_clip_in_training_is_replaced_and_told(whole, tmp_path):
     for f, b in content(whole).items():
         (tmp_path / f).write_bytes(b)
-    s = shards.Shard(tmp_path / "shard-000000.tar")
+    s = Shard(tmp_path / "shard-000000.tar")
     raw = bytearray(s.path.read_bytes())
     raw[int(s.offset[1, s.fields.index("latent.npy")]) + 200] ^= 1
     s.path.write_bytes(raw)
@@ -260,14 +266,14 @@ def test_rows_for_every_stage_give_a_loss_with_gradients(whole, items):
     from smooth_foley.train.parts import ProjectionStage, VaeStage
     from smooth_foley.world.passby import LABELS
 
-    base, net = load_backbone(mini_path()), shards.networks(CFG)
+    base, net = load_backbone(mini_path()), networks(CFG)
     rows = TrainRows(Shards(whole), base.tokenizer, base.text_encoder, timeline=True)
     i = next(k for k, (_, label) in enumerate(rows.rows) if 0 < sounding(items[k], label).sum() < 150)
     batch = rows([i, 0])
     assert np.array_equal(batch["sounding"][0].numpy(), sounding(items[i], items[i].label))
     assert batch["emb"].shape == (2, 153, 96) and not batch["emb"][:, 23:].any() and batch["emb"][:, :22].any()
     adapter = FrameAdapter.from_unet(base.unet, 96, frame_position="window")
-    stage = FrameStage(
+    frame_stage = FrameStage(
         dict(adapter=adapter),
         dict(unet=base.unet, text_encoder=base.text_encoder),
         base.tokenizer,
@@ -277,12 +283,12 @@ def test_rows_for_every_stage_give_a_loss_with_gradients(whole, items):
     )
     adapter.install(base.unet).requires_grad_(True).train()
     projection = ProjectionStage(LabelProjection(96), net["frame_encoder"].encode_text(list(LABELS)).clone())
-    for stage, batch in (
-        (stage, batch),
+    for stage, rows_of_stage in (
+        (frame_stage, rows([i, 0])),
         (projection, rows.projection([i, 0], list(LABELS))),
         (VaeStage(net["vae"].requires_grad_(True)), rows.images([i, 0], net["mel"])),
     ):
-        loss = stage(batch, Draw(0, 0, 2))
+        loss = stage(rows_of_stage, Draw(0, 0, 2))
         loss.backward()
         assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in stage.parameters())
     net["vae"].requires_grad_(False)

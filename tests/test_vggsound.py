@@ -20,27 +20,13 @@ import psutil
 import pytest
 
 from smooth_foley.core import FoleyError
-from smooth_foley.data.vggsound import (
-    Fetching,
-    Item,
-    Limits,
-    _Worker,
-    audit,
-    cut_clip,
-    download,
-    fetch_clip,
-    folder_items,
-    inspect_clip,
-    inspect_clips,
-    join_clips,
-    judge,
-    passby_folder,
-    read_vggsound,
-    vggsound_labels,
-    why_failed,
-    write_state,
-)
+from smooth_foley.data.audit import _Worker, audit, inspect_clips
+from smooth_foley.data.download import DownloadOptions, cut_clip, download, download_clip, why_failed
+from smooth_foley.data.inspection import Limits, find_faults, inspect_clip
+from smooth_foley.data.items import Item, vggsound_labels
+from smooth_foley.data.vggsound import folder_items, join_clips, read_vggsound, write_state
 from smooth_foley.media import SR, read_audio, write_video
+from smooth_foley.world.as_vggsound import passby_folder
 from smooth_foley.world.passby import scene
 
 TABLES = ("audit.csv", "faults.csv", "clean.csv")
@@ -92,7 +78,10 @@ def test_labels():
 def test_quoting(tmp_path):
     f = tmp_path / "list.csv"
     f.write_bytes(
-        '\ufeffyoutube_id,start,label,split\r\n--0PQM4-hqg,30,"railroad car, train wagon",train\r\n\r\n"-_0PQM4-hqg","7", "dog barking" ,test\nA-0PQM4-hq_,1.0,dog barking,val'.encode()
+        (
+            '\ufeffyoutube_id,start,label,split\r\n--0PQM4-hqg,30,"railroad car, train wagon",train\r\n\r\n'
+            '"-_0PQM4-hqg","7", "dog barking" ,test\nA-0PQM4-hq_,1.0,dog barking,val'
+        ).encode()
     )
     assert [(i.id, i.start, i.label, i.split) for i in read_vggsound(f)] == [
         ("--0PQM4-hqg", 30, "railroad car, train wagon", "train"),
@@ -235,7 +224,7 @@ def test_offset(film, tmp_path, late):
         remux(film, tmp_path / "late.mkv", late + 0.5)
     )  # half a second for the time that may not be negative
     assert facts["sound_start"] - facts["picture_start"] == pytest.approx(late + 0.5 - 0.064, abs=0.07)
-    assert "offset" in dict(judge(facts)) and "offset" not in dict(judge(facts, limits=Limits(offset=2.0)))
+    assert "offset" in dict(find_faults(facts)) and "offset" not in dict(find_faults(facts, limits=Limits(offset=2.0)))
 
 
 def test_truncated_and_damaged(film, tmp_path):
@@ -246,12 +235,12 @@ def test_truncated_and_damaged(film, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(fast[: len(fast) // 2])
     (tmp_path / "cut.mkv").write_bytes(mkv[: len(mkv) // 2])
     for name in ("cut.mp4", "cut.mkv"):
-        assert [r for r, _ in judge(inspect_clip(tmp_path / name), 10.24)] == ["truncated"]
+        assert [r for r, _ in find_faults(inspect_clip(tmp_path / name), 10.24)] == ["truncated"]
     hurt = bytearray(fast)
     hurt[len(fast) // 2 : len(fast) // 2 + 3000] = bytes(3000)
     (tmp_path / "hurt.mp4").write_bytes(hurt)
-    assert [r for r, _ in judge(inspect_clip(tmp_path / "hurt.mp4"), 10.24)] == ["damaged"]
-    assert judge(inspect_clip(tmp_path / "fast.mp4"), 10.24) == []
+    assert [r for r, _ in find_faults(inspect_clip(tmp_path / "hurt.mp4"), 10.24)] == ["damaged"]
+    assert find_faults(inspect_clip(tmp_path / "fast.mp4"), 10.24) == []
 
 
 def test_nothing_in_a_file_raises(film, tmp_path):
@@ -265,7 +254,7 @@ def test_nothing_in_a_file_raises(film, tmp_path):
         (tmp_path / "x.mp4").write_bytes(data)
         facts = inspect_clip(tmp_path / "x.mp4")
         json.dumps(facts)
-        judge(facts, 10.24)
+        find_faults(facts, 10.24)
     for odd in (tmp_path, tmp_path / "none.mp4", "/dev/null"):
         assert inspect_clip(odd)["error"] in ("unreadable", "missing", "empty")
 
@@ -304,12 +293,12 @@ def test_memory(tmp_path, clips):
     "A picture too large for the memory that a worker may have harms nobody else"
     write_video(tmp_path / "huge.mp4", np.broadcast_to(np.zeros((1, 1, 1, 3), np.uint8), (2, 8000, 4000, 3)), 15)
     free = _Worker(60.0, 4.0)
-    assert {r for r, _ in judge(free.ask(clips[0].path))} <= {"silent"}
+    assert {r for r, _ in find_faults(free.ask(clips[0].path))} <= {"silent"}
     held = psutil.Process(free.process.pid).memory_info().vms / 2**30
-    assert {r for r, _ in judge(free.ask(tmp_path / "huge.mp4"))} == {"no_sound"}
+    assert {r for r, _ in find_faults(free.ask(tmp_path / "huge.mp4"))} == {"no_sound"}
     tight = _Worker(60.0, held + 0.07)
     for _ in range(2):
-        assert {"memory", "crash", "damaged"} & {r for r, _ in judge(tight.ask(tmp_path / "huge.mp4"))}
+        assert {"memory", "crash", "damaged"} & {r for r, _ in find_faults(tight.ask(tmp_path / "huge.mp4"))}
         assert tight.ask(clips[0].path) == free.ask(clips[0].path)
     free.stop()
     tight.stop()
@@ -383,7 +372,7 @@ def test_processes_leave_no_trace(everything, reference, tmp_path):
 
 SCRIPT = """
 import pickle, sys
-from smooth_foley.data.vggsound import audit
+from smooth_foley.data.audit import audit
 items, surplus = pickle.load(open(sys.argv[1], 'rb'))
 items.surplus = surplus
 audit(items, sys.argv[2], workers=2)
@@ -489,9 +478,14 @@ def test_real_footage(tmp_path):
 
 # ---- downloads, from a server on this machine
 
-MPD = """<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT10S" profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period>
-<AdaptationSet mimeType="video/mp4"><Representation id="v" codecs="avc1.4d401f" width="64" height="64" bandwidth="90000"><BaseURL>/picture.mp4</BaseURL></Representation></AdaptationSet>
-<AdaptationSet mimeType="audio/mp4"><Representation id="a" codecs="mp4a.40.2" bandwidth="64000"><BaseURL>/sound.m4a</BaseURL></Representation></AdaptationSet></Period></MPD>"""
+MPD = """<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT10S"
+profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period>
+<AdaptationSet mimeType="video/mp4">
+<Representation id="v" codecs="avc1.4d401f" width="64" height="64" bandwidth="90000">
+<BaseURL>/picture.mp4</BaseURL></Representation></AdaptationSet>
+<AdaptationSet mimeType="audio/mp4">
+<Representation id="a" codecs="mp4a.40.2" bandwidth="64000">
+<BaseURL>/sound.m4a</BaseURL></Representation></AdaptationSet></Period></MPD>"""
 
 
 def alone(source, out, kind):
@@ -507,7 +501,7 @@ def alone(source, out, kind):
 
 
 class Tube(BaseHTTPRequestHandler):
-    "Answers by the id: gone, busy, sick (broken twice, then well), slow, page, dash (picture and sound apart), or the video"
+    "Answers by the id: gone, busy, sick (fails twice), slow, page, dash (picture and sound apart), or the video"
 
     protocol_version = "HTTP/1.1"
 
@@ -562,7 +556,7 @@ def tube(film):
 
 
 def how(tube, **options):
-    return Fetching(
+    return DownloadOptions(
         **{
             **dict(
                 retries=0, timeout=5.0, sections=False, address=f"http://127.0.0.1:{tube.server_port}/watch?v={{id}}"
@@ -579,9 +573,9 @@ def want(*ids):
 def test_download(tube, tmp_path):
     items = want("--here_____", "_-----_gone", "-------busy", "-------deny", "-------page")
     report = download(items, tmp_path, how(tube), workers=2)
-    assert (report.fetched, dict(report.failed)) == (1, dict(removed=1, rate_limited=1, forbidden=1, format=1))
+    assert (report.downloaded, dict(report.failed)) == (1, dict(removed=1, rate_limited=1, forbidden=1, format=1))
     got = join_clips(items, tmp_path).present
-    assert [i.id for i in got] == ["--here_____"] and not judge(inspect_clip(got[0].path), 2.0)
+    assert [i.id for i in got] == ["--here_____"] and not find_faults(inspect_clip(got[0].path), 2.0)
     x, y = read_audio(got[0].path)[: 2 * SR], scene(5, frames=False).audio[4 * SR : 6 * SR]
     assert np.corrcoef(x, y)[0, 1] > 0.9
     rows = list(csv.DictReader((tmp_path / "download.csv").open()))
@@ -605,16 +599,16 @@ def test_picture_and_sound_apart(tube, film, tmp_path):
         "/picture.mp4": alone(film, tmp_path / "v", "video"),
         "/sound.m4a": alone(film, tmp_path / "a", "audio"),
     }
-    path = fetch_clip(want("-------dash")[0], tmp_path / "clips", how(tube))
+    path = download_clip(want("-------dash")[0], tmp_path / "clips", how(tube))
     assert {"/picture.mp4", "/sound.m4a"} <= {i for i, *_ in tube.seen}
-    assert not judge(inspect_clip(path), 2.0) and not list((tmp_path / "clips" / ".parts").iterdir())
+    assert not find_faults(inspect_clip(path), 2.0) and not list((tmp_path / "clips" / ".parts").iterdir())
     assert np.corrcoef(read_audio(path)[: 2 * SR], scene(5, frames=False).audio[4 * SR : 6 * SR])[0, 1] > 0.9
 
 
 def test_retries(tube, tmp_path):
     assert download(want("-------sick"), tmp_path / "a", how(tube)).failed["network"] == 1
     tube.seen.clear()
-    assert download(want("-------sick"), tmp_path / "b", how(tube, retries=3)).fetched == 1
+    assert download(want("-------sick"), tmp_path / "b", how(tube, retries=3)).downloaded == 1
 
 
 def test_stops_when_refused(tube, tmp_path):
@@ -628,7 +622,7 @@ def test_unreachable(tube, tmp_path):
     tube.shutdown()
     tube.server_close()
     assert download(want("-------here"), tmp_path / "a", gone).failed["network"] == 1
-    proxied = Fetching(
+    proxied = DownloadOptions(
         retries=0, timeout=5.0, proxy=gone.address.split("/watch")[0]
     )  # YouTube's own extractor, behind a proxy that is down
     assert download(want("-------here"), tmp_path / "b", proxied).failed["network"] == 1
@@ -638,7 +632,7 @@ def test_cookies(tube, tmp_path):
     jar = tmp_path / "cookies.txt"
     jar.write_text("# Netscape HTTP Cookie File\n127.0.0.1\tFALSE\t/\tFALSE\t0\tsigned\tin\n")
     before = jar.read_bytes()
-    assert download(want("-------here"), tmp_path, how(tube, cookies=jar)).fetched == 1
+    assert download(want("-------here"), tmp_path, how(tube, cookies=jar)).downloaded == 1
     assert all(cookie == "signed=in" for *_, cookie in tube.seen) and jar.read_bytes() == before
     for text, why in (("signed=in", "no cookie in it"), (None, "cannot be read")):
         if text:
@@ -655,16 +649,21 @@ def test_rate(tube, tmp_path):
     assert time.time() - start > 1.2
 
 
-FETCH = """
+DOWNLOAD = """
 import sys
-from smooth_foley.data.vggsound import Fetching, Item, download
-download([Item('-------slow', 4., 'dog barking', 'train', duration=2.)], sys.argv[1], Fetching(retries=0, sections=False, address=sys.argv[2]))
+from smooth_foley.data.download import DownloadOptions, download
+from smooth_foley.data.items import Item
+item = Item('-------slow', 4., 'dog barking', 'train', duration=2.)
+download([item], sys.argv[1], DownloadOptions(retries=0, sections=False, address=sys.argv[2]))
 """
 
 
 def test_kill_in_the_middle_of_a_video(tube, tmp_path):
-    run = subprocess.Popen([sys.executable, "-c", FETCH, tmp_path, how(tube).address])
-    part = lambda: next(iter((tmp_path / ".parts").glob("*.part")), None) if (tmp_path / ".parts").exists() else None
+    run = subprocess.Popen([sys.executable, "-c", DOWNLOAD, tmp_path, how(tube).address])
+
+    def part():
+        return next((tmp_path / ".parts").glob("*.part"), None)
+
     while run.poll() is None and not (part() and part().stat().st_size > 10000):
         time.sleep(0.01)
     os.kill(run.pid, signal.SIGKILL)
@@ -673,7 +672,7 @@ def test_kill_in_the_middle_of_a_video(tube, tmp_path):
     assert 10000 < have < len(tube.film) and not list(tmp_path.glob("*.mp4"))
     tube.seen.clear()
     tube.hurry = True
-    assert download(want("-------slow"), tmp_path, how(tube)).fetched == 1
+    assert download(want("-------slow"), tmp_path, how(tube)).downloaded == 1
     assert f"bytes={have}-" in {r for _, _, r, _ in tube.seen}  # on from the byte where it was
     whole = cut_clip(write_film(tube, tmp_path), tmp_path / "whole.mp4", 4.0, 2.0)
     assert inspect_clip(tmp_path / "-------slow_000004.mp4") == inspect_clip(whole)
@@ -684,16 +683,16 @@ def write_film(tube, folder):
     return folder / "film.mp4"
 
 
-def test_full_disk_while_fetching(tube, tmp_path):
+def test_full_disk_while_downloading(tube, tmp_path):
     run = subprocess.run(
-        [sys.executable, "-c", FETCH.replace("-------slow", "-------here"), tmp_path, how(tube).address],
+        [sys.executable, "-c", DOWNLOAD.replace("-------slow", "-------here"), tmp_path, how(tube).address],
         preexec_fn=limited(20000),
         capture_output=True,
         text=True,
     )
     last = run.stderr.strip().splitlines()[-1]
     assert "FoleyError" in last and "make room" in last and not list(tmp_path.glob("*.mp4"))
-    assert download(want("-------here"), tmp_path, how(tube)).fetched == 1
+    assert download(want("-------here"), tmp_path, how(tube)).downloaded == 1
 
 
 @pytest.mark.parametrize(
@@ -703,7 +702,7 @@ def test_ids_that_bite(tube, tmp_path, id_):
     if id_ == "--exec=touc":
         assert "=" in id_  # eleven characters, one of them wrong
     with pytest.raises(FoleyError, match="not 11 characters"):
-        fetch_clip(Item(id_, 0.0, "x", "train"), tmp_path, how(tube))
+        download_clip(Item(id_, 0.0, "x", "train"), tmp_path, how(tube))
     assert not tube.seen and not list(tmp_path.iterdir())
 
 
@@ -714,8 +713,8 @@ def test_too_short(tube, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="no ffmpeg")
 def test_sections(tube, tmp_path):
-    path = fetch_clip(want("-------here")[0], tmp_path, how(tube, sections=True))
-    assert not judge(inspect_clip(path), 2.0)
+    path = download_clip(want("-------here")[0], tmp_path, how(tube, sections=True))
+    assert not find_faults(inspect_clip(path), 2.0)
     assert np.corrcoef(read_audio(path)[: 2 * SR], scene(5, frames=False).audio[4 * SR : 6 * SR])[0, 1] > 0.9
 
 

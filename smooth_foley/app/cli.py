@@ -455,7 +455,7 @@ def _fetch_grounding(args):
     if args.dry_run:
         print(f"{g.HUB['repo']}: {', '.join(g.HUB['files'])}; {g.HUB['licence']}\nwould become {out}")
     else:
-        print(f"wrote {g.fetch_grounding(out, args.overwrite)}; use it with --model full, or --grounding full")
+        print(f"wrote {g.download_grounding(out, args.overwrite)}; use it with --model full, or --grounding full")
 
 
 def fetch(args):

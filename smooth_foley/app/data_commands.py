@@ -75,7 +75,7 @@ def _vggsound_options(p):
 
 # %% ../../nbs/app/92_data_commands.ipynb #4e14be21
 def _make_passby(args):
-    from smooth_foley.data.vggsound import passby_folder
+    from smooth_foley.world.as_vggsound import passby_folder
 
     if not args.out:
         raise FoleyError("--passby: say with --out which folder to make")
@@ -86,12 +86,12 @@ def _make_passby(args):
 
 
 def _fetch_missing(items, args):
-    from smooth_foley.data.vggsound import Fetching, download
+    from smooth_foley.data.download import DownloadOptions, download
 
-    how = Fetching(args.cookies, args.rate, args.pause, args.retries, height=args.height, proxy=args.proxy)
+    how = DownloadOptions(args.cookies, args.rate, args.pause, args.retries, height=args.height, proxy=args.proxy)
     report = download(items, args.clips, how, args.workers, again=args.again)
     print(
-        f"fetched {report.fetched}"
+        f"fetched {report.downloaded}"
         + "".join(f", {n} {reason}" for reason, n in report.failed.most_common())
         + (f"; reasons in {args.clips}/download.csv" if report.failed else "")
     )
@@ -181,19 +181,21 @@ def _audit_options(p):
 # %% ../../nbs/app/92_data_commands.ipynb #53fb43c6
 def audit(args):
     "Measure every clip and write down what is wrong"
-    from smooth_foley.data import vggsound as v
+    from smooth_foley.data.audit import audit as run_audit
+    from smooth_foley.data.inspection import Limits
+    from smooth_foley.data.vggsound import folder_items, join_clips, read_vggsound
 
     faults = []
     if args.csv:
-        items = v.join_clips(v.read_vggsound(args.csv, faults, duration=args.seconds or 10.0), args.clips)
+        items = join_clips(read_vggsound(args.csv, faults, duration=args.seconds or 10.0), args.clips)
     else:
-        items = v.folder_items(args.clips, args.seconds)
+        items = folder_items(args.clips, args.seconds)
     if faults:
         print(
             f"{args.csv}: {len(faults)} lines cannot be used, the first is line {faults[0]['line']}: {faults[0]['reason']}"
         )
-    limits = v.Limits(args.max_deviation, args.max_offset, args.silence, args.still)
-    report = v.audit(items, args.out, args.workers, limits, args.time_limit)
+    limits = Limits(args.max_deviation, args.max_offset, args.silence, args.still)
+    report = run_audit(items, args.out, args.workers, limits, args.time_limit)
     print(f"{report.clips} clips, {report.clean} without a fault")
     for reason, n in report.faults.most_common():
         print(f"  {n:>8} {reason}")
@@ -231,6 +233,7 @@ def _audioset_options(p):
 def audioset(args):
     "Read AudioSet's strong labels: clips, labels, faulty lines"
     from smooth_foley.data import audioset as room
+    from smooth_foley.data.items import segment_id
     from smooth_foley.data.vggsound import join_clips
 
     for path, suffix in ((args.out, ".csv"), (args.report, ".csv"), (args.plot, ".png")):
@@ -253,7 +256,7 @@ def audioset(args):
     if args.framed:
         framed, known = (
             room.read_framed(args.framed, names, wrong["framed"], args.seconds),
-            {room.segment_id(i): i for i in items},
+            {segment_id(i): i for i in items},
         )
         when = lambda segment, name: room.spans(known[segment], name) if segment in known else None
         print(
@@ -276,7 +279,7 @@ def audioset(args):
             w.writerows(table)
         print(f"wrote {path}")
     if args.plot:
-        found = {room.segment_id(i): i for i in items}
+        found = {segment_id(i): i for i in items}
         if args.segment and args.segment not in found:
             near = suggest(args.segment, found)
             raise FoleyError(
@@ -329,22 +332,25 @@ def _grounding_options(p):
 # %% ../../nbs/app/92_data_commands.ipynb #611e723b
 def grounding(args):
     "When is the sound of a label heard?"
-    from smooth_foley.data import vggsound as V
-    from smooth_foley.listen import grounding as G
+    from smooth_foley.data.items import check_vggsound_label
+    from smooth_foley.data.vggsound import join_clips, read_vggsound
+    from smooth_foley.listen.ground_files import ground_files, plot_files, show_table, write_table
+    from smooth_foley.listen.grounding import load_grounding
+    from smooth_foley.listen.phrases import phrases_of, show_vocabulary
 
     for p in filter(None, (args.csv, args.plot)):
         check_output(p, overwrite=True, suffixes=(".csv",) if p == args.csv else (".png",))
     if args.window % 2 == 0:
         raise FoleyError(f"--window {args.window}: must be odd; 1 means no median")
-    model = G.load_grounding(args.model, check_device(args.device))
+    model = load_grounding(args.model, check_device(args.device))
     if args.words:
-        return print(G.show_vocabulary(model))
+        return print(show_vocabulary(model))
     if bool(args.listing) != bool(args.clips):
         raise FoleyError("--list and --clips: belong together; give both")
     if args.listing:
         if args.paths or args.label or args.phrase:
             raise FoleyError("--list: knows files and labels itself; leave out files, --label and --phrase")
-        items = V.join_clips(V.read_vggsound(args.listing), args.clips).present
+        items = join_clips(read_vggsound(args.listing), args.clips).present
         if not items:
             raise FoleyError(f"{args.clips}: no clip of {args.listing} is in it; check both")
         files, labels = [i.path for i in items], [i.label for i in items]
@@ -353,8 +359,8 @@ def grounding(args):
             raise FoleyError("no file to listen to; give files, or --list and --clips")
         if bool(args.label) == bool(args.phrase):
             raise FoleyError("give either --label, or --phrase once or several times")
-        files, labels = args.paths, [V.check_vggsound_label(args.label) if args.label else ""] * len(args.paths)
-    phrases = [args.phrase or G.phrases_of(l) for l in labels]
+        files, labels = args.paths, [check_vggsound_label(args.label) if args.label else ""] * len(args.paths)
+    phrases = [args.phrase or phrases_of(l) for l in labels]
     for ps in dict.fromkeys(map(tuple, phrases)):  # say once what the model cannot read
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -368,17 +374,17 @@ def grounding(args):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for r in progress(
-            G.ground_files(model, files, phrases, labels, args.threshold, args.window, curves),
+            ground_files(model, files, phrases, labels, args.threshold, args.window, curves),
             "grounding",
             "file",
             len(files),
         ):
             rows.append(r)
-    print(G.show_table(rows))
+    print(show_table(rows))
     if args.csv:
-        print(f"wrote {G.write_table(rows, args.csv)}")
+        print(f"wrote {write_table(rows, args.csv)}")
     if args.plot and curves:
-        print(f"wrote {G.plot_files(curves, args.plot, args.threshold, args.window)}")
+        print(f"wrote {plot_files(curves, args.plot, args.threshold, args.window)}")
     if all(r["problem"] for r in rows):
         raise FoleyError(f"none of the {len(rows)} files could be grounded; the reasons stand above")
 
@@ -457,7 +463,7 @@ def _continuous_options(p):
 # %% ../../nbs/app/92_data_commands.ipynb #0d0a01d9
 def continuous(args):
     "VGGSound-Continuous, step by step"
-    from smooth_foley.data.continuous import run_command
+    from smooth_foley.app.continuous_commands import run_command
 
     if args.device != "cpu":
         args.device = check_device(args.device)
@@ -472,7 +478,7 @@ SHARDS = """Compute once what training reads of every clip, and pack it into tar
   smooth-foley data shards passby/vggsound.csv --clips passby/video --seconds 4 --heard passby/continuous --out heard     timelines that grounding heard
   smooth-foley data shards --verify shards                                                                     hold every byte to its checksum
 
-A killed run goes on when the same command is given again. Nodes of a cluster each take their part with --part 0/4, 1/4, ...; training reads the folder with smooth_foley.data.shards.TrainRows."""
+A killed run goes on when the same command is given again. Nodes of a cluster each take their part with --part 0/4, 1/4, ...; training reads the folder with smooth_foley.data.shard_rows.TrainRows."""
 
 
 def _shards_options(p):
@@ -525,7 +531,7 @@ def _shards_options(p):
 
 # %% ../../nbs/app/92_data_commands.ipynb #1cf7cb22
 def _tell_faults(faults, path, shown=10):
-    from smooth_foley.data.shards import write_faults
+    from smooth_foley.data.tables import FAULT_COLUMNS, write_rows
 
     for f in faults[:shown]:
         print(f"  {f['reason']:<10} {f['id'] or f['path']}  {f['detail']}")
@@ -536,20 +542,23 @@ def _tell_faults(faults, path, shown=10):
         + "".join(f", {n} {reason}" for reason, n in sorted(Counter(f["reason"] for f in faults).items()))
     )
     if path:
-        write_faults(path, faults)
+        write_rows(path, faults, FAULT_COLUMNS)
         print(f"wrote {path}")
 
 # %% ../../nbs/app/92_data_commands.ipynb #ed993595
 def shards(args):
     "Write shards, or check them"
-    from smooth_foley.data import shards as room
+    from smooth_foley.data.audioset import per_label
+    from smooth_foley.data.shard_reader import verify
+    from smooth_foley.data.shards import ShardConfig, write_shards
+    from smooth_foley.data.sources import read_source
 
     if args.report:
         check_output(args.report, args.overwrite, (".csv",))
     if args.verify:
         if args.source or args.out:
             raise FoleyError("--verify: only checks; leave out source and --out")
-        faults = room.verify(args.verify)
+        faults = verify(args.verify)
         _tell_faults(faults, args.report)
         if faults:
             raise FoleyError(
@@ -563,10 +572,10 @@ def shards(args):
     except ValueError:
         raise FoleyError(f"--part {args.part}: must be like 0/4") from None
     wrong = []
-    items = room.read_source(args.source, wrong, args.clips, args.names, args.seconds, args.heard, args.threshold)
+    items = read_source(args.source, wrong, args.clips, args.names, args.seconds, args.heard, args.threshold)
     if args.per_label:
-        items = room.per_label(items)
-    cfg = room.ShardConfig(
+        items = per_label(items)
+    cfg = ShardConfig(
         tuple(c.strip() for c in args.content.split(",") if c.strip()),
         None if args.model == "mini" else str(local_model(args.model)),
         args.fps,
@@ -574,7 +583,7 @@ def shards(args):
         args.per_shard,
         args.peak,
     )
-    index = room.write_shards(items, args.out, cfg, args.processes, check_device(args.device), (k, n), args.overwrite)
+    index = write_shards(items, args.out, cfg, args.processes, check_device(args.device), (k, n), args.overwrite)
     if index is None:
         print(f"part {k} of {n} is written; the others are not yet")
         return _tell_faults(wrong, args.report)
