@@ -23,6 +23,7 @@ from smooth_foley.metrics.frechet import (
     frechet_interval,
     kid,
 )
+from smooth_foley.metrics.intervals import paired_difference
 from smooth_foley.metrics.timing import (
     _suppress,
     activity,
@@ -30,7 +31,6 @@ from smooth_foley.metrics.timing import (
     average_precision,
     detect_onsets,
     onset_scores,
-    paired_difference,
     short_time_energy,
 )
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONSET_SR', 'ONSET_VARIANTS', 'counts', 'scores', 'frame_scores', 'at_frames', 'coverage', 'short_time_energy',
-           'activity', 'plot_activity', 'activity_coverage', 'detect_onsets', 'average_precision', 'onset_scores',
-           'bootstrap_interval', 'pooled', 'paired_difference']
+           'activity', 'plot_activity', 'activity_coverage', 'detect_onsets', 'average_precision', 'onset_scores']
 
 # %% ../../nbs/metrics/62_timing.ipynb #616021f3
 import numpy as np
@@ -258,60 +257,3 @@ def onset_scores(
     claim = p > 0
     ap = average_precision(y, p) if how["as_published"] else average_precision(y[claim], p[claim], len(t))
     return dict(out, accuracy=hits / len(t), ap=ap, f1=frame_scores(claim, y)["f1"])
-
-# %% ../../nbs/metrics/62_timing.ipynb #e9bbb20f
-def bootstrap_interval(
-    values,  # One per clip, `(n,)`, or a row of counts per clip, `(n, k)`
-    n: int = 2000,  # Resamples
-    seed: int = 0,  # Of the resampling
-    of=None,  # Statistic of `(..., clips, k)` rows over axis -2; None: mean of values
-) -> tuple:  # value, low, high
-    "A statistic over clips with its 95% percentile interval"
-    x = np.asarray(values, float)
-    x = x[~np.isnan(x).reshape(len(x), -1).any(1)] if len(x) else x
-    if not len(x):
-        return (np.nan,) * 3
-    stat = of or (lambda rows: rows.mean(-2)[..., 0])
-    x = x.reshape(len(x), -1)
-    draws = stat(x[np.random.default_rng(seed).integers(len(x), size=(n, len(x)))])
-    return (float(stat(x)), *(float(q) for q in np.percentile(draws, [2.5, 97.5])))
-
-
-def pooled(
-    name: str,  # 'f1', 'iou', 'precision' or 'recall'
-):  # For `bootstrap_interval(counts, of=...)`
-    "The score of summed counts, as a statistic over clips"
-    return lambda rows: scores(*np.moveaxis(rows.sum(-2), -1, 0))[name]
-
-# %% ../../nbs/metrics/62_timing.ipynb #d7e8e5b1
-def _sign_flips(n, seed, draws=10_000, block=1000):
-    "Rows of signs: all of them, or drawn ones, in blocks"
-    if n <= 16:
-        yield 1.0 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-    else:
-        rng = np.random.default_rng(seed)
-        for _ in range(draws // block):
-            yield 1.0 - 2 * rng.integers(2, size=(block, n))
-
-
-def paired_difference(
-    a,
-    b,  # One value per clip, `(n,)`, the same clips in the same order; clips with a nan are left out
-    n_boot: int = 2000,  # Resamples of the interval
-    seed: int = 0,  # Of resamples and signs
-) -> dict:  # n, difference (mean of a - b), low, high (95%), p (two-sided)
-    "Mean difference over clips, its bootstrap interval, and a sign-flip test"
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.ndim != 1 or a.shape != b.shape:
-        raise FoleyError(
-            f"a has shape {a.shape} and b {b.shape}; give one value per clip for the same clips, (n,) and (n,)"
-        )
-    d = (a - b)[np.isfinite(a) & np.isfinite(b)]
-    value, low, high = bootstrap_interval(d, n_boot, seed)
-    if not len(d):
-        return dict(n=0, difference=np.nan, low=np.nan, high=np.nan, p=np.nan)
-    size = np.abs(d).sum() * 1e-12
-    hits = [(np.abs(s @ d) >= abs(d.sum()) - size) for s in _sign_flips(len(d), seed)]
-    hits, total = sum(int(h.sum()) for h in hits), sum(len(h) for h in hits)
-    p = hits / total if len(d) <= 16 else (1 + hits) / (1 + total)
-    return dict(n=len(d), difference=value, low=low, high=high, p=p)
