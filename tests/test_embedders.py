@@ -185,7 +185,7 @@ def test_missing_weights_say_where_they_come_from(tmp_path):
 
 def test_weights_of_another_network_are_named(tmp_path):
     torch.save(dict(model=E.Wav2CLIP().state_dict()), tmp_path / "Wav2CLIP.pt")
-    with pytest.raises(FoleyError, match="conv_block1") as e:
+    with pytest.raises(FoleyError, match="conv_block1"):
         W.load_embedder("cnn14-16k", tmp_path / "Wav2CLIP.pt")
     torch.save(
         dict(epoch=1, numbers=np.arange(3.0), mean=np.float64(2), model=E.Wav2CLIP().state_dict()),
@@ -294,7 +294,7 @@ def test_a_judge_does_not_know_the_batch(kind, some):
 
 def test_classifier_is_right_and_silence_is_anything(some):
     ear = J.load_judge()
-    assert [l for l, _ in J.recognise(ear, np.stack([s.audio for s in some]))] == [s.label for s in some]
+    assert [label for label, _ in J.recognise(ear, np.stack([s.audio for s in some]))] == [s.label for s in some]
     assert ear.classify(np.zeros((1, 163840), np.float32)).max() < 0.3
 
 

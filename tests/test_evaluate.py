@@ -1,4 +1,4 @@
-"""What a notebook can't tell about evaluating: stopped and resumed, several processes, folders of bad sounds, the command line"""
+"Evaluation: stopped and resumed runs, several processes, folders of bad sounds, bad names"
 
 import json
 import os

@@ -224,7 +224,10 @@ def test_dropouts_at_any_rate(sr):
 
 def test_closest_approach_is_asked_only_where_it_can_be_heard():
     s = passage(t_nearest=5.0)
-    ask = lambda distance, sounding: closest_approach(s.audio, s.sr, distance, sounding)["level"]
+
+    def ask(distance, sounding):
+        return closest_approach(s.audio, s.sr, distance, sounding)["level"]
+
     r, on = s.truth["distance"], s.truth["sounding"]
     assert ask(r, on) < 0.1
     assert np.isnan(ask(np.full_like(r, 20.0), on)), "nothing moves"
@@ -252,7 +255,7 @@ SPLITS = ("passby_continuous", "passby")
 
 
 def made_up(folder, n=12):
-    "An evaluation whose numbers are known: only `ours` is always right, the wrong ones are half on; FoleyCrafter is never recognised"
+    "An evaluation with known numbers: only `ours` is always right, FoleyCrafter is never recognised"
     keys, rows = ("cond_tp", "cond_fp", "cond_fn", "act_tp", "act_fp", "act_fn"), []
     for split in SPLITS:
         for i in range(n):
@@ -319,7 +322,10 @@ def test_tables_show_what_has_been_measured_and_nothing_else(tmp_path):
 
 def test_claims_follow_the_numbers(tmp_path):
     found = {(r["claim"], r["split"]): r for r in tables.claims(made_up(tmp_path))}
-    words = lambda part: {r["verdict"] for (c, _), r in found.items() if part in c}
+
+    def words(part):
+        return {r["verdict"] for (c, _), r in found.items() if part in c}
+
     assert words("the label finds the sound") == {"holds"} and words("closer in meaning than FoleyCrafter") == {"holds"}
     assert words("better timed than clip-wise") == {"not shown"} and words(
         "the prompt helps FoleyCrafter to be recognised"

@@ -77,7 +77,8 @@ def _label_rows(folder):
     path = folder / "labels.csv"
     if not path.is_file():
         raise FoleyError(
-            f"{folder}: no labels.csv in it; write one with the columns name,label (and split, if there are several), one row per video"
+            f"{folder}: no labels.csv in it; write one with the columns name,label (and split, if there are "
+            "several), one row per video"
         )
     with open(path, newline="", encoding="utf-8-sig") as f:
         rows = list(csv.DictReader(f))
@@ -96,7 +97,8 @@ def _check_label_rows(path, rows):
     absent = [r["name"] for r in rows if not (path.parent / r["name"]).is_file()]
     if absent:
         raise FoleyError(
-            f"{path}: names {len(absent)} files that are not there: {', '.join(absent[:5])}; remove the rows or add the videos"
+            f"{path}: names {len(absent)} files that are not there: {', '.join(absent[:5])}; "
+            "remove the rows or add the videos"
         )
 
 # %% ../../nbs/compare/72_clips.ipynb #ecab4e2c
@@ -126,7 +128,8 @@ def folder_clips(
     clips = [_video_clip(folder / name, label, split, fps, size, max_duration) for name, label, split in rows]
     if twice := _repeated(clips):
         raise FoleyError(
-            f"{folder}/labels.csv: several videos are called {', '.join(twice[:5])} apart from their suffix; rename all but one"
+            f"{folder}/labels.csv: several videos are called {', '.join(twice[:5])} apart from their suffix; "
+            "rename all but one"
         )
     return clips
 

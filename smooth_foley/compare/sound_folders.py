@@ -90,7 +90,8 @@ def _check_length(path, x, sr):
     n = x.shape[1]
     if n < _SHORTEST * sr:
         raise FoleyError(
-            f"{path}: lasts {n} sample{'s' * (n != 1)} ({1000 * n / sr:.3g} ms), and at least {_SHORTEST:g} s are needed; take it out of the folder"
+            f"{path}: lasts {n} sample{'s' * (n != 1)} ({1000 * n / sr:.3g} ms), and at least {_SHORTEST:g} s are "
+            "needed; take it out of the folder"
         )
 
 
@@ -147,11 +148,13 @@ def _check_names(asked, generated, reference, chosen) -> tuple:  # Metrics that 
             only.append(f"only in --{side}: {_listed(alone)}")
     if not only:
         return asked, []
-    why = f"{len(generated)} generated and {len(reference)} reference sounds, whose names do not all match ({'; '.join(only)})"
+    sizes = f"{len(generated)} generated and {len(reference)} reference sounds"
+    why = f"{sizes}, whose names do not all match ({'; '.join(only)})"
     of_pairs = [m for m in asked if m in _OF_PAIRS]
     if chosen and of_pairs:
         raise FoleyError(
-            f"--metrics {','.join(of_pairs)}: compares pairs, but there are {why}; rename or remove files, or ask for {', '.join(_OF_SETS)} alone"
+            f"--metrics {','.join(of_pairs)}: compares pairs, but there are {why}; "
+            f"rename or remove files, or ask for {', '.join(_OF_SETS)} alone"
         )
     return [m for m in asked if m not in _OF_PAIRS], [f"{why}: {', '.join(_OF_PAIRS)} left out"]
 
@@ -229,7 +232,8 @@ def _metric_rows(metric, models, generated, reference, clips, refuse) -> list:
         if metric in ("kl", "is") and not named:
             if refuse:
                 raise FoleyError(
-                    f"--metrics {metric}: {network} names no classes; use cnn14_16k, cnn14_32k, melception or mini-judges"
+                    f"--metrics {metric}: {network} names no classes; "
+                    "use cnn14_16k, cnn14_32k, melception or mini-judges"
                 )
             continue
         rows.append(_metric_row(metric, network, generated, reference, clips))

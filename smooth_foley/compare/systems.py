@@ -188,7 +188,8 @@ def _foleycrafter_on(loaded):
     pipe, mini = loaded.pipe, is_mini(loaded.pipe)
     if not (mini or loaded.folder):
         raise FoleyError(
-            "system foleycrafter: this pipeline came without a folder that holds its time detector; give --model or weights=FOLDER"
+            "system foleycrafter: this pipeline came without a folder that holds its time detector; "
+            "give --model or weights=FOLDER"
         )
     parts = dict(pipe.components)
     if "frame_adapter" not in loaded.replaced:
@@ -334,7 +335,8 @@ def parse_system(
         )
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in _RESERVED:
         raise FoleyError(
-            f"system {text!r}: {name!r} cannot be its name; use letters, digits, - and _, and none of {', '.join(_RESERVED)}"
+            f"system {text!r}: {name!r} cannot be its name; "
+            f"use letters, digits, - and _, and none of {', '.join(_RESERVED)}"
         )
     if pairs and name in SYSTEMS:
         raise FoleyError(f"system {text!r}: {name!r} has a meaning of its own; name it, as in mine={text.strip()}")
@@ -352,7 +354,8 @@ def _with_pairs(spec, text, pairs):
             parts[key] = value
         else:
             raise FoleyError(
-                f"system {text!r}: does not understand {pair!r}; give {', '.join(_COMPONENTS)} with a folder, or {', '.join(_OPTIONS)} with a value"
+                f"system {text!r}: does not understand {pair!r}; "
+                f"give {', '.join(_COMPONENTS)} with a folder, or {', '.join(_OPTIONS)} with a value"
             )
     return replace(spec, parts=parts, options=options)
 

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -39,26 +40,27 @@ class MetricFile:
 
 
 _ROWS = """
-vggish     vggish-10086976.pth                       289000000 Apache-2.0 -                                github:harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth
-cnn14-16k  Cnn14_16k_mAP=0.438.pth                   325000000 CC-BY-4.0  362fc5ff18f1d6ad2f6d464b45893f2c zenodo:Cnn14_16k_mAP%3D0.438.pth
-cnn14-32k  Cnn14_mAP=0.431.pth                       327428481 CC-BY-4.0  541141fa2ee191a88f24a3219fff024e zenodo:Cnn14_mAP%3D0.431.pth
-wav2clip   Wav2CLIP.pt                                47000000 MIT        -                                github:descriptinc/lyrebird-wav2clip/releases/download/v0.1.0-alpha/Wav2CLIP.pt
-melception melception-21-05-10T09-28-40.pt           270000000 MIT        a71a41041e945b457c7d3d814bbcf72d a3s:melception-21-05-10T09-28-40.pt
-melception train_means_stds_melspec_10s_22050hz.txt       4000 MIT        f449c6fd0e248936c16f6d22492bb625 a3s:train_means_stds_melspec_10s_22050hz.txt
-clap       clap/config.json                               5000 Apache-2.0 -                                clap:config.json
-clap       clap/preprocessor_config.json                   500 Apache-2.0 -                                clap:preprocessor_config.json
-clap       clap/pytorch_model.bin                    615000000 Apache-2.0 -                                clap:pytorch_model.bin
-clap       clap/tokenizer.json                         2100000 Apache-2.0 -                                clap:tokenizer.json
-clap       clap/tokenizer_config.json                      400 Apache-2.0 -                                clap:tokenizer_config.json
-clip       clip/open_clip_config.json                     1000 MIT        -                                clip:open_clip_config.json
-clip       clip/open_clip_model.safetensors          605000000 MIT        -                                clip:open_clip_model.safetensors
+vggish     vggish-10086976.pth                       289000000 Apache-2.0 -                                torchvggish
+cnn14-16k  Cnn14_16k_mAP=0.438.pth                   325000000 CC-BY-4.0  362fc5ff18f1d6ad2f6d464b45893f2c zenodo
+cnn14-32k  Cnn14_mAP=0.431.pth                       327428481 CC-BY-4.0  541141fa2ee191a88f24a3219fff024e zenodo
+wav2clip   Wav2CLIP.pt                                47000000 MIT        -                                lyrebird
+melception melception-21-05-10T09-28-40.pt           270000000 MIT        a71a41041e945b457c7d3d814bbcf72d a3s
+melception train_means_stds_melspec_10s_22050hz.txt       4000 MIT        f449c6fd0e248936c16f6d22492bb625 a3s
+clap       clap/config.json                               5000 Apache-2.0 -                                laion
+clap       clap/preprocessor_config.json                   500 Apache-2.0 -                                laion
+clap       clap/pytorch_model.bin                    615000000 Apache-2.0 -                                laion
+clap       clap/tokenizer.json                         2100000 Apache-2.0 -                                laion
+clap       clap/tokenizer_config.json                      400 Apache-2.0 -                                laion
+clip       clip/open_clip_config.json                     1000 MIT        -                                timm
+clip       clip/open_clip_model.safetensors          605000000 MIT        -                                timm
 """
 _SITES = dict(
-    github="https://github.com/",
+    torchvggish="https://github.com/harritaylor/torchvggish/releases/download/v0.1/",
     zenodo="https://zenodo.org/record/3987831/files/",
+    lyrebird="https://github.com/descriptinc/lyrebird-wav2clip/releases/download/v0.1.0-alpha/",
     a3s="https://a3s.fi/swift/v1/AUTH_a235c0f452d648828f745589cde1219a/specvqgan_public/",
-    clap="https://huggingface.co/laion/clap-htsat-unfused/resolve/main/",
-    clip="https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/main/",
+    laion="https://huggingface.co/laion/clap-htsat-unfused/resolve/main/",
+    timm="https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/main/",
 )
 
 # %% ../../nbs/listen/42a_embedder_files.ipynb #e7420a06
@@ -66,10 +68,10 @@ def metric_files() -> list:  # of `MetricFile`
     "All published files that the embedders read"
     files = []
     for row in _ROWS.strip().splitlines():
-        of, name, size, licence, md5, address = row.split()
-        site, _, path = address.partition(":")
+        of, name, size, licence, md5, site = row.split()
+        url = _SITES[site] + quote(Path(name).name)
         md5 = "" if md5 == "-" else md5
-        files.append(MetricFile(of, name, int(size), licence.replace("CC-BY-", "CC BY "), md5, _SITES[site] + path))
+        files.append(MetricFile(of, name, int(size), licence.replace("CC-BY-", "CC BY "), md5, url))
     return files
 
 
@@ -94,7 +96,8 @@ def _receive(url, part):
             return have
         name = part.name.removesuffix(".part")
         raise FoleyError(
-            f"{url}: the server answers {e.code}; see whether the address still holds, or download {name} by hand into {part.parent}"
+            f"{url}: the server answers {e.code}; "
+            f"see whether the address still holds, or download {name} by hand into {part.parent}"
         ) from e
     except OSError as e:
         raise FoleyError(
@@ -164,7 +167,8 @@ def _read_weights(
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
         reason = str(e).splitlines()[0][:150]
         raise FoleyError(
-            f"{path}: it cannot be read as plain weights ({reason}); it is damaged or no file of weights, download it again"
+            f"{path}: it cannot be read as plain weights ({reason}); "
+            "it is damaged or no file of weights, download it again"
         ) from e
     found = found.get("model", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
@@ -209,7 +213,8 @@ def _weights_path(
         file = at / Path(r.name).name
         if not file.is_file():
             raise FoleyError(
-                f"{file} is missing; {name} needs it: {r.url} (about {r.size / 1e6:.1f} MB, {r.licence}), or run smooth-foley fetch metrics"
+                f"{file} is missing; {name} needs it: {r.url} (about {r.size / 1e6:.1f} MB, {r.licence}), or run "
+                "smooth-foley fetch metrics"
             )
     return at if has_folder else at / first
 

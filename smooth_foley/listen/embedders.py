@@ -187,29 +187,23 @@ class VGGish(nn.Module):
         self.pproc.register_buffer("pca_eigen_vectors", torch.eye(128))
         self.pproc.register_buffer("pca_means", torch.zeros(128, 1))
 
+    def forward(
+        self,
+        patches: Tensor,  # `(b, 96, 64)`
+    ) -> Tensor:  # `(b, 128)`
+        "One embedding per patch"
+        return self.embeddings(self.features(patches[:, None].float()).permute(0, 2, 3, 1).flatten(1))
 
-@patch
-def forward(
-    self: VGGish,
-    patches: Tensor,  # `(b, 96, 64)`
-) -> Tensor:  # `(b, 128)`
-    "One embedding per patch"
-    return self.embeddings(self.features(patches[:, None].float()).permute(0, 2, 3, 1).flatten(1))
+    @torch.no_grad()
+    def listen(self, audio) -> Tensor:
+        "`(b, n)` at 16 kHz -> `(b*patches, 128)`"
+        x = _as_batch(audio).to(self.pproc.pca_means.device)
+        return self(_vggish_patches(_vggish_mel(x)).flatten(0, 1)).cpu()
 
-
-@patch
-@torch.no_grad()
-def listen(self: VGGish, audio) -> Tensor:
-    "`(b, n)` at 16 kHz -> `(b*patches, 128)`"
-    x = _as_batch(audio).to(self.pproc.pca_means.device)
-    return self(_vggish_patches(_vggish_mel(x)).flatten(0, 1)).cpu()
-
-
-@patch
-def quantise(self: VGGish, e: Tensor) -> Tensor:
-    "AudioSet's released form: ReLU, PCA, clipped to [-2, 2], in 256 steps"
-    e = (self.pproc.pca_eigen_vectors @ (F.relu(e).T - self.pproc.pca_means)).T.clamp(-2, 2)
-    return ((e + 2) * 255 / 4).round()
+    def quantise(self, e: Tensor) -> Tensor:
+        "AudioSet's released form: ReLU, PCA, clipped to [-2, 2], in 256 steps"
+        e = (self.pproc.pca_eigen_vectors @ (F.relu(e).T - self.pproc.pca_means)).T.clamp(-2, 2)
+        return ((e + 2) * 255 / 4).round()
 
 # %% ../../nbs/listen/42_embedders.ipynb #dadf4262
 def _fourier(n_fft, function):
@@ -372,29 +366,28 @@ class Melception(Inception3):
             if k == "avgpool":
                 return x.flatten(1)
 
-# %% ../../nbs/listen/42_embedders.ipynb #e7420004
-@patch
-@torch.no_grad()
-def hear_both(self: Melception, audio) -> tuple:
-    "`(b, n)` -> embeddings and logits, from the middle 848 frames (9.8 s)"
-    x = (_specvqgan_mel(_as_batch(audio).to(self.mean.device)) - self.mean) / self.std
-    a = max(0, (x.shape[-1] - 848) // 2)
-    e = self.pooled(x[..., a : a + 848])
-    return e.cpu(), self.fc(e).cpu()
+    @torch.no_grad()
+    def hear_both(self, audio) -> tuple:
+        "`(b, n)` -> embeddings and logits, from the middle 848 frames (9.8 s)"
+        x = (_specvqgan_mel(_as_batch(audio).to(self.mean.device)) - self.mean) / self.std
+        a = max(0, (x.shape[-1] - 848) // 2)
+        e = self.pooled(x[..., a : a + 848])
+        return e.cpu(), self.fc(e).cpu()
 
+    def listen(self, audio) -> Tensor:
+        "`(b, n)` at 22.05 kHz -> `(b, 2048)`"
+        return self.hear_both(audio)[0]
 
-@patch
-def listen(self: Melception, audio) -> Tensor:
-    "`(b, n)` at 22.05 kHz -> `(b, 2048)`"
-    return self.hear_both(audio)[0]
-
-
-@patch
-def scores(self: Melception, audio) -> Tensor:
-    "`(b, n)` at 22.05 kHz -> logits `(b, 309)`"
-    return self.hear_both(audio)[1]
+    def scores(self, audio) -> Tensor:
+        "`(b, n)` at 22.05 kHz -> logits `(b, 309)`"
+        return self.hear_both(audio)[1]
 
 # %% ../../nbs/listen/42_embedders.ipynb #6ebce9f0
+def _unit(found):
+    "The pooled output of any version of transformers, at length 1"
+    return F.normalize(getattr(found, "pooler_output", found).float(), dim=-1).cpu()
+
+
 class Clap(nn.Module):
     "transformers' ClapModel with its feature extractor"
 
@@ -414,30 +407,21 @@ class Clap(nn.Module):
             x, sampling_rate=self.rate, truncation="rand_trunc", padding="repeatpad", return_tensors="pt"
         )
 
+    @torch.no_grad()
+    def listen(self, audio) -> Tensor:
+        "`(b, n)` at 48 kHz -> `(b, 512)`, length 1"
+        f = self.front(audio)
+        x = f["input_features"].to(self.model.device)
+        return _unit(self.model.get_audio_features(input_features=x, is_longer=f.get("is_longer")))
 
-def _unit(found):
-    "The pooled output of any version of transformers, at length 1"
-    return F.normalize(getattr(found, "pooler_output", found).float(), dim=-1).cpu()
+    @torch.no_grad()
+    def embed_text(self, texts: list) -> Tensor:
+        "Texts -> `(n, 512)`, length 1"
+        from transformers import AutoTokenizer
 
-
-@patch
-@torch.no_grad()
-def listen(self: Clap, audio) -> Tensor:
-    "`(b, n)` at 48 kHz -> `(b, 512)`, length 1"
-    f = self.front(audio)
-    x = f["input_features"].to(self.model.device)
-    return _unit(self.model.get_audio_features(input_features=x, is_longer=f.get("is_longer")))
-
-
-@patch
-@torch.no_grad()
-def embed_text(self: Clap, texts: list) -> Tensor:
-    "Texts -> `(n, 512)`, length 1"
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(self.folder)
-    tokens = tokenizer(list(texts), padding=True, return_tensors="pt").to(self.model.device)
-    return _unit(self.model.get_text_features(**tokens))
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        tokens = tokenizer(list(texts), padding=True, return_tensors="pt").to(self.model.device)
+        return _unit(self.model.get_text_features(**tokens))
 
 # %% ../../nbs/listen/42_embedders.ipynb #f122aa7a
 @torch.no_grad()

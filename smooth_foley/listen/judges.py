@@ -101,8 +101,8 @@ class SoundClassifier(Judge):
     @register_to_config
     def __init__(
         self,
-        labels: list = list(passby.LABELS),  # Names of the classes
-        channels: list = [16, 32, 64, 128],  # Of each block; each halves both axes
+        labels: tuple = tuple(passby.LABELS),  # Names of the classes
+        channels: tuple = (16, 32, 64, 128),  # Of each block; each halves both axes
         n_mels: int = 128,  # Rows of the log-mel
         embed_dim: int = 128,  # Size of an embedding
     ):
@@ -135,7 +135,7 @@ class SoundStudent(Judge):
     def __init__(
         self,
         clip_dim: int = 96,  # Size of CLIP's space
-        channels: list = [16, 32, 64, 128],  # Of each block; each halves both axes
+        channels: tuple = (16, 32, 64, 128),  # Of each block; each halves both axes
         n_mels: int = 128,  # Rows of the log-mel
         embed_dim: int = 192,  # Before the last layers
     ):
@@ -161,7 +161,7 @@ def _words(text: str) -> list:  # Lower-case words
     return re.findall("[a-z]+", text.lower())
 
 
-_VOCABULARY = sorted({w for t in (*passby.LABELS, *_MOVES, *_TIMES, _NOTHING) for w in _words(t)})
+_VOCABULARY = tuple(sorted(set(_words(" ".join([*passby.LABELS, *_MOVES, *_TIMES, _NOTHING])))))
 
 # %% ../../nbs/listen/41_judges.ipynb #31d01a81
 class SoundText(Judge):
@@ -170,9 +170,9 @@ class SoundText(Judge):
     @register_to_config
     def __init__(
         self,
-        vocabulary: list = _VOCABULARY,  # Words it knows
+        vocabulary: tuple = _VOCABULARY,  # Words it knows
         dim: int = 64,  # Of the sphere's space
-        channels: list = [16, 32, 64, 128],  # Of each block; each halves both axes
+        channels: tuple = (16, 32, 64, 128),  # Of each block; each halves both axes
         n_mels: int = 128,  # Rows of the log-mel
         embed_dim: int = 192,  # Before the last layers
         width: int = 64,  # Of the text side
@@ -201,9 +201,8 @@ def embed_text(
     ids = [[v[w] for w in _words(t) if w in v] for t in texts]
     for t, i in zip(texts, ids):
         if not i:
-            raise FoleyError(
-                f"text {t!r}: no word of it is known, e.g. {' or '.join(map(repr, suggest(t, self.config.vocabulary)))} would be"
-            )
+            near = " or ".join(map(repr, suggest(t, self.config.vocabulary)))
+            raise FoleyError(f"text {t!r}: no word of it is known, e.g. {near} would be")
     flat = torch.tensor([i for k in ids for i in k], device=self.device)
     off = torch.tensor(np.cumsum([0] + [len(k) for k in ids[:-1]]), device=self.device)
     return F.normalize(self.text(self.words(flat, off)).float(), dim=-1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import FoleyError, mini_path, progress
+from ..core import mini_path, progress
 from .judges import HELD_OUT, judge_path, judge_scene, load_judges
 from ..mel import MelTransform
 from ..metrics.clip_score import clip_score

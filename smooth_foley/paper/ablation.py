@@ -16,7 +16,7 @@ from ..backbone import PatchAutoencoder, decode_latents, encode_latents
 from ..compare.clips import TEST
 from ..compare.folders import read_rows, write_rows
 from ..compare.measure import hear
-from ..core import FoleyError, progress
+from ..core import progress
 from ..listen.judges import load_judges
 from ..mel import MelTransform
 from ..metrics.divergence import inception_score, kl_per_clip

@@ -169,23 +169,23 @@ def films_results(
 
 # %% ../../nbs/paper/80_tables.ipynb #b7626d8f
 _CLAIMS = """
-paper        foleycrafter          condition F1         | the label finds the sound where the time detector does not
-paper        foleycrafter          activity coverage    | label-guided sound fills the time it should
-paper        foleycrafter          activity IoU         | label-guided sound is on when it should be
-paper        foleycrafter          MKL                  | Smooth-Foley is closer in meaning than FoleyCrafter (MKL)
-paper        foleycrafter          CLIP score           | Smooth-Foley is closer to the picture than FoleyCrafter
-paper        ours-clipwise         MKL                  | frame-wise is closer in meaning than clip-wise (MKL)
-paper        ours-clipwise         CLIP score           | frame-wise is closer to the picture than clip-wise
-paper        ours-clipwise         activity IoU         | frame-wise is better timed than clip-wise
-paper        ours-clipwise         f0 adherence         | frame-wise follows the Doppler shift better than clip-wise
-foleycrafter foleycrafter-noprompt MKL                  | the prompt helps FoleyCrafter (MKL)
-foleycrafter foleycrafter-noprompt recognised           | the prompt helps FoleyCrafter to be recognised
-ours         ours-clipwise         activity IoU         | ours: the window is better timed than clip-wise
-ours         ours-clipwise         f0 adherence         | ours: the window follows the Doppler shift better than clip-wise
-ours         paper                 f0 adherence         | ours: the window follows the Doppler shift better than order-free frames
-ours         ours-clipwise         centroid correlation | ours: brightness follows the passage better than clip-wise
-ours         paper                 centroid correlation | ours: brightness follows the passage better than with order-free frames
-ours         other                 f0 adherence         | ours: the window follows the Doppler shift better than the sound of another scene
+paper foleycrafter condition F1 | the label finds the sound where the time detector does not
+paper foleycrafter activity coverage | label-guided sound fills the time it should
+paper foleycrafter activity IoU | label-guided sound is on when it should be
+paper foleycrafter MKL | Smooth-Foley is closer in meaning than FoleyCrafter (MKL)
+paper foleycrafter CLIP score | Smooth-Foley is closer to the picture than FoleyCrafter
+paper ours-clipwise MKL | frame-wise is closer in meaning than clip-wise (MKL)
+paper ours-clipwise CLIP score | frame-wise is closer to the picture than clip-wise
+paper ours-clipwise activity IoU | frame-wise is better timed than clip-wise
+paper ours-clipwise f0 adherence | frame-wise follows the Doppler shift better than clip-wise
+foleycrafter foleycrafter-noprompt MKL | the prompt helps FoleyCrafter (MKL)
+foleycrafter foleycrafter-noprompt recognised | the prompt helps FoleyCrafter to be recognised
+ours ours-clipwise activity IoU | ours: the window is better timed than clip-wise
+ours ours-clipwise f0 adherence | ours: the window follows the Doppler shift better than clip-wise
+ours paper f0 adherence | ours: the window follows the Doppler shift better than order-free frames
+ours ours-clipwise centroid correlation | ours: brightness follows the passage better than clip-wise
+ours paper centroid correlation | ours: brightness follows the passage better than with order-free frames
+ours other f0 adherence | ours: the window follows the Doppler shift better than the sound of another scene
 """  # System, against, measure | what is claimed
 
 
