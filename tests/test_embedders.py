@@ -286,32 +286,32 @@ def some():
 
 @pytest.mark.parametrize("kind", list(J.KINDS))
 def test_a_judge_does_not_know_the_batch(kind, some):
-    ear, x = J.load_judge(kind=kind), np.stack([s.audio for s in some[:3]])
-    assert torch.allclose(ear.listen(x), torch.cat([ear.listen(r[None]) for r in x]), atol=1e-4)
+    judge, x = J.load_judge(kind=kind), np.stack([s.audio for s in some[:3]])
+    assert torch.allclose(judge.listen(x), torch.cat([judge.listen(r[None]) for r in x]), atol=1e-4)
     with pytest.raises(FoleyError, match="no numbers"):
-        ear.listen(np.full((1, 16000), np.nan))
+        judge.listen(np.full((1, 16000), np.nan))
 
 
 def test_classifier_is_right_and_silence_is_anything(some):
-    ear = J.load_judge()
-    assert [label for label, _ in J.recognise(ear, np.stack([s.audio for s in some]))] == [s.label for s in some]
-    assert ear.classify(np.zeros((1, 163840), np.float32)).max() < 0.3
+    judge = J.load_judge()
+    assert [label for label, _ in J.recognise(judge, np.stack([s.audio for s in some]))] == [s.label for s in some]
+    assert judge.classify(np.zeros((1, 163840), np.float32)).max() < 0.3
 
 
 def test_student_prefers_the_right_pictures(some):
     from smooth_foley.clip import FrameEncoder
     from smooth_foley.core import mini_path
 
-    clip, ear = FrameEncoder.from_pretrained(mini_path() / "frame_encoder"), J.load_judge(kind="student")
+    clip, judge = FrameEncoder.from_pretrained(mini_path() / "frame_encoder"), J.load_judge(kind="student")
     z = torch.nn.functional.normalize(torch.stack([clip.encode_frames(s.frames).mean(0) for s in some]), dim=-1)
-    cos = ear.listen(np.stack([s.audio for s in some])) @ z.T
+    cos = judge.listen(np.stack([s.audio for s in some])) @ z.T
     other = torch.tensor([[a.label != b.label for b in some] for a in some])
     assert cos.diagonal().mean() > cos[other].mean() + 0.3
 
 
 def test_text_names_the_sound(some):
-    ear = J.load_judge(kind="text")
-    cos = ear.listen(np.stack([s.audio for s in some])) @ ear.embed_text(list(passby.LABELS)).T
+    judge = J.load_judge(kind="text")
+    cos = judge.listen(np.stack([s.audio for s in some])) @ judge.embed_text(list(passby.LABELS)).T
     assert np.mean([passby.LABELS[k] == s.label for k, s in zip(cos.argmax(1), some)]) > 0.9
 
 

@@ -36,10 +36,8 @@ class ConvBlock(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, pool=2):
         super().__init__()
-        self.conv1, self.conv2 = (
-            nn.Conv2d(n_in, n_out, 3, padding=1, bias=False),
-            nn.Conv2d(n_out, n_out, 3, padding=1, bias=False),
-        )
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
         self.bn1, self.bn2, self.pool = nn.BatchNorm2d(n_out), nn.BatchNorm2d(n_out), nn.AvgPool2d(pool)
 
     def forward(self, x):
@@ -383,8 +381,7 @@ def judge_mels(
             log_mel = mel.log_mel(torch.from_numpy(s.audio)[None])[0].half().numpy()
             distance = np.log2(s.truth["distance"]).astype(np.float16)
             rows.append((log_mel, s.truth["sounding"], distance, passby.LABELS.index(s.label)))
-        names = ("mel", "sounding", "distance", "label")
-        return {k: np.stack(v) for k, v in zip(names, zip(*rows))}
+        return {k: np.stack(v) for k, v in zip(("mel", "sounding", "distance", "label"), zip(*rows))}
 
     return _cached(Path(folder) / f"judge_{first_seed}_{n_scenes}.npz", make)
 
@@ -393,33 +390,25 @@ def _judge_pictures(
     folder,  # Where the cache is, or goes
     n_scenes: int,  # How many
     frame_encoder,  # mini's `FrameEncoder`
-    first_seed: int = JUDGES,
-    fps: float = 3.0,  # Frames per second of the pictures
 ) -> dict:  # frame_emb `(n, T, D)` float16
-    "CLIP's frame embeddings of the same scenes"
+    "CLIP's frame embeddings of the same scenes, three frames per second"
 
     def make():
         rows = []
         for i in progress(range(n_scenes), desc="judge pictures", unit="scene"):
-            frames = judge_scene(first_seed + i, fps=fps, audio=False).frames
+            frames = judge_scene(JUDGES + i, fps=3.0, audio=False).frames
             rows.append(frame_encoder.encode_frames(frames).half().numpy())
         return dict(frame_emb=np.stack(rows))
 
-    return _cached(Path(folder) / f"pictures_{first_seed}_{n_scenes}_{fps:g}.npz", make)
+    return _cached(Path(folder) / f"pictures_{JUDGES}_{n_scenes}_3.npz", make)
 
 # %% ../../nbs/listen/41_judges.ipynb #8d0e2634
 _RECIPES = dict(
-    classifier=dict(steps=500, n_scenes=1500),
-    student=dict(steps=400, n_scenes=2000),
-    text=dict(steps=300, n_scenes=2000),
+    classifier=dict(stage=_ClassifierStage, steps=500, n_scenes=1500),
+    student=dict(stage=_StudentStage, steps=400, n_scenes=2000),
+    text=dict(stage=_TextStage, steps=300, n_scenes=2000),
 )
-_STAGES = dict(classifier=_ClassifierStage, student=_StudentStage, text=_TextStage)
 KINDS = dict(classifier=SoundClassifier, student=SoundStudent, text=SoundText)
-
-
-def _encoder_mark(folder) -> str:
-    "Which CLIP the student follows"
-    return hashlib.sha256((Path(folder) / "open_clip_model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def _judge_data(kind, cache, n_scenes) -> tuple:  # Arrays, what is recorded about them
@@ -430,18 +419,10 @@ def _judge_data(kind, cache, n_scenes) -> tuple:  # Arrays, what is recorded abo
 
         folder = mini_path() / "frame_encoder"
         arrays.update(_judge_pictures(cache, n_scenes, FrameEncoder.from_pretrained(folder)))
-        about["frame_encoder_sha256"] = _encoder_mark(folder)
+        weights = (folder / "open_clip_model.safetensors").read_bytes()
+        about["frame_encoder_sha256"] = hashlib.sha256(weights).hexdigest()[:16]
     keys = {"student": ("frame_emb",), "text": ("distance",)}.get(kind, ())
     return {k: arrays[k] for k in ("mel", "sounding", "label", *keys)}, about
-
-
-def _save_judge(model, out, about):
-    "Weights in half precision, log, and how it was trained"
-    weights = out / "weights"
-    nn.Module.to(model.eval(), torch.float16).save_pretrained(weights)
-    shutil.copy(out / "log.csv", weights / "log.csv")
-    (weights / "training.json").write_text(json.dumps(about, indent=1) + "\n")
-    return weights
 
 
 def train_judge(
@@ -457,8 +438,8 @@ def train_judge(
     "Train a judge on real audio alone"
     if kind not in KINDS:
         raise FoleyError(f"kind: no judge is called '{kind}', choose one of {', '.join(KINDS)}")
-    out, steps = Path(out), steps or _RECIPES[kind]["steps"]
-    n_scenes = n_scenes or _RECIPES[kind]["n_scenes"]
+    out, recipe = Path(out), _RECIPES[kind]
+    steps, n_scenes = steps or recipe["steps"], n_scenes or recipe["n_scenes"]
     cfg = TrainConfig(
         max_train_steps=steps,
         train_batch_size=batch_size,
@@ -476,8 +457,13 @@ def train_judge(
         return {k: torch.from_numpy(a[i]) for k, a in arrays.items()}
 
     torch.manual_seed(seed)
-    stage = train(_STAGES[kind](KINDS[kind]().train()), rows, n_scenes, cfg, out)
-    return _save_judge(stage.model, out, dict(**about, config=asdict(cfg), hardware=hardware()))
+    stage = train(recipe["stage"](KINDS[kind]().train()), rows, n_scenes, cfg, out)
+    weights = out / "weights"
+    nn.Module.to(stage.model.eval(), torch.float16).save_pretrained(weights)
+    shutil.copy(out / "log.csv", weights / "log.csv")
+    about.update(config=asdict(cfg), hardware=hardware())
+    (weights / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+    return weights
 
 # %% ../../nbs/listen/41_judges.ipynb #fd09c9d9
 def judge_path(

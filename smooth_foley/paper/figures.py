@@ -14,7 +14,7 @@ from ..compare.clips import TEST
 from ..core import FoleyError
 from ..media import Clip
 from ..mel import plot_mel
-from ..metrics.doppler import doppler_adherence, f0_range, f0_track
+from ..metrics.doppler import f0_range, f0_track
 from ..world import passby
 
 # %% ../../nbs/paper/81_figures.ipynb #e129cb66
