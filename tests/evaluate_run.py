@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from smooth_foley.compare import evaluate as E
+from smooth_foley.compare import evaluate, folders
 from smooth_foley.pipeline import SmoothFoleyPipeline
 from smooth_foley.world import passby
 
@@ -13,14 +13,14 @@ from smooth_foley.world import passby
 def main(out, slow=False):
     torch.set_num_threads(1)
     if slow:
-        save = E.save_sound
+        save = folders.save_sound
 
         def save_slowly(*args):
             save(*args)
             time.sleep(0.5)
 
-        E.save_sound = save_slowly
-    E.evaluate(
+        folders.save_sound = save_slowly
+    evaluate.evaluate(
         "ours,half=ours-clipwise:frame_scale=0.5",
         "passby",
         out,

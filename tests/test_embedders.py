@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from smooth_foley.core import FoleyError
+from smooth_foley.listen import embedder_files as W
 from smooth_foley.listen import embedders as E
 from smooth_foley.listen import judges as J
 from smooth_foley.media import write_wav
@@ -176,21 +177,21 @@ def test_faulty_files_are_one_line(tmp_path):
 
 
 def test_missing_weights_say_where_they_come_from(tmp_path):
-    for name in E.PUBLISHED:
+    for name in W.PUBLISHED:
         with pytest.raises(FoleyError, match="https://") as e:
-            E.load_embedder(name, tmp_path)
+            W.load_embedder(name, tmp_path)
         assert "\n" not in str(e.value) and name in str(e.value)
 
 
 def test_weights_of_another_network_are_named(tmp_path):
     torch.save(dict(model=E.Wav2CLIP().state_dict()), tmp_path / "Wav2CLIP.pt")
-    with pytest.raises(FoleyError, match="conv_block1") as e:
-        E.load_embedder("cnn14-16k", tmp_path / "Wav2CLIP.pt")
+    with pytest.raises(FoleyError, match="conv_block1"):
+        W.load_embedder("cnn14-16k", tmp_path / "Wav2CLIP.pt")
     torch.save(
         dict(epoch=1, numbers=np.arange(3.0), mean=np.float64(2), model=E.Wav2CLIP().state_dict()),
         tmp_path / "Wav2CLIP.pt",
     )  # numpy beside the weights, as in PANNs' files
-    assert E.load_embedder("wav2clip", tmp_path).rate == 16000
+    assert W.load_embedder("wav2clip", tmp_path).rate == 16000
 
 
 def test_nothing_in_a_file_is_run(tmp_path):
@@ -200,7 +201,7 @@ def test_nothing_in_a_file_is_run(tmp_path):
 
     torch.save(dict(model={}, x=Evil()), tmp_path / "Wav2CLIP.pt")
     with pytest.raises(FoleyError, match="plain weights"):
-        E.load_embedder("wav2clip", tmp_path)
+        W.load_embedder("wav2clip", tmp_path)
     assert not (tmp_path / "evil").exists()
 
 
@@ -236,28 +237,28 @@ def test_download_goes_on(server, tmp_path):
     p = tmp_path / "sub" / "file"
     Server.cut = 3000
     with pytest.raises(FoleyError, match="3000 of 10240"):
-        E.download(server, p)
+        W.download(server, p)
     assert not p.exists() and (tmp_path / "sub" / "file.part").stat().st_size == 3000
     Server.cut = None
-    assert E.download(server, p, hashlib.md5(Server.body).hexdigest()).read_bytes() == Server.body
+    assert W.download(server, p, hashlib.md5(Server.body).hexdigest()).read_bytes() == Server.body
     assert [o.name for o in p.parent.iterdir()] == ["file"]
 
 
 def test_download_of_a_damaged_file_is_refused(server, tmp_path):
     with pytest.raises(FoleyError, match="MD5"):
-        E.download(server, tmp_path / "f", "0" * 32)
+        W.download(server, tmp_path / "f", "0" * 32)
     assert not list(tmp_path.iterdir())
 
 
 def test_whole_part_is_taken(server, tmp_path):
     (tmp_path / "f.part").write_bytes(Server.body)
-    assert E.download(server, tmp_path / "f").read_bytes() == Server.body
+    assert W.download(server, tmp_path / "f").read_bytes() == Server.body
 
 
 def test_rows_are_complete():
-    for r in E.metric_files():
+    for r in W.metric_files():
         assert (
-            r.url.startswith("https://") and r.size > 0 and r.licence and r.of in E.PUBLISHED and len(r.md5) in (0, 32)
+            r.url.startswith("https://") and r.size > 0 and r.licence and r.of in W.PUBLISHED and len(r.md5) in (0, 32)
         )
 
 
@@ -285,32 +286,32 @@ def some():
 
 @pytest.mark.parametrize("kind", list(J.KINDS))
 def test_a_judge_does_not_know_the_batch(kind, some):
-    ear, x = J.load_judge(kind=kind), np.stack([s.audio for s in some[:3]])
-    assert torch.allclose(ear.listen(x), torch.cat([ear.listen(r[None]) for r in x]), atol=1e-4)
+    judge, x = J.load_judge(kind=kind), np.stack([s.audio for s in some[:3]])
+    assert torch.allclose(judge.listen(x), torch.cat([judge.listen(r[None]) for r in x]), atol=1e-4)
     with pytest.raises(FoleyError, match="no numbers"):
-        ear.listen(np.full((1, 16000), np.nan))
+        judge.listen(np.full((1, 16000), np.nan))
 
 
 def test_classifier_is_right_and_silence_is_anything(some):
-    ear = J.load_judge()
-    assert [l for l, _ in J.judge(ear, np.stack([s.audio for s in some]))] == [s.label for s in some]
-    assert ear.classify(np.zeros((1, 163840), np.float32)).max() < 0.3
+    judge = J.load_judge()
+    assert [label for label, _ in J.recognise(judge, np.stack([s.audio for s in some]))] == [s.label for s in some]
+    assert judge.classify(np.zeros((1, 163840), np.float32)).max() < 0.3
 
 
 def test_student_prefers_the_right_pictures(some):
     from smooth_foley.clip import FrameEncoder
     from smooth_foley.core import mini_path
 
-    clip, ear = FrameEncoder.from_pretrained(mini_path() / "frame_encoder"), J.load_judge(kind="student")
+    clip, judge = FrameEncoder.from_pretrained(mini_path() / "frame_encoder"), J.load_judge(kind="student")
     z = torch.nn.functional.normalize(torch.stack([clip.encode_frames(s.frames).mean(0) for s in some]), dim=-1)
-    cos = ear.listen(np.stack([s.audio for s in some])) @ z.T
+    cos = judge.listen(np.stack([s.audio for s in some])) @ z.T
     other = torch.tensor([[a.label != b.label for b in some] for a in some])
     assert cos.diagonal().mean() > cos[other].mean() + 0.3
 
 
 def test_text_names_the_sound(some):
-    ear = J.load_judge(kind="text")
-    cos = ear.listen(np.stack([s.audio for s in some])) @ ear.embed_text(list(passby.LABELS)).T
+    judge = J.load_judge(kind="text")
+    cos = judge.listen(np.stack([s.audio for s in some])) @ judge.embed_text(list(passby.LABELS)).T
     assert np.mean([passby.LABELS[k] == s.label for k, s in zip(cos.argmax(1), some)]) > 0.9
 
 
@@ -335,22 +336,22 @@ def test_training_goes_through_and_is_the_same_twice(tmp_path):
 
 
 def test_the_shipped_validation_keeps_the_order():
-    from smooth_foley.metrics import judging
+    from smooth_foley.listen import validation
 
-    rows = judging.read_validation()
-    assert {r["sound"] for r in rows} == set(judging.KINDS_OF_SOUND) and {r["metric"] for r in rows} >= {
-        *judging.PAIRED,
-        *judging.SETS,
+    rows = validation.read_validation()
+    assert {r["sound"] for r in rows} == set(validation.KINDS_OF_SOUND) and {r["metric"] for r in rows} >= {
+        *validation.PAIRED,
+        *validation.SETS,
     }
     assert all(
-        w.startswith("FAD") and "vocoded" in w for w in judging.disorder(rows)
+        w.startswith("FAD") and "vocoded" in w for w in validation.disorder(rows)
     )  # a vocoder may be too good to tell
     worse = [dict(r, value=-1.0) if (r["metric"], r["sound"]) == ("CLIP score", "vocoded") else r for r in rows]
-    assert any(w.startswith("CLIP score: vocoded") for w in judging.disorder(worse))
+    assert any(w.startswith("CLIP score: vocoded") for w in validation.disorder(worse))
 
 
 def test_shuffling_never_keeps_a_label():
-    from smooth_foley.metrics.judging import partners
+    from smooth_foley.listen.validation import partners
 
     labels = [J.judge_scene(J.HELD_OUT + i, frames=False, audio=False).label for i in range(120)]
     same, other = partners(labels, np.random.default_rng(0))

@@ -1,6 +1,6 @@
-"""What a notebook can't tell about evaluating: stopped and resumed, several processes, folders of bad sounds, the command line"""
+"Evaluation: stopped and resumed runs, several processes, folders of bad sounds, bad names"
 
-import csv
+import json
 import os
 import signal
 import subprocess
@@ -12,22 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smooth_foley.compare.evaluate import (
-    MIN_SET,
-    compare_folders,
-    fingerprint,
-    folder_clips,
-    paired_pooled,
-    parse_system,
-    read_rows,
-    save_folders,
-    show_folders,
-    summarise,
-    with_parts,
-)
-from smooth_foley.compare.evaluate import (
-    test_clips as clips_of,
-)
+from smooth_foley.compare.clips import folder_clips
+from smooth_foley.compare.clips import test_clips as clips_of
+from smooth_foley.compare.folders import claim, read_rows, summarise
+from smooth_foley.compare.sound_folders import compare_folders, save_folders, show_folders
+from smooth_foley.compare.systems import parse_system
 from smooth_foley.core import FoleyError
 from smooth_foley.media import write_video, write_wav
 from smooth_foley.world import passby
@@ -136,12 +125,7 @@ def test_two_processes_do_the_work_of_one(whole, tmp_path):
     assert made(tmp_path) == made(whole)
 
 
-def test_other_steps_or_weights_are_not_mixed_into_a_folder(whole, tmp_path):
-    import json
-    import shutil
-
-    from smooth_foley.compare.evaluate import claim
-
+def test_other_steps_or_weights_are_not_mixed_into_a_folder(whole):
     about = json.loads((whole / "ours" / "system.json").read_text())
     claim(whole / "ours", about)
     for k, v in (("steps", 3), ("weights", "0" * 12), ("seed", 1)):
@@ -307,12 +291,36 @@ def test_a_missing_weight_file_says_which_and_where_from(folders, tmp_path):
         compare_folders(gen, ref, "cnn15")
 
 
-# Statistics
+# Names of systems
 
 
-def test_the_test_of_pooled_scores_can_tell_and_can_be_silent():
-    rng = np.random.default_rng(1)
-    n = 80
-    counts = lambda q: np.stack([k := rng.binomial(150, q, n), rng.binomial(150, 0.1, n), 150 - k], 1)
-    real, none = paired_pooled(counts(0.9), counts(0.8), "f1"), paired_pooled(counts(0.8), counts(0.8), "f1")
-    assert real["p"] < 0.01 and real["low"] > 0 and none["p"] > 0.05 and none["low"] < 0 < none["high"]
+@pytest.mark.parametrize(
+    "text,why",
+    [
+        ("our", "did you mean ours"),
+        ("a/b=ours", "cannot be its name"),
+        ("truth=ours", "cannot be its name"),
+        ("x=ours:scale=1", "does not understand"),
+        ("x=ours:frame_scale=much", "is no number"),
+        ("x=ours:frame_wise=perhaps", "is no true or false"),
+        ("ours:frame_scale=0", "name it, as in mine=ours"),
+    ],
+)
+def test_bad_names_of_systems(text, why):
+    with pytest.raises(FoleyError, match=why):
+        parse_system(text)
+
+
+# Shipped results
+
+
+def test_shipped_results_are_summarised_to_the_same_digits(tmp_path):
+    shipped = Path(__file__).parent.parent / "results" / "evaluate"
+    (tmp_path / "clips.csv").write_bytes((shipped / "clips.csv").read_bytes())
+    summarise(tmp_path)
+    for name in ("summary.csv", "differences.csv"):
+        again, then = read_rows(tmp_path / name), read_rows(shipped / name)
+        stored = {(r["split"], r["measure"], r["system"]): r for r in then}
+        pairs = [(r, stored.get((r["split"], r["measure"], r["system"]))) for r in again]
+        pairs = [(now, old) for now, old in pairs if old]
+        assert len(pairs) > 150 and all(now == old for now, old in pairs)

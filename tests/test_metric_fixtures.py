@@ -23,6 +23,7 @@ from smooth_foley.metrics.frechet import (
     frechet_interval,
     kid,
 )
+from smooth_foley.metrics.intervals import paired_difference
 from smooth_foley.metrics.timing import (
     _suppress,
     activity,
@@ -30,7 +31,6 @@ from smooth_foley.metrics.timing import (
     average_precision,
     detect_onsets,
     onset_scores,
-    paired_difference,
     short_time_energy,
 )
 
@@ -168,7 +168,10 @@ def test_rows_of_a_clip_stay_together():
 def test_interval_of_a_distance_covers_another_choice_of_clips():
     "Distances of other clips from the same source fall inside about 95 times in 100"
     rng = np.random.default_rng(0)
-    make = lambda: (rng.normal(size=(150, 3)), 1.5 * rng.normal(size=(150, 3)) + 0.5)
+
+    def make():
+        return rng.normal(size=(150, 3)), 1.5 * rng.normal(size=(150, 3)) + 0.5
+
     truth = 3 * 0.25 + 3 * 0.25
     hit = [low <= truth <= high for _, low, high in (frechet_interval(*make(), n=60, seed=k) for k in range(60))]
     assert 0.8 < np.mean(hit) <= 1
@@ -196,7 +199,10 @@ def test_kid_equals_the_reference():
 
 def test_kid_by_hand_and_unbiased():
     x, y = np.array([[1.0], [2.0], [4.0]]), np.array([[0.0], [3.0]])
-    k = lambda a, b: (a * b + 1) ** 3
+
+    def k(a, b):
+        return (a * b + 1) ** 3
+
     want = (
         (2 * (k(1, 2) + k(1, 4) + k(2, 4))) / 6
         + 2 * k(0, 3) / 2
@@ -292,13 +298,13 @@ def test_nan_logits_are_refused():
 
 
 def test_inception_score_equals_every_reference():
-    x, I = get("isc_logits"), V["isc"]
+    x, isc = get("isc_logits"), V["isc"]
     for key in ("av_bench(splits=10,shuffle,rng_seed=2020)", "audioldm_eval(splits=10,shuffle,rng_seed=2020)"):
         assert inception_score(x) == pytest.approx(
-            (I[key]["inception_score_mean"], I[key]["inception_score_std"]), rel=1e-5
+            (isc[key]["inception_score_mean"], isc[key]["inception_score_std"]), rel=1e-5
         )
     assert inception_score(x, 1, None) == (
-        pytest.approx(I["av_bench(splits=1,noshuffle)"]["inception_score_mean"], rel=1e-5),
+        pytest.approx(isc["av_bench(splits=1,noshuffle)"]["inception_score_mean"], rel=1e-5),
         0.0,
     )
 
@@ -525,7 +531,10 @@ def test_centroid_follows_a_shifted_spectrum(sr):
 def test_reference_adherence_is_of_tracks():
     t = np.arange(48000) / 16000
     f = 300 * 2 ** (-t / 4)
-    voice = lambda g: sum(np.sin(2 * np.pi * h * np.cumsum(g) / 16000) / h for h in (1, 2, 3))
+
+    def voice(g):
+        return sum(np.sin(2 * np.pi * h * np.cumsum(g) / 16000) / h for h in (1, 2, 3))
+
     for track in ("f0", "centroid"):
         assert reference_adherence(0.1 * voice(f), voice(f), 16000, track)["correlation"] > 0.999
         assert reference_adherence(voice(f[::-1]), voice(f), 16000, track)["correlation"] < -0.98

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from smooth_foley.compare.folders import summarise, write_rows
+from smooth_foley.compare.measure import COLUMNS
 from smooth_foley.core import FoleyError
-from smooth_foley.listen.embedders import JUDGES, SoundClassifier, judge, judge_mels, judge_path, load_judge
+from smooth_foley.listen.judges import JUDGES, judge_mels, judge_path, load_judge, recognise
 from smooth_foley.metrics.doppler import doppler_adherence, f0_correlation, f0_range, f0_track
+from smooth_foley.metrics.intervals import bootstrap_interval, exchange_difference
 from smooth_foley.metrics.physics import (
     as_heard,
     closest_approach,
@@ -24,10 +27,8 @@ from smooth_foley.metrics.physics import (
 )
 from smooth_foley.metrics.timing import (
     activity,
-    bootstrap_interval,
     counts,
     frame_scores,
-    pooled,
     scores,
     short_time_energy,
 )
@@ -87,7 +88,7 @@ def test_bootstrap_covers():
 
 def test_bootstrap_of_rows_leaves_nan_out():
     c = np.array([[1, 0, 1], [np.nan] * 3, [3, 1, 0]])
-    assert bootstrap_interval(c, of=pooled("f1"))[0] == pytest.approx(scores(4, 1, 1)["f1"])
+    assert bootstrap_interval(c, of="f1")[0] == pytest.approx(scores(4, 1, 1)["f1"])
     assert all(np.isnan(bootstrap_interval([np.nan])))
 
 
@@ -155,7 +156,7 @@ def test_judge_does_not_depend_on_the_batch():
     J, x = load_judge(), np.stack([passby.scene(1_000_000 + i, frames=False).audio for i in range(3)])
     together = J.classify(x)
     assert torch.allclose(together, torch.cat([J.classify(r[None]) for r in x]), atol=1e-5)
-    assert judge(J, x)[0][0] == passby.scene(1_000_000, frames=False, audio=False).label
+    assert recognise(J, x)[0][0] == passby.scene(1_000_000, frames=False, audio=False).label
 
 
 def test_missing_judge_is_one_line(tmp_path):
@@ -168,6 +169,19 @@ def test_cache_is_read_again(tmp_path):
     when = [p.stat().st_mtime_ns for p in tmp_path.iterdir()]
     b = judge_mels(tmp_path, 2)
     assert when == [p.stat().st_mtime_ns for p in tmp_path.iterdir()] and np.array_equal(a["mel"], b["mel"])
+
+
+def test_the_test_of_pooled_scores_can_tell_and_can_be_silent():
+    rng = np.random.default_rng(1)
+    n = 80
+
+    def counts_of(q):
+        right = rng.binomial(150, q, n)
+        return np.stack([right, rng.binomial(150, 0.1, n), 150 - right], 1)
+
+    real = exchange_difference(counts_of(0.9), counts_of(0.8), "f1")
+    none = exchange_difference(counts_of(0.8), counts_of(0.8), "f1")
+    assert real["p"] < 0.01 and real["low"] > 0 and none["p"] > 0.05 and none["low"] < 0 < none["high"]
 
 
 # physics
@@ -210,7 +224,10 @@ def test_dropouts_at_any_rate(sr):
 
 def test_closest_approach_is_asked_only_where_it_can_be_heard():
     s = passage(t_nearest=5.0)
-    ask = lambda distance, sounding: closest_approach(s.audio, s.sr, distance, sounding)["level"]
+
+    def ask(distance, sounding):
+        return closest_approach(s.audio, s.sr, distance, sounding)["level"]
+
     r, on = s.truth["distance"], s.truth["sounding"]
     assert ask(r, on) < 0.1
     assert np.isnan(ask(np.full_like(r, 20.0), on)), "nothing moves"
@@ -234,14 +251,13 @@ def test_a_shape_that_both_sounds_have_does_not_turn():
 # tables
 
 SYSTEMS = [s for s in tables.ROWS.values() if s]
+SPLITS = ("passby_continuous", "passby")
 
 
 def made_up(folder, n=12):
-    "An evaluation whose numbers are known: only `ours` is always right, the wrong ones are half on; FoleyCrafter is never recognised"
-    from smooth_foley.compare import evaluate
-
+    "An evaluation with known numbers: only `ours` is always right, FoleyCrafter is never recognised"
     keys, rows = ("cond_tp", "cond_fp", "cond_fn", "act_tp", "act_fp", "act_fn"), []
-    for split in tables.SPLITS.values():
+    for split in SPLITS:
         for i in range(n):
             for s in SYSTEMS:
                 good = s in ("ours", "paper", "ours-clipwise")
@@ -260,13 +276,13 @@ def made_up(folder, n=12):
                 )
                 rows.append(
                     {
-                        **dict.fromkeys(evaluate.COLUMNS, ""),
+                        **dict.fromkeys(COLUMNS, ""),
                         **r,
                         **{k: (10 + i % 3 if good else 5) if k.endswith("tp") else 0 if good else 5 for k in keys},
                     }
                 )
-    evaluate.write_rows(folder / "clips.csv", rows, list(rows[0]))
-    evaluate.summarise(folder)
+    write_rows(folder / "clips.csv", rows, list(rows[0]))
+    summarise(folder)
     return folder
 
 
@@ -297,8 +313,6 @@ def test_tables_show_what_has_been_measured_and_nothing_else(tmp_path):
     )
     with open(folder / "summary.csv", newline="") as f:
         kept = [r for r in csv.DictReader(f) if r["system"] != "truth-vae" and "closest" not in r["measure"]]
-    from smooth_foley.compare.evaluate import write_rows
-
     write_rows(folder / "summary.csv", kept, list(kept[0]))
     assert tables.timing_table(folder, tables.PHYSICS) == tables.films_results(folder) == "not measured yet"
     assert "VAE" not in tables.results_table(folder) + tables.paper_table(folder, tables.TABLE_1) + tables.timing_table(
@@ -308,7 +322,10 @@ def test_tables_show_what_has_been_measured_and_nothing_else(tmp_path):
 
 def test_claims_follow_the_numbers(tmp_path):
     found = {(r["claim"], r["split"]): r for r in tables.claims(made_up(tmp_path))}
-    words = lambda part: {r["verdict"] for (c, _), r in found.items() if part in c}
+
+    def words(part):
+        return {r["verdict"] for (c, _), r in found.items() if part in c}
+
     assert words("the label finds the sound") == {"holds"} and words("closer in meaning than FoleyCrafter") == {"holds"}
     assert words("better timed than clip-wise") == {"not shown"} and words(
         "the prompt helps FoleyCrafter to be recognised"
@@ -323,12 +340,12 @@ def test_shipped_results_are_of_two_hundred_clips():
     for r in csv.DictReader(open(folder / "clips.csv", newline="")):
         counts_[r["split"], r["system"]] = counts_.get((r["split"], r["system"]), 0) + 1
     awaited = {"truth-vae"}  # newer than the shipped results
-    assert all(counts_[split, s] >= 200 for split in tables.SPLITS.values() for s in set(SYSTEMS) - awaited)
+    assert all(counts_[split, s] >= 200 for split in SPLITS for s in set(SYSTEMS) - awaited)
 
 
 def test_without_results_the_command_says_so_in_one_line(tmp_path):
     r = subprocess.run(
-        [sys.executable, "-m", "smooth_foley.paper.tables"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "smooth_foley.app.paper_commands"], cwd=tmp_path, capture_output=True, text=True
     )
     assert (
         r.returncode

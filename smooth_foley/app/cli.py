@@ -437,14 +437,14 @@ def _given_sources(words):
 def _fetch_metrics(args):
     if args.folders or args.overwrite:
         raise FoleyError(f"{'--from' if args.folders else '--overwrite'}: belongs to `fetch full`; leave it out")
-    from smooth_foley.listen.embedders import fetch_metrics, metric_files
+    from smooth_foley.listen.embedder_files import download_metrics, metric_files
 
     rows = metric_files()
     for r in rows:
         print(f"~{r.size / 1e6:8.1f} MB  {r.licence:<12}{r.of:<12}{r.url}")
     print(f"together ~{sum(r.size for r in rows) / 1e9:.1f} GB")
     if not args.dry_run:
-        print(f"wrote {len(fetch_metrics(args.out))} files")
+        print(f"wrote {len(download_metrics(args.out))} files")
 
 
 def _fetch_grounding(args):

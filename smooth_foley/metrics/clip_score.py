@@ -22,7 +22,7 @@ def _unit(x, name):
 def clip_cosine(
     audio,  # Embedding of the sound, `(d,)`
     frames,  # Embeddings of the frames, `(T, d)`, not normalised
-    over: str = "raw",  # 'raw': cosine with the mean frame; 'unit': with the mean of unit-length frames; 'cosine': mean of the frames' cosines
+    over: str = "raw",  # 'raw': the mean frame; 'unit': the mean of unit-length frames; 'cosine': mean of the cosines
 ) -> float:  # In [-1, 1]
     "Cosine between a sound and the frames of its video"
     a, f = (
@@ -31,7 +31,8 @@ def clip_cosine(
     )
     if a.shape[1] != f.shape[1]:
         raise FoleyError(
-            f"audio has {a.shape[1]} numbers and frames {f.shape[1]}; use the image network that the audio network was trained to agree with"
+            f"audio has {a.shape[1]} numbers and frames {f.shape[1]}; "
+            "use the image network that the audio network was trained to agree with"
         )
     ways = dict(
         raw=lambda: _unit(f.mean(0), "frames"),
@@ -77,9 +78,10 @@ def desync(
     "DeSync of each clip"
     if not logits:
         raise FoleyError("logits: give one array (n, 21) per window")
-    rows = [embedding_rows(l, "logits", 1) for l in logits]
+    rows = [embedding_rows(x, "logits", 1) for x in logits]
     if len({r.shape for r in rows}) > 1:
         raise FoleyError(
-            f"logits: have shapes {', '.join(str(r.shape) for r in rows)}; give the same clips and offsets for every window"
+            f"logits: have shapes {', '.join(str(r.shape) for r in rows)}; "
+            "give the same clips and offsets for every window"
         )
     return np.mean([np.abs(np.linspace(-limit, limit, r.shape[1])[r.argmax(1)]) for r in rows], 0)

@@ -34,7 +34,8 @@ def kl_per_clip(
         )
     if len(generated) % len(real):
         raise FoleyError(
-            f"real has {len(real)} rows and generated {len(generated)}; give the same clips in the same order, or k generated rows per clip"
+            f"real has {len(real)} rows and generated {len(generated)}; "
+            "give the same clips in the same order, or k generated rows per clip"
         )
     if eps < 0:
         raise FoleyError(f"eps={eps:g}: is added to a probability; give 0 or a small positive number")
@@ -53,6 +54,12 @@ def mean_kl(
     return dict(kl=float(kl.mean()), kl_eps=float(kl_eps.mean()), clips=len(kl), samples=len(generated) // len(kl))
 
 # %% ../../nbs/metrics/61_divergence.ipynb #e9d73b5e
+def _inception(log_p):
+    "Exponential of the mean KL between the classes of a clip and those of all clips"
+    mean = np.exp(log_p).mean(0)
+    return np.exp((np.exp(log_p) * (log_p - np.log(mean))).sum(1).mean())
+
+
 def inception_score(
     logits,  # Of generated sounds, `(n, classes)`
     splits: int = 10,  # Parts whose scores are averaged
@@ -64,5 +71,5 @@ def inception_score(
         raise FoleyError(f"splits={splits}: there are {len(x)} clips; choose from 1 to {len(x)}")
     log_p = log_softmax(x if seed is None else x[np.random.RandomState(seed).permutation(len(x))])
     parts = [log_p[i * len(x) // splits : (i + 1) * len(x) // splits] for i in range(splits)]
-    v = [np.exp((np.exp(l) * (l - np.log(np.exp(l).mean(0)))).sum(1).mean()) for l in parts]
-    return float(np.mean(v)), float(np.std(v))
+    scores = [_inception(part) for part in parts]
+    return float(np.mean(scores)), float(np.std(scores))

@@ -141,9 +141,8 @@ def f0_range(
     "Where a label's pitch can lie"
     s = passby.SOURCES.get(label)
     if s is None or not s.f0:
-        raise FoleyError(
-            f"label: '{label}' has no pitch in Passby; choose one of {', '.join(l for l in passby.LABELS if passby.SOURCES[l].f0)}"
-        )
+        pitched = ", ".join(name for name in passby.LABELS if passby.SOURCES[name].f0)
+        raise FoleyError(f"label: '{label}' has no pitch in Passby; choose one of {pitched}")
     lo, hi = MODULATION.get(label, (1.0, 1.0))
     v = s.speed[1] / passby.C
     return 0.97 * s.f0[0] * lo / (1 + v), 1.03 * s.f0[1] * hi / (1 - v)

@@ -30,7 +30,8 @@ def embedding_rows(
     bad = np.flatnonzero(~np.isfinite(x).all(1))
     if len(bad):
         raise FoleyError(
-            f"{name}: {len(bad)} of {len(x)} rows hold nan or inf (rows {', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}); leave those clips out, or mend them"
+            f"{name}: {len(bad)} of {len(x)} rows hold nan or inf (rows "
+            f"{', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}); leave those clips out, or mend them"
         )
     return x
 
@@ -119,6 +120,12 @@ class FrechetInfinity:
         return self.value
 
 # %% ../../nbs/metrics/60_frechet.ipynb #1dae657a
+def _some_clips(clips, share, rng):
+    "Rows of a random share of the clips, at least three"
+    chosen = rng.permutation(len(clips))[: max(3, round(share * len(clips)))]
+    return np.concatenate([clips[i] for i in chosen])
+
+
 def frechet_infinity(
     x,
     y,  # Embeddings, `(n1, d)` and `(n2, d)`
@@ -137,9 +144,14 @@ def frechet_infinity(
             f"x has {len(X)} clips and y {len(Y)}; to extrapolate over their number takes at least 10 of each"
         )
     rng, shares = np.random.default_rng(seed), 1 / np.linspace(1, 1 / lowest, k)
-    some = lambda G, s: np.concatenate([G[i] for i in rng.permutation(len(G))[: max(3, round(s * len(G)))]])
-    one = lambda s: _distance(x[some(X, s)], y[some(Y, s)])[0]
-    values = np.array([np.mean([one(s) for _ in range(draws if s < 1 else 1)]) for s in shares])
+    values = []
+    for s in shares:
+        found = []
+        for _ in range(draws if s < 1 else 1):
+            a, b = _some_clips(X, s, rng), _some_clips(Y, s, rng)
+            found.append(_distance(x[a], y[b])[0])
+        values.append(np.mean(found))
+    values = np.array(values)
     slope, at0 = np.polyfit(1 / shares, values, 1)
     left = ((values - at0 - slope / shares) ** 2).sum() / max(((values - values.mean()) ** 2).sum(), 1e-300)
     return FrechetInfinity(float(at0), float(slope), float(1 - left), shares, values)
@@ -199,9 +211,15 @@ def frechet_difference(
 
 # %% ../../nbs/metrics/60_frechet.ipynb #928c40c9
 def _mmd2(x, y, degree, gamma, coef0):
-    k = lambda a, b: (a @ b.T * gamma + coef0) ** degree
-    off = lambda K: (K.sum() - np.trace(K)) / (len(K) * (len(K) - 1))
-    return float(off(k(x, x)) + off(k(y, y)) - 2 * k(x, y).mean())
+    "Squared distance of the mean embeddings, without the diagonals"
+
+    def kernel(a, b):
+        return (a @ b.T * gamma + coef0) ** degree
+
+    def off_diagonal(K):
+        return (K.sum() - np.trace(K)) / (len(K) * (len(K) - 1))
+
+    return float(off_diagonal(kernel(x, x)) + off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean())
 
 
 def kid(
@@ -223,6 +241,9 @@ def kid(
     if not 2 <= subset_size <= least:
         raise FoleyError(f"subset_size={subset_size}: the smaller set has {least} rows; choose from 2 to {least}")
     rng = np.random.RandomState(seed)
-    draw = lambda z: z[rng.choice(len(z), subset_size, replace=False)]
-    v = [_mmd2(draw(x), draw(y), *how) for _ in range(subsets)]
-    return float(np.mean(v)), float(np.std(v))
+    values = []
+    for _ in range(subsets):
+        a = x[rng.choice(len(x), subset_size, replace=False)]
+        b = y[rng.choice(len(y), subset_size, replace=False)]
+        values.append(_mmd2(a, b, *how))
+    return float(np.mean(values)), float(np.std(values))

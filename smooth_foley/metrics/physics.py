@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_heard', 'level_track', 'level_adherence', 'plot_level', 'loudest', 'steepest_fall', 'closest_approach', 'dropouts',
-           'turned', 'same_shift', 'share_interval']
+           'turned', 'same_shift']
 
 # %% ../../nbs/metrics/64_physics.ipynb #f357e90b
 import numpy as np
@@ -215,16 +215,3 @@ def same_shift(
     if not abs(g) >= least:
         return np.nan
     return 0.5 if not abs(d) >= tie else float((d > 0) == (g > 0))
-
-# %% ../../nbs/metrics/64_physics.ipynb #d8d12deb
-def share_interval(
-    outcomes,  # 1, 1/2 or 0 for each clip, `(n,)`; nan is left out
-) -> tuple:  # share, low, high (95%)
-    "Share of right outcomes with Wilson's interval"
-    x = np.asarray(outcomes, float)
-    x = x[np.isfinite(x)]
-    if not len(x):
-        return (np.nan,) * 3
-    p, n, z = x.mean(), len(x), 1.96
-    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return float(p), float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))
