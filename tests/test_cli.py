@@ -15,17 +15,19 @@ import numpy as np
 import pytest
 
 from smooth_foley.app import cli
+from smooth_foley.app.main import main
+from smooth_foley.app.options import parse
 from smooth_foley.core import mini_path
 from smooth_foley.media import SR, probe, read_audio, write_video, write_wav
 from smooth_foley.world.passby import LABELS
 
-COMMAND = str(Path(sys.executable).parent / "smooth-foley")
+COMMAND = [sys.executable, "-m", "smooth_foley"]
 HAS_MINI = (mini_path() / "model_index.json").is_file()
 needs_mini = pytest.mark.skipif(not HAS_MINI, reason="the shipped model is not in the package yet")
 
 
 def smooth_foley(*words, cwd=None):
-    return subprocess.run([COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def inside(capsys, monkeypatch):
             monkeypatch.chdir(cwd)
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            code = cli.main([str(w) for w in words])
+            code = main([str(w) for w in words])
         finally:
             signal.signal(signal.SIGTERM, handler)
         said = capsys.readouterr()
@@ -53,10 +55,8 @@ def tree(folder):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     "A folder of good and bad videos"
-    folder, noise = (
-        tmp_path_factory.mktemp("inputs"),
-        np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), dtype=np.uint8),
-    )
+    folder = tmp_path_factory.mktemp("inputs")
+    noise = np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), dtype=np.uint8)
     write_video(folder / "good.mp4", noise)
     write_video(folder / "long.mp4", noise[:22], fps=2)
     write_video(folder / "one.mp4", noise[:1])
@@ -116,6 +116,19 @@ WRONG = {  # name: (words, what the line must say)
     "unknown stage": (["train", "mini", "--out", "nothing", "--stages", "unet,dance"], "dance"),
     "labels of no video": (["labels", "none.mp4"], "no such file"),
     "demo exists": (["demo", "-o", "exists.mp4"], "exists already"),
+    "unknown type": (["generate", "good.mp4", "--dtype", "float8"], "--dtype: invalid choice"),
+    "float16 on a CPU": (["generate", "good.mp4", "--device", "cpu", "--dtype", "float16"], "use bfloat16 or float32"),
+    "nothing to fetch": (["fetch", "everything"], "invalid choice"),
+    "no published files": (["fetch", "full", "--from", "nothing", "--out", "full"], "nothing"),
+    "unknown type of a bench": (["bench", "--dtype", "fp64"], "--dtype: invalid choice"),
+    "no folder for a bench": (["bench", "--out", "none/x.json"], "none: no such folder"),
+    "unknown system": (["evaluate", "--systems", "nobody", "--out", "e"], "nobody"),
+    "unknown split": (["evaluate", "--split", "nowhere", "--out", "e"], "nowhere"),
+    "one folder of sounds": (["evaluate", "--generated", "nothing"], "--reference: is missing"),
+    "counterfactual of a folder": (["evaluate", "--counterfactual", "--split", "nothing"], "nothing"),
+    "half a counterfactual": (["evaluate", "--counterfactual", "--only", "measure"], "does not go with --only"),
+    "no command for data": (["data"], "WHAT"),
+    "shards into a file": (["data", "shards", "passby:0-1", "--out", "text.mp4/x"], "text.mp4"),
 }
 
 OUTSIDE = {
@@ -148,9 +161,7 @@ def test_videos_of_a_folder_in_any_spelling(tmp_path):
 
 def test_the_default_output_holds_the_picture(inputs, tmp_path):
     def outputs(*words):
-        return [
-            out.name for _, out, _ in cli.check_generate(cli.build_parser().parse_args(["generate", *map(str, words)]))
-        ]
+        return [out.name for _, out, _ in cli.check_generate(parse(cli.GENERATE, words))]
 
     vp8, good = inputs / "vp8.webm", inputs / "good.mp4"
     assert outputs(vp8, good, "-o", tmp_path) == ["vp8_foley.mkv", "good_foley.mp4"]
@@ -167,11 +178,26 @@ def test_help_is_quick_and_light():
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(once() for _ in range(3)) < 1
-    code = "import sys, smooth_foley, smooth_foley.app.cli; print(sorted({'torch','diffusers','transformers','open_clip','matplotlib','scipy'} & set(sys.modules)))"
+
+
+@pytest.mark.parametrize("module", ["smooth_foley", "smooth_foley.app.main"])
+def test_import_is_light(module):
+    heavy = {"torch", "diffusers", "transformers", "open_clip", "matplotlib", "scipy"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "labels", "train", "info"])
+def test_the_package_offers_the_pipeline():
+    import smooth_foley as package
+    from smooth_foley import SmoothFoleyPipeline, media, mux, pipeline
+
+    assert (SmoothFoleyPipeline, mux) == (pipeline.SmoothFoleyPipeline, media.mux)
+    assert {"SmoothFoleyPipeline", "mux"} <= set(dir(package))
+    with pytest.raises(AttributeError, match="'nothing'"):
+        _ = package.nothing
+
+
+@pytest.mark.parametrize("command", ["generate", "demo", "labels", "train", "fetch", "bench", "evaluate", "info"])
 def test_every_command_explains_itself(command):
     r = smooth_foley(command, "--help")
     assert r.returncode == 0 and r.stdout.startswith(f"usage: smooth-foley {command}")
@@ -183,8 +209,9 @@ def test_labels():
 
 
 def test_a_reader_that_stops_early_is_no_error():
+    command = f'"{sys.executable}" -m smooth_foley'
     r = subprocess.run(
-        f'"{COMMAND}" labels | true; "{COMMAND}" data continuous select | head -1',
+        f"{command} labels | true; {command} data continuous select | head -1",
         shell=True,
         capture_output=True,
         text=True,
@@ -232,7 +259,7 @@ def test_generate(video, tmp_path):
         "4",
     )
     assert r.returncode == 0 and r.stderr == "", r.stderr
-    assert "CLIP sees" in r.stdout and "taken: " in r.stdout and any(l in r.stdout for l in LABELS)
+    assert "CLIP sees" in r.stdout and "taken: " in r.stdout and any(label in r.stdout for label in LABELS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4", "plot.png"]
     assert picture(tmp_path / "out.mp4") == picture(video)
     sound = read_audio(tmp_path / "out.mp4")
@@ -315,7 +342,7 @@ def test_weights_that_do_not_fit_are_named(video, tmp_path, inside):
 def test_a_kill_leaves_nothing(video, tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "CI")}
     p = subprocess.Popen(
-        [COMMAND, "generate", str(video), "-o", str(tmp_path / "out.mp4"), "--steps", "1000"],
+        [*COMMAND, "generate", str(video), "-o", str(tmp_path / "out.mp4"), "--steps", "1000"],
         env=env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -13,19 +13,24 @@ house = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(house)
 BOOKS = sorted(p for p in (ROOT / "nbs").rglob("[!_.]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
-# Circles of imports that are still to be cut: the list may only get shorter
-CIRCLES = {
-    ("smooth_foley.app.cli", "smooth_foley.app.data_commands"),
-}
-
 
 @pytest.fixture(scope="module")
 def survey():
     return house.survey()
 
 
-def test_no_new_circle_of_imports(survey):
-    assert set(survey["circles"]) <= CIRCLES
+def test_no_circle_of_imports(survey):
+    assert not survey["circles"]
+
+
+def test_a_notebook_imports_only_from_lower_numbers(survey):
+    assert not survey["upward"]
+
+
+def test_only_the_app_knows_options_and_widgets(survey):
+    below = [m for m, (number, _) in survey["order"].items() if number < 90]
+    found = {m for m in below if re.search("argparse|ipywidgets", "\n".join(survey["cells"][m]))}
+    assert not found
 
 
 def test_few_lines_are_wide(survey):

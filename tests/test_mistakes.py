@@ -1,7 +1,8 @@
 """The parity checks can fail: each deliberate mistake drives all checks named with it beyond their tolerance.
 
-A mistake is a system in which one thing is changed. The worst of its checks misses its tolerance at least `factor` times, which is
-about half of what was measured. Where equality is asked for, any difference counts as infinitely many times.
+A mistake is a system in which one thing is changed. The worst of its checks misses its tolerance at least `factor`
+times, which is about half of what was measured. Where equality is asked for, any difference counts as infinitely many
+times.
 """
 
 import copy

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -46,22 +47,43 @@ def test_the_wheel_says_what_settings_say(wheel):
     ini.read(ROOT / "settings.ini")
     meta = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
     points = wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode()
-    assert f"Version: {ini['DEFAULT']['version']}" in meta and "smooth-foley" in points
+    assert f"Version: {ini['DEFAULT']['version']}" in meta
+    assert ini["DEFAULT"]["console_scripts"] in points.replace(" ", "")
     assert "Provides-Extra: dev" in meta and "Provides-Extra: train" in meta
+
+
+def test_the_console_script_is_there():
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini")
+    name, place = ini["DEFAULT"]["console_scripts"].split("=")
+    assert name == "smooth-foley"
+    assert callable(EntryPoint(name, place, "console_scripts").load())
+
+
+def test_an_export_keeps_the_lazy_names(tmp_path):
+    "nbdev writes the version into `__init__.py` and leaves the rest of it alone"
+    from nbdev.config import update_version
+
+    shutil.copy(ROOT / "smooth_foley" / "__init__.py", tmp_path)
+    update_version(tmp_path)
+    assert (tmp_path / "__init__.py").read_text() == (ROOT / "smooth_foley" / "__init__.py").read_text()
 
 
 def test_every_requirement_is_locked():
     ini = ConfigParser(delimiters=["="])
     ini.read(ROOT / "settings.ini")
-    plain = lambda n: re.split(r"[<>=!~\[; ]", n)[0].lower().replace("_", "-")
-    lines = [l for l in (ROOT / "constraints.txt").read_text().splitlines() if l and not l.startswith("#")]
-    assert all(re.match(r'^[\w.-]+==[\w.]+( ; sys_platform == "linux")?$', l) for l in lines)
+
+    def plain(name):
+        return re.split(r"[<>=!~\[; ]", name)[0].lower().replace("_", "-")
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all(re.match(r'^[\w.-]+==[\w.]+( ; sys_platform == "linux")?$', line) for line in lines)
     asked = {
         plain(w)
         for key in ("requirements", "dev_requirements", "train_requirements")
         for w in ini["DEFAULT"][key].split()
     }
-    assert asked - {plain(l) for l in lines} == set()
+    assert asked - {plain(line) for line in lines} == set()
 
 
 def imported(path):
