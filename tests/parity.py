@@ -1,7 +1,7 @@
 """Every number of `fixtures/foleycrafter_full`, asked of the public classes.
 
-`CHECKS[name](system)` gives the tensor that `expected.safetensors` holds under `name`. A `System` is the converted pipeline with
-its inputs and settings, so a mistake is a system in which one thing was changed (`test_mistakes.py`).
+`CHECKS[name](system)` gives the tensor that `expected.safetensors` holds under `name`. A `System` is the converted
+pipeline with its inputs and settings, so a mistake is a system in which one thing was changed (`test_mistakes.py`).
 `python tests/parity.py` prints the error of each tensor.
 """
 
@@ -31,8 +31,9 @@ FIXTURE = Path(__file__).parent / "fixtures" / "foleycrafter_full"
 README = json.loads((FIXTURE / "README.json").read_text())
 INPUTS, WANT = (load_file(FIXTURE / f"{name}.safetensors") for name in ("inputs", "expected"))
 
-# Largest error allowed, as a share of the largest value. Two rows of the time detector depend on the processor: its batch statistics
-# cancel almost all of the unscaled pixels, and what is left carries the rounding of everything before (see test_parity.py).
+# Largest error allowed, as a share of the largest value. Two rows of the time detector depend on the processor: its
+# batch statistics cancel almost all of the unscaled pixels, and what is left carries the rounding of everything before
+# (see test_parity.py).
 TOLERANCE = {name: 1e-4 for name in WANT} | dict(det_logits_asis=3e-4, det_logits_train_div255=3e-4)
 EXACT = ("timesteps25", "timesteps4", "mask1024_dur6p3")
 

@@ -107,8 +107,13 @@ from smooth_foley.media import mux, write_video, write_wav
 os.chdir(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 noise = np.random.default_rng(0).integers(0, 255, (15, 64, 64, 3), dtype=np.uint8)
-for write in (lambda: mux('v.mp4', np.random.default_rng(0).uniform(-.5, .5, 16000), 16000, 'm.mp4'), lambda: write_wav('w.wav', np.zeros(16000)), lambda: write_video('x.mp4', noise)):
-    try: write()
+sound = np.random.default_rng(0).uniform(-.5, .5, 16000)
+for write, arguments in (
+    (mux, ('v.mp4', sound, 16000, 'm.mp4')),
+    (write_wav, ('w.wav', np.zeros(16000))),
+    (write_video, ('x.mp4', noise)),
+):
+    try: write(*arguments)
     except FoleyError as e: print(e)
 """
     said = python(code, tmp_path).split("\n")
@@ -123,13 +128,13 @@ def test_places_that_cannot_be_written(tmp_path):
         (tmp_path / "locked").mkdir(mode=0o500)
         places.append(tmp_path / "locked" / "x.mp4")
     for place in places:
-        for write in (
-            lambda: mux(v, np.zeros(SR), SR, place),
-            lambda: write_wav(place, np.zeros(SR)),
-            lambda: write_video(place, NOISE),
+        for write, arguments in (
+            (mux, (v, np.zeros(SR), SR, place)),
+            (write_wav, (place, np.zeros(SR))),
+            (write_video, (place, NOISE)),
         ):
             with pytest.raises(FoleyError) as e:
-                write()
+                write(*arguments)
             assert "\n" not in str(e.value)
     assert not [p for p in tmp_path.rglob("*") if ".part" in p.name]
 
@@ -172,9 +177,9 @@ def test_the_original_sound_is_kept_as_it_was(tmp_path):
     source = write_video(tmp_path / "v.mp4", NOISE, audio=tone)
     out = mux(source, np.zeros(SR), SR, tmp_path / "out.mp4", keep_original=True)
     with av.open(str(out)) as f, av.open(str(source)) as g:
-        data = lambda c, s: [bytes(p) for p in c.demux(s) if p.size]
         assert len(f.streams.audio) == 2
-        assert data(f, f.streams.audio[1]) == data(g, g.streams.audio[0])
+        kept, given = ([bytes(p) for p in c.demux(c.streams.audio[k]) if p.size] for c, k in ((f, 1), (g, 0)))
+        assert kept == given
     assert np.abs(read_audio(out)).max() < 1e-3  # the first track is the new one
 
 

@@ -1,4 +1,4 @@
-"""Same numbers as FoleyCrafter's own code, tensor by tensor, and the shapes that the published checkpoints have at full size.
+"""Same numbers as FoleyCrafter's own code, tensor by tensor, and the shapes of the published checkpoints at full size.
 
 The numbers are in `fixtures/foleycrafter_full`, how each is asked of the public classes is in `parity.py`.
 """
@@ -81,10 +81,10 @@ def test_the_four_modes_of_the_detector_differ():
 
 @torch.no_grad()
 def test_the_reference_itself_leaves_the_truth_by_more_than_the_usual_tolerance(system):
-    """The detector's batch statistics cancel almost all of its unscaled pixels, and processors round what is left differently.
+    """The detector's batch statistics cancel almost all of its unscaled pixels; processors round the rest differently.
 
-    Float64 judges both answers: the reference's misses it by more than 1e-4 of the largest logit. That is why the two rows with
-    batch statistics, and no others, are held to 3e-4."""
+    Float64 judges both answers: the reference's misses it by more than 1e-4 of the largest logit. That is why the two
+    rows with batch statistics, and no others, are held to 3e-4."""
     x, want, ours = (
         system.detector.preprocess(INPUTS["det_frames"], False),
         WANT["det_logits_asis"],
@@ -92,7 +92,10 @@ def test_the_reference_itself_leaves_the_truth_by_more_than_the_usual_tolerance(
     )
     double = TimeDetector.from_published_state_dict(system.detector.to_published_state_dict()).double().train()
     truth = double(x.double())
-    off = lambda y: ((y - truth).abs().max() / truth.abs().max()).item()
+
+    def off(y):
+        return ((y - truth).abs().max() / truth.abs().max()).item()
+
     assert 1e-4 < off(want) < 3e-4 and off(ours) < 3e-4
 
 
@@ -263,7 +266,7 @@ def test_unet_of_full_size(unet):
 
 
 def test_temporal_adapter_of_full_size(unet):
-    "`temporal_adapter.ckpt`: the encoder, an embedding of a one-channel condition, 12 zero convolutions and one in the middle"
+    "`temporal_adapter.ckpt`: the encoder, a one-channel condition, 12 zero convolutions, one in the middle"
     with init_empty_weights():
         ctrl = make_temporal_adapter(unet, 1)
     want, c = (
@@ -340,7 +343,10 @@ def test_vae_of_full_size():
 
 def clip_text_layout(width, layers, tokens=77, vocab=49408, prefix=""):
     "CLIP's text tower under `transformers`' names"
-    sides = lambda k, *s: {f"{prefix}{k}.weight": s, f"{prefix}{k}.bias": s[:1]}
+
+    def sides(k, *s):
+        return {f"{prefix}{k}.weight": s, f"{prefix}{k}.bias": s[:1]}
+
     out = {
         f"{prefix}embeddings.token_embedding.weight": (vocab, width),
         f"{prefix}embeddings.position_embedding.weight": (tokens, width),
@@ -360,7 +366,7 @@ def clip_text_layout(width, layers, tokens=77, vocab=49408, prefix=""):
 
 
 def test_text_encoder_of_full_size():
-    "The text tower of CLIP ViT-L/14; the library drops or adds `text_model.` with its version, so names are compared without"
+    "The text tower of CLIP ViT-L/14; names are compared without `text_model.`, which depends on the library's version"
     text = build_full("text_encoder", "meta")
     got = {k.removeprefix("text_model."): s for k, s in shapes(text).items() if not k.endswith("position_ids")}
     assert got == clip_text_layout(768, 12)

@@ -56,7 +56,10 @@ def test_bytes_of_another_day(seed, split):
 
 
 def test_bytes_of_another_process():
-    code = "import json, sys; sys.path.insert(0, sys.argv[1]); import test_passby as t; print(json.dumps([t.fingerprint(*x) for x in t.SHOWN[::-1]]))"
+    code = """import json, sys
+sys.path.insert(0, sys.argv[1])
+import test_passby as t
+print(json.dumps([t.fingerprint(*x) for x in t.SHOWN[::-1]]))"""
     out = subprocess.run(
         [sys.executable, "-c", code, __file__.rsplit("/", 1)[0]], capture_output=True, text=True, check=True
     )

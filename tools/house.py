@@ -110,13 +110,14 @@ def survey():
 def table(s):
     "The rows as markdown"
     sizes = [size(c) for cells in s["cells"].values() for c in cells]
+    nine_tenths = quantiles(sizes, n=10)[-1]
     lines = [line for cells in s["cells"].values() for c in cells for line in c.splitlines() if line.strip()]
     wide = sum(len(line) > 120 for line in lines)
     names = [len(n) for n in s["names"].values()]
     longest = max(s["lines"], key=s["lines"].get)
     most = max(s["names"], key=lambda m: len(s["names"][m]))
     rows = {
-        "exported cell: median / 90 % / longest": f"{median(sizes):g} / {quantiles(sizes, n=10)[-1]:.0f} / {max(sizes)} lines",
+        "exported cell: median / 90 % / longest": f"{median(sizes):g} / {nine_tenths:.0f} / {max(sizes)} lines",
         "exported lines": f"{len(lines)}",
         "lines over 120 columns": f"{100 * wide / len(lines):.1f} %",
         "public names of a module: median / most": f"{median(names):g} / {len(s['names'][most])} ({most})",
@@ -138,9 +139,8 @@ def main(argv):
         print(f"runs up: {a} imports {b}")
     if argv:
         for m in sorted(s["order"], key=s["order"].get):
-            print(
-                f"{m}: {s['lines'][m]} lines, {len(s['names'][m])} names, longest cell {max(map(size, s['cells'][m]), default=0)}"
-            )
+            longest = max(map(size, s["cells"][m]), default=0)
+            print(f"{m}: {s['lines'][m]} lines, {len(s['names'][m])} names, longest cell {longest}")
 
 
 if __name__ == "__main__":

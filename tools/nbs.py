@@ -37,7 +37,9 @@ def output_md(out, files):
     "One cell output as markdown; pictures are put into `files` under a numbered name"
     if out["output_type"] == "stream":
         return (
-            "\n".join("    " + l for l in text_of(out["text"]).rstrip().split("\n")) if out["name"] == "stdout" else ""
+            "\n".join("    " + line for line in text_of(out["text"]).rstrip().split("\n"))
+            if out["name"] == "stdout"
+            else ""
         )
     data = out.get("data", {})
     if "image/png" in data:
@@ -49,7 +51,7 @@ def output_md(out, files):
     plain = text_of(data.get("text/plain", "")).rstrip()
     if not plain or re.match(r"^<(IPython|Axes|Figure|matplotlib)", plain):
         return ""
-    return "\n".join("    " + l for l in plain.split("\n"))
+    return "\n".join("    " + line for line in plain.split("\n"))
 
 
 def readme_export(nb_path=ROOT / "nbs" / "index.ipynb"):
