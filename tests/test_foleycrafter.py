@@ -11,13 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.video import r2plus1d_18
 
-from smooth_foley.compare.foleycrafter import (
+from smooth_foley.compare.foleycrafter import MINI_DETECTOR, PUBLISHED, FoleyCrafter, TimeDetector, baseline_path
+from smooth_foley.compare.time_detector import (
     IMPACTS,
-    MINI_DETECTOR,
-    PUBLISHED,
-    FoleyCrafter,
-    TimeDetector,
-    baseline_path,
     detector_scores,
     frame_truth,
     impact_cache,
@@ -316,7 +312,7 @@ def test_folders_saved_before_the_detector_was_a_component_load(baseline, tmp_pa
     assert torch.equal(old(noise_clip(), output_type="latent").latents, want)
     old.save_pretrained(tmp_path / "new")
     index = json.loads((tmp_path / "new" / "model_index.json").read_text())
-    assert index["time_detector"] == ["smooth_foley.compare.foleycrafter", "TimeDetector"]
+    assert index["time_detector"] == ["smooth_foley.compare.time_detector", "TimeDetector"]
     assert "time_detector" in FoleyCrafter.from_pretrained(tmp_path / "new").components
 
 

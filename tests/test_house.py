@@ -23,6 +23,17 @@ def test_no_circle_of_imports(survey):
     assert not survey["circles"]
 
 
+def test_every_notebook_has_a_number_of_its_own(survey):
+    numbers = list(survey["order"].values())
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_modules_answer_one_question(survey):
+    lines, order = survey["lines"], survey["order"]
+    assert not [m for m in lines if order[m] < (15, "") and lines[m] > 360]
+    assert not [m for m in lines if lines[m] > 510]
+
+
 def test_a_notebook_imports_only_from_lower_numbers(survey):
     assert not survey["upward"]
 

@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("nbs_tool", ROOT / "tools" / "nbs.py")
 nbs = importlib.util.module_from_spec(spec)
@@ -108,3 +110,29 @@ def test_python_of_the_readme_compiles():
     md = (ROOT / "README.md").read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", md, re.S):
         compile(block, "README.md", "exec")
+
+
+PAGES = sorted(p for p in (ROOT / "nbs").rglob("[!_.]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+CARDS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "data_cards").glob("*.md"))]
+
+
+def prose_of(path):
+    "Markdown of a page or a card"
+    written = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return written
+    cells = json.loads(written)["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+@pytest.mark.parametrize("path", [*PAGES, *CARDS], ids=lambda p: p.stem)
+def test_links_of_a_page_are_there(path):
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(path))]
+    local = [link for link in links if link and "://" not in link and not link.startswith("mailto:")]
+    assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+def test_links_are_moved_to_the_root():
+    page = "[a](06_a.ipynb), [b](../LICENSE), [c](app/91_c.ipynb#d), [d](#e), [e](https://f.g/h)"
+    moved = "[a](nbs/06_a.ipynb), [b](LICENSE), [c](nbs/app/91_c.ipynb#d), [d](#e), [e](https://f.g/h)"
+    assert nbs.from_the_root(page) == moved

@@ -8,6 +8,7 @@ python tools/nbs.py readme   write README.md from nbs/index.ipynb
 import base64
 import json
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -54,13 +55,25 @@ def output_md(out, files):
     return "\n".join("    " + line for line in plain.split("\n"))
 
 
+def from_the_root(markdown):
+    "Links that are relative to nbs/, as they work in Jupyter, relative to the repository's root"
+
+    def moved(found):
+        link = found[1]
+        if "://" in link or link.startswith(("#", "mailto:", "/")):
+            return found[0]
+        return f"]({posixpath.normpath(posixpath.join('nbs', link))})"
+
+    return re.sub(r"\]\(([^)\s]+)\)", moved, markdown)
+
+
 def readme_export(nb_path=ROOT / "nbs" / "index.ipynb"):
     "README.md as text, and its pictures as `{relative name: bytes}`"
     nb, parts, files = json.loads(Path(nb_path).read_text(encoding="utf-8")), [], {}
     for cell in nb["cells"]:
         source = text_of(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source.strip())
+            parts.append(from_the_root(source.strip()))
             continue
         if cell["cell_type"] != "code":
             continue
