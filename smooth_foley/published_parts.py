@@ -300,7 +300,7 @@ def read_parts(
         vocoder=vocoder,
         mel=mel,
         frame_encoder=encoder,
-        frame_adapter=_frame_part(semantic_file, unet.model),
+        frame_adapter=_frame_part(found["semantic_adapter"], unet.model),
         label_projection=_projection_part(encoder, configs.get("label_projection", {})),
         temporal_adapter=_temporal_part(found["temporal_adapter"], unet.model),
     )

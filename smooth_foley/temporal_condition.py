@@ -191,6 +191,7 @@ def plot_condition(
     ax=None,  # Axes to draw into; None makes new ones
 ):  # The axes
     "Similarity, threshold and the stretches they give, over seconds"
+    import matplotlib.pyplot as plt
 
     if ax is None:
         ax = plt.subplots(figsize=(8, 1.8), dpi=80)[1]
