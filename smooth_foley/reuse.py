@@ -315,6 +315,7 @@ def reuse(
 # %% ../nbs/09_reuse.ipynb #7862a16a
 def _keep_frames(stack, unet, keys, tokens, empty, pieces):
     "Frame tokens projected, keys and values known; what goes in as `image_embeds`"
+    columns = [m for m in unet.modules() if isinstance(m, ColumnResidual)]  # before processors are exchanged
     F_emb, groups = _frame_groups(unet, tokens, empty > 0, "group" in pieces, empty)
     if keys is not None or {"frames", "group"} & set(pieces):
         stack.enter_context(_known_keys(unet, keys, F_emb, groups, "frames" in pieces))
@@ -322,9 +323,8 @@ def _keep_frames(stack, unet, keys, tokens, empty, pieces):
         without = F_emb[:1].expand(empty * len(tokens), -1, -1)
         projected = [torch.cat([without, F_emb[-len(tokens) :]])]
         stack.enter_context(borrowed(unet.encoder_hid_proj, lambda _: projected))
-        for m in unet.modules():
-            if isinstance(m, ColumnResidual):
-                stack.enter_context(borrowed(m, _first_answer(m.forward)))
+        for m in columns:
+            stack.enter_context(borrowed(m, _first_answer(m.forward)))
     return torch.cat([torch.zeros_like(tokens)] * empty + [tokens])
 
 # %% ../nbs/09_reuse.ipynb #7c9a6d9e

@@ -80,6 +80,13 @@ def train_clip(run: StageRun) -> None:
     save_trained(encoder, run.weights())
 
 # %% ../../nbs/train/37_parts.ipynb #ccc087e0
+def _stretch(x, start, n):
+    "`n` values of the last dimension from each sample's own `start`"
+    at = start[:, None] + torch.arange(n, device=x.device)
+    at = at.view(len(x), *[1] * (x.dim() - 2), n)
+    return x.gather(-1, at.expand(*x.shape[:-1], n))
+
+
 class VaeStage(Stage):
     "Crops of log-mels through an `AutoencoderKL` and back"
 
@@ -94,7 +101,7 @@ class VaeStage(Stage):
     def forward(self, batch, draw):
         whole = batch["image"]
         starts = draw.integers(whole.shape[-1] - self.cols + 1)
-        image = torch.stack([x[..., s : s + self.cols] for x, s in zip(whole, starts)])
+        image = _stretch(whole, starts, self.cols)
         posterior = self.vae.encode(image).latent_dist
         z = posterior.mean + posterior.std * draw.normal(*posterior.mean.shape[1:])
         return vae_loss(self.vae.decode(z).sample, image, posterior.mean, posterior.logvar)
@@ -163,14 +170,6 @@ class VocoderStage(Stage):
         fake = self.vocoder(mel.transpose(1, 2))
         inner = slice(640, -640)
         return multi_resolution_stft_loss(fake[:, inner], real[:, inner])
-
-
-def _stretch(x, start, n):
-    "`n` values of the last dimension from each sample's own `start`"
-    at = start[:, None] + torch.arange(n, device=x.device)
-    if x.dim() == 3:
-        at = at[:, None].expand(-1, x.shape[1], -1)
-    return x.gather(-1, at)
 
 # %% ../../nbs/train/37_parts.ipynb #prt00012
 def _vocoder_rows(arrays):
