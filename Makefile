@@ -1,5 +1,5 @@
 # make demo   a silent video gets its sound (demo.mp4, demo.png)
-# make test   notebooks agree with the modules, all is formatted, every notebook runs, then pytest
+# make test   notebooks agree with the modules, all is formatted and clean, every notebook runs, then pytest
 # make lab    JupyterLab on the notebooks
 # make readme README.md from nbs/index.ipynb
 # make clean  remove what these commands made
@@ -24,6 +24,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/nbs.py check
 	$(BIN)/ruff format --check --quiet . || { echo 'not formatted: run ruff format .'; exit 1; }
+	$(BIN)/ruff check --quiet . || { echo 'not clean: run ruff check .'; exit 1; }
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/nbs.py test
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q tests
 
