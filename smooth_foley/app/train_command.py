@@ -18,7 +18,7 @@ RECIPE_OPTIONS = (
     ("--first-seed", number(0, 10**6, int), "first scene"),
     ("--seed", number(0, 2**63 - 1, int), "of initial weights, batches and noise"),
     ("--autoencoder", ("kl", "patch"), "learned, or principal components of patches"),
-    ("--latent-channels", number(1, 256, int), "components kept of each patch of the mel image"),
+    ("--latent-channels", number(1, 256, int), "of the autoencoder"),
     ("--focus", number(0, 1), "share of noise levels near a signal-to-noise ratio of 1"),
     ("--channel-power", number(0, 4), "the adapters' loss weighs latent channels by their deviation to this power"),
     ("--fps", number(0.2, 100), "frames per second"),
