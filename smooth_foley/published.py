@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .clip import CONFIG_FILE, WEIGHTS_FILE, FrameEncoder
 from .core import FoleyError, progress
-from .hub import SOURCES, NotHere, check_room, download, plan, show_plan
+from .hub import REPOSITORIES, NotHere, check_room, download, plan, show_plan
 from .layout import OPTIONAL, locate
 from .loading import find_weights
 from .published_parts import Part, read_parts
@@ -217,7 +217,7 @@ def fetch(
     dry_run: bool = False,  # Only show what would be done
     dtype=torch.float32,  # Type of the weights that are written
     folders=None,  # Use these instead of the hub, as in `locate`
-    sources: Sequence = SOURCES,  # What to bring from the hub
+    sources: Sequence = REPOSITORIES,  # What to bring from the hub
     configs: dict = None,  # As in `read_parts`
     overwrite: bool = False,  # Replace `out`
     say: Callable = print,  # Called with each line that says what is done

@@ -177,7 +177,7 @@ def test_faulty_files_are_one_line(tmp_path):
 
 
 def test_missing_weights_say_where_they_come_from(tmp_path):
-    for name in W.PUBLISHED:
+    for name in W.EMBEDDERS:
         with pytest.raises(FoleyError, match="https://") as e:
             W.load_embedder(name, tmp_path)
         assert "\n" not in str(e.value) and name in str(e.value)
@@ -258,7 +258,7 @@ def test_whole_part_is_taken(server, tmp_path):
 def test_rows_are_complete():
     for r in W.metric_files():
         assert (
-            r.url.startswith("https://") and r.size > 0 and r.licence and r.of in W.PUBLISHED and len(r.md5) in (0, 32)
+            r.url.startswith("https://") and r.size > 0 and r.licence and r.of in W.EMBEDDERS and len(r.md5) in (0, 32)
         )
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from smooth_foley.compare.clips import folder_clips
 from smooth_foley.compare.clips import test_clips as clips_of
-from smooth_foley.compare.folders import claim, read_rows, summarise
+from smooth_foley.compare.folders import claim, read_results, summarise
 from smooth_foley.compare.sound_folders import compare_folders, save_folders, show_folders
 from smooth_foley.compare.systems import parse_system
 from smooth_foley.core import FoleyError
@@ -45,7 +45,7 @@ def whole(tmp_path_factory):
 
 
 def test_a_run_writes_what_it_promises(whole):
-    rows = read_rows(whole / "clips.csv")
+    rows = read_results(whole / "clips.csv")
     assert [(r["clip"], r["system"]) for r in rows] == [
         (f"passby-200000{i}", s) for i in range(3) for s in ("truth", "half", "ours")
     ]
@@ -55,7 +55,7 @@ def test_a_run_writes_what_it_promises(whole):
     assert all(r["cond_tp"] != "" for r in rows if r["system"] != "truth")
     a, b = ((whole / s / "passby-2000000.wav").read_bytes() for s in ("ours", "half"))
     assert a != b, "two systems made the same sound"
-    assert {d["against"] for d in read_rows(whole / "differences.csv")} == {"ours"} and "**ours**" in (
+    assert {d["against"] for d in read_results(whole / "differences.csv")} == {"ours"} and "**ours**" in (
         whole / "tables.md"
     ).read_text()
     with np.load(whole / "embeddings" / "ours.npz") as e:
@@ -63,7 +63,7 @@ def test_a_run_writes_what_it_promises(whole):
 
 
 def test_physics_is_measured_for_every_system(whole):
-    rows = {(r["clip"], r["system"]): r for r in read_rows(whole / "clips.csv")}
+    rows = {(r["clip"], r["system"]): r for r in read_results(whole / "clips.csv")}
     going_on = [(c, s) for (c, s), r in rows.items() if r["label"] in passby.CONTINUOUS]
     assert going_on and all((rows[k]["dropouts"] != "") == (k in going_on) for k in rows)
     true = [r for (c, s), r in rows.items() if s == "truth" and r["level_adherence"]]
@@ -198,7 +198,7 @@ def test_a_folder_against_itself_and_another(folders, tmp_path):
     assert other["kl", "classifier"] > 0 and other["fad", "classifier"] > 1e-3
     r = compare_folders(gen, ref)
     save_folders(r, tmp_path / "out")
-    assert len(read_rows(tmp_path / "out" / "folder_clips.csv")) == 4 and "mostly bias" in show_folders(r)
+    assert len(read_results(tmp_path / "out" / "folder_clips.csv")) == 4 and "mostly bias" in show_folders(r)
     assert any("fad_inf needs at least 10" in n for n in r["notes"])
     with pytest.raises(FoleyError, match="fad_inf needs at least 10"):
         compare_folders(gen, ref, metrics="fad_inf")
@@ -319,7 +319,7 @@ def test_shipped_results_are_summarised_to_the_same_digits(tmp_path):
     (tmp_path / "clips.csv").write_bytes((shipped / "clips.csv").read_bytes())
     summarise(tmp_path)
     for name in ("summary.csv", "differences.csv"):
-        again, then = read_rows(tmp_path / name), read_rows(shipped / name)
+        again, then = read_results(tmp_path / name), read_results(shipped / name)
         stored = {(r["split"], r["measure"], r["system"]): r for r in then}
         pairs = [(r, stored.get((r["split"], r["measure"], r["system"]))) for r in again]
         pairs = [(now, old) for now, old in pairs if old]

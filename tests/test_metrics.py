@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from smooth_foley.compare.folders import summarise, write_rows
+from smooth_foley.compare.folders import summarise, write_results
 from smooth_foley.compare.measure import COLUMNS
 from smooth_foley.core import FoleyError
 from smooth_foley.listen.judges import JUDGES, judge_mels, judge_path, load_judge, recognise
@@ -281,7 +281,7 @@ def made_up(folder, n=12):
                         **{k: (10 + i % 3 if good else 5) if k.endswith("tp") else 0 if good else 5 for k in keys},
                     }
                 )
-    write_rows(folder / "clips.csv", rows, list(rows[0]))
+    write_results(folder / "clips.csv", rows, list(rows[0]))
     summarise(folder)
     return folder
 
@@ -313,7 +313,7 @@ def test_tables_show_what_has_been_measured_and_nothing_else(tmp_path):
     )
     with open(folder / "summary.csv", newline="") as f:
         kept = [r for r in csv.DictReader(f) if r["system"] != "truth-vae" and "closest" not in r["measure"]]
-    write_rows(folder / "summary.csv", kept, list(kept[0]))
+    write_results(folder / "summary.csv", kept, list(kept[0]))
     assert tables.timing_table(folder, tables.PHYSICS) == tables.films_results(folder) == "not measured yet"
     assert "VAE" not in tables.results_table(folder) + tables.paper_table(folder, tables.TABLE_1) + tables.timing_table(
         folder

@@ -246,7 +246,7 @@ def test_without_the_detector_everything_else_converts(sources, tmp_path):
 def test_a_detector_is_added_to_a_full_made_without_it(sources, full, tmp_path):
     made = P.convert(sources, tmp_path / "full", configs=TINY)
     assert not (made / "time_detector").exists()
-    into_cache(tmp_path / "cache", hub.SOURCES[1], sources["foleycrafter"])
+    into_cache(tmp_path / "cache", hub.REPOSITORIES[1], sources["foleycrafter"])
     _add_detector(made, DETECTOR, cache_dir=tmp_path / "cache", local_files_only=True)
     a, b = (TimeDetector.from_pretrained(f / "time_detector").state_dict() for f in (made, full))
     assert equal(a, b)
@@ -494,7 +494,7 @@ def test_full_is_made_from_the_cache_and_found_again(sources, pipe, open_clip_fo
     fc = shutil.copytree(
         sources["foleycrafter"], tmp_path / "fc", ignore=shutil.ignore_patterns("*.tar")
     )  # the tiny detector is not of the published shape
-    for s, d in zip(hub.SOURCES, (sources["auffusion"], fc, open_clip_folder)):
+    for s, d in zip(hub.REPOSITORIES, (sources["auffusion"], fc, open_clip_folder)):
         into_cache(tmp_path / "cache", s, d)
     before = snapshot(tmp_path / "cache")
     made = P.resolve_full(cache_dir=tmp_path / "cache")
@@ -502,7 +502,7 @@ def test_full_is_made_from_the_cache_and_found_again(sources, pipe, open_clip_fo
     stamp = snapshot(made)
     assert P.resolve_full(local_files_only=True, cache_dir=tmp_path / "empty") == made and snapshot(made) == stamp
     files = json.loads((made / "sources.json").read_text())["files"]
-    assert files["frame_encoder"][0]["commit"] == hub.SOURCES[2].revision
+    assert files["frame_encoder"][0]["commit"] == hub.REPOSITORIES[2].revision
     got = SmoothFoleyPipeline.from_pretrained("full")
     assert equal(got.unet.state_dict(), pipe.unet.state_dict()) and got.mel.config.n_cols == 1024
     with pytest.raises(FoleyError, match="three repositories"):
@@ -577,7 +577,7 @@ def server(sources, open_clip_folder, tmp_path):
         fc / "temporal_adapter.ckpt",
     )  # larger than a chunk of a download
     http = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    http.files = dict(zip((s.repo for s in hub.SOURCES), (sources["auffusion"], fc, open_clip_folder)))
+    http.files = dict(zip((s.repo for s in hub.REPOSITORIES), (sources["auffusion"], fc, open_clip_folder)))
     http.asked, http.broken, http.breaks, http.for_good = [], False, None, False
     threading.Thread(target=http.serve_forever, daemon=True).start()
     yield http
@@ -593,7 +593,7 @@ from dataclasses import replace
 from smooth_foley import hub, published as P
 from smooth_foley.compare.foleycrafter import READERS
 from smooth_foley.core import FoleyError
-*known, clip = hub.SOURCES
+*known, clip = hub.REPOSITORIES
 tokenizer = tuple(hub.HubFile('frame_encoder', (n,), 1e3) for n in ('tokenizer.json', 'tokenizer_config.json'))
 sources = (*known, replace(clip, revision=None, files=clip.files+tokenizer))
 try: P.fetch(sys.argv[1], sources=sources, configs=TINY, readers=READERS)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .clips import TEST, Take
 from .evaluate import processes
-from .folders import claim, read_rows, write_rows
+from .folders import claim, read_results, write_results
 from .systems import build, load_pipeline, parse_systems
 from ..core import FoleyError, progress
 from ..media import SR, Clip, read_audio, write_wav
@@ -204,7 +204,7 @@ def films_table(
     names: dict = None,  # System -> what the table calls it
 ) -> str:  # Markdown
     "Systems down, films and measures across"
-    rows, lines = read_rows(Path(out) / "counterfactual" / "summary.csv"), []
+    rows, lines = read_results(Path(out) / "counterfactual" / "summary.csv"), []
     for split in dict.fromkeys(r["split"] for r in rows):
         cells = {(r["film"], r["measure"], r["system"]): r for r in rows if r["split"] == split}
         there = {(film, m) for film, m, _ in cells}
@@ -253,7 +253,7 @@ def counterfactual(
     if state.is_main_process:
         _write_films(made, seeds, out)
     state.wait_for_everyone()
-    return read_rows(out / "summary.csv")
+    return read_results(out / "summary.csv")
 
 
 def _write_films(systems, seeds, out):
@@ -261,9 +261,9 @@ def _write_films(systems, seeds, out):
     rows = []
     for split, mine in seeds.items():
         rows += _measure_films(systems, split, mine, out)
-    write_rows(out / "clips.csv", rows, ["film", "split", "clip", "label", "system", *_MEASURED])
+    write_results(out / "clips.csv", rows, ["film", "split", "clip", "label", "system", *_MEASURED])
     fields = "split film measure system n value low high".split()
-    write_rows(out / "summary.csv", _summarise_films(rows), fields)
+    write_results(out / "summary.csv", _summarise_films(rows), fields)
 
 # %% ../../nbs/compare/78_counterfactual.ipynb #aea27ddb
 def run_command(args) -> str:  # What is to be printed

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .time_detector import MINI_DETECTOR, TimeDetector, baseline_path
 from ..core import FoleyError, mini_path
-from ..hub import SOURCES, download
+from ..hub import REPOSITORIES, download
 from ..loading import load_part, read_weights
 from ..media import Clip, read_clip
 from ..output import FoleyOutput
@@ -65,7 +65,7 @@ READERS = {"time_detector": published_detector}
 # %% ../../nbs/compare/70_foleycrafter.ipynb #a5ea0833
 def _add_detector(folder, config=None, **hub):
     "Convert the published detector for a `full` that was made without it"
-    files = [replace(s, files=tuple(f for f in s.files if f.part in READERS)) for s in SOURCES]
+    files = [replace(s, files=tuple(f for f in s.files if f.part in READERS)) for s in REPOSITORIES]
     found = download(files, **hub)
     if "time_detector" in found:
         part = published_detector(found["time_detector"], **(config or {}))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .folders import write_rows
+from .folders import write_results
 from ..core import FoleyError, progress
 from ..listen.embedders import decode, listen_to, load_audio, mono
 from ..listen.judges import load_judges
@@ -289,6 +289,6 @@ def save_folders(r: dict, out):
     "folders.csv and folder_clips.csv"
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_rows(out / "folders.csv", r["rows"], "metric embedder value low high n note".split())
+    write_results(out / "folders.csv", r["rows"], "metric embedder value low high n note".split())
     if r["clips"]:
-        write_rows(out / "folder_clips.csv", r["clips"], list(r["clips"][0]))
+        write_results(out / "folder_clips.csv", r["clips"], list(r["clips"][0]))

@@ -14,7 +14,7 @@ import torch
 
 from ..backbone import PatchAutoencoder, decode_latents, encode_latents
 from ..compare.clips import TEST
-from ..compare.folders import read_rows, write_rows
+from ..compare.folders import read_results, write_results
 from ..compare.measure import hear
 from ..core import progress
 from ..listen.judges import load_judges
@@ -127,7 +127,7 @@ def latent_table(
     for r in rows:
         r["inception_true"] = inception_score(truth["logits"], splits=1)[0]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    write_rows(out, rows, list(rows[0]))
+    write_results(out, rows, list(rows[0]))
     return rows
 
 # %% ../../nbs/paper/84_ablation.ipynb #ab000013
@@ -137,7 +137,7 @@ def show_ceilings(
     what: str = "autoencoder",  # Title of the first column
 ) -> str:  # Markdown
     "A table of autoencoders, or of what is generated on their latents"
-    rows = read_rows(path)
+    rows = read_results(path)
     names = [k for k in rows[0] if k not in ("name", "n", "inception_true")]
     head = [what, *(k.replace("_", " ") for k in names)]
     cells = [[r["name"], *(f"{float(r[k]):.{digits}g}" for k in names)] for r in rows]
@@ -190,7 +190,7 @@ def generated_table(
         row["FAD text"] = frechet_distance(heard["text"], truth["text"]).value
         rows.append(dict(row, f0=f0, cents=cents))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    write_rows(out, rows, list(rows[0]))
+    write_results(out, rows, list(rows[0]))
     return rows
 
 # %% ../../nbs/paper/84_ablation.ipynb #ab000017
@@ -227,7 +227,7 @@ def condition_table(
             interval = bootstrap_interval([f[name] for f in found], of="f1")
             rows.append(dict(split=split, condition=name, n=n, **dict(zip(("f1", "low", "high"), interval))))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    write_rows(out, rows, list(rows[0]))
+    write_results(out, rows, list(rows[0]))
     return rows
 
 # %% ../../nbs/paper/84_ablation.ipynb #ab000018
@@ -235,7 +235,7 @@ def show_conditions(
     path="results/ablation/condition.csv",  # From `condition_table`
 ) -> str:  # Markdown
     "F1 of each condition by split"
-    rows = read_rows(path)
+    rows = read_results(path)
     cell = {
         (r["split"], r["condition"]): "{:.2f} [{:.2f}, {:.2f}]".format(*(float(r[k]) for k in ("f1", "low", "high")))
         for r in rows

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..compare.counterfactual import films_table
-from ..compare.folders import read_rows
+from ..compare.folders import read_results
 from ..compare.summary import MEASURES, difference_of, values_of
 from ..core import FoleyError
 from ..metrics.timing import scores
@@ -60,7 +60,7 @@ def stored(
 def cells(folder) -> dict:  # (split, measure, system) -> row
     "Rows of summary.csv with their numbers"
     found = {}
-    for r in read_rows(stored(folder) / "summary.csv"):
+    for r in read_results(stored(folder) / "summary.csv"):
         numbers = {k: float(r[k]) if r[k] else np.nan for k in ("value", "low", "high")}
         found[r["split"], r["measure"], r["system"]] = r | numbers
     return found
@@ -209,7 +209,7 @@ def claims(
 ) -> list:  # Dicts: claim, split, measure, n, difference, low, high, p, verdict
     "Every claim on both splits"
     by, measures, found = defaultdict(list), {m.name: m for m in MEASURES}, []
-    for r in read_rows(stored(folder) / "clips.csv"):
+    for r in read_results(stored(folder) / "clips.csv"):
         by[r["split"], r["system"]].append(r)
     for claim, system, against, name in _claim_rows():
         m = measures[name]
@@ -254,7 +254,7 @@ def plot_by_label(
 
     if ax is None:
         _, ax = plt.subplots(figsize=(8, 2.6), dpi=75, layout="constrained")
-    rows = read_rows(stored(folder) / "clips.csv")
+    rows = read_results(stored(folder) / "clips.csv")
     x, width = np.arange(len(passby.LABELS)), 0.8 / len(systems)
     for k, s in enumerate(systems):
         place = x + (k - (len(systems) - 1) / 2) * width

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..clip import FrameEncoder
 from ..core import FoleyError
+from ..data.tables import write_json
 from ..mel import MelTransform
 from ..schedule import make_scheduler
 from smooth_foley.train.diffusion import (
@@ -29,7 +30,7 @@ from smooth_foley.train.diffusion import (
     train_temporal_adapter,
 )
 from .encoding import encode_features, fit_components, load_autoencoder
-from .folder import StageRun, claim_folder, write_json
+from .folder import StageRun, claim_folder
 from .looks import ValidationSet
 from .loop import hardware, is_main, wait_for_all
 from .parts import train_clip, train_projection, train_vae, train_vocoder

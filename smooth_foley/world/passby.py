@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..core import FoleyError
+from ..media import SR
 from smooth_foley.world.dials import (  # noqa: F401  (the world's names, all at one address)
     ALWAYS,
     CONTINUOUS,
@@ -20,7 +21,6 @@ from smooth_foley.world.dials import (  # noqa: F401  (the world's names, all at
     RATE,
     SOURCES,
     SPLITS,
-    SR,
     TONAL,
     C,
     Dials,

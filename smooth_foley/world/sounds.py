@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .dials import SOURCES, SR, Dials, Motion
+from ..media import SR
+from .dials import SOURCES, Dials, Motion
 
 # %% ../../nbs/world/18_sounds.ipynb #bef481ca
 def _harmonics(phase, amps):
