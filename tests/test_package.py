@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from configparser import ConfigParser
 from importlib.metadata import EntryPoint
@@ -19,15 +20,27 @@ ROOT = Path(__file__).resolve().parent.parent
 def wheel(tmp_path_factory):
     pytest.importorskip("setuptools")
     tmp = tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "settings.ini", "README.md", "LICENSE", "NOTICE"):
+    for name in ("setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE", "NOTICE", "CITATION.cff"):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, tmp / name)
     shutil.copytree(ROOT / "smooth_foley", tmp / "smooth_foley", ignore=shutil.ignore_patterns("__pycache__"))
-    r = subprocess.run(
-        [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", "out"], cwd=tmp, capture_output=True, text=True
-    )
+    return zipfile.ZipFile(built(tmp, "bdist_wheel", "*.whl"))
+
+
+def built(folder, command, pattern):
+    "What setuptools makes of a folder"
+    run = [sys.executable, "setup.py", "-q", command, "-d", "out"]
+    r = subprocess.run(run, cwd=folder, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
-    return zipfile.ZipFile(next((tmp / "out").glob("*.whl")))
+    return next((folder / "out").glob(pattern))
+
+
+def test_a_wheel_made_from_the_source_release_is_the_same(wheel, tmp_path):
+    source = Path(wheel.filename).parent.parent
+    with tarfile.open(built(source, "sdist", "*.tar.gz")) as f:
+        f.extractall(tmp_path, filter="data")
+    again = zipfile.ZipFile(built(next(tmp_path.iterdir()), "bdist_wheel", "*.whl"))
+    assert sorted(again.namelist()) == sorted(wheel.namelist())
 
 
 def test_every_file_of_the_package_is_in_the_wheel(wheel):
