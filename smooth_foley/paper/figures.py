@@ -15,6 +15,7 @@ from ..core import FoleyError
 from ..media import Clip
 from ..mel import plot_mel
 from ..metrics.doppler import f0_range, f0_track
+from ..train.recipe import STAGES
 from ..world import passby
 
 # %% ../../nbs/paper/81_figures.ipynb #e129cb66
@@ -161,7 +162,8 @@ def pipeline_shapes(
 
 # %% ../../nbs/paper/81_figures.ipynb #703a28c2
 _FROZEN, _PLAIN = "#cfe2f3", "white"
-_STAGES = ("#f9cb9c", "#ffe599", "#b6d7a8")  # Components that stages 1, 2 and 3 train
+_STAGES = ("#f9cb9c", "#ffe599", "#b6d7a8")  # Components that are trained first, second and third
+_TRAINED_BY = dict(label_projection="projection", temporal_adapter="temporal_adapter", frame_adapter="frame_adapter")
 # fmt: off
 _BOXES = {  # Name -> x, y, title, component, colour
     "video": (0.6, 3.4, "silent video", None, _PLAIN),
@@ -170,9 +172,9 @@ _BOXES = {  # Name -> x, y, title, component, colour
     "sound": (8.2, 0.4, "sound", None, _PLAIN),
     "clip": (2.9, 3.4, "CLIP\n", "frame_encoder", _FROZEN),
     "text": (2.9, 0.4, "text encoder\n", "text_encoder", _FROZEN),
-    "frames": (5.6, 3.4, "1. frame adapter\n", "frame_adapter", _STAGES[0]),
-    "projection": (2.9, 1.9, "2. label-frame projection\n", "label_projection", _STAGES[1]),
-    "temporal": (5.6, 1.9, "3. temporal adapter\n", "temporal_adapter", _STAGES[2]),
+    "frames": (5.6, 3.4, "frame adapter\n", "frame_adapter", _FROZEN),
+    "projection": (2.9, 1.9, "label-frame projection\n", "label_projection", _FROZEN),
+    "temporal": (5.6, 1.9, "temporal adapter\n", "temporal_adapter", _FROZEN),
     "unet": (8.2, 1.9, "UNet\n", "unet", _FROZEN),
     "vae": (10.5, 1.9, "VAE decoder\n", "vae", _FROZEN),
     "vocoder": (10.5, 0.4, "vocoder\n", "vocoder", _FROZEN),
@@ -194,6 +196,12 @@ _ARROWS = (  # From (a side of a box, or a point), to, what goes along, where it
     ("vocoder left", "sound right", "sound", (0, 0.1)),
 )
 # fmt: on
+
+
+def _when_trained(component):
+    "Which of the adapters' stages of the recipe trains a component, from 0; None for frozen ones"
+    order = [stage for stage in STAGES if stage in _TRAINED_BY.values()]
+    return order.index(_TRAINED_BY[component]) if component in _TRAINED_BY else None
 
 
 def _half(box):
@@ -251,6 +259,9 @@ def plot_pipeline(
         _, ax = plt.subplots(figsize=(8, 3.7), dpi=80, layout="constrained")
     for box in _BOXES.values():
         x, y, text, component, color = box
+        number = _when_trained(component)
+        if number is not None:
+            text, color = f"{number + 1}. {text}", _STAGES[number]
         if component:
             part = getattr(pipe, component)
             text += f"{type(part).__name__}\n{_weights(part)}"
