@@ -23,11 +23,11 @@ from smooth_foley.app.options import (
     Command,
     Group,
     check_device,
-    condition,
     load_pipeline,
     local_model,
     number,
     parse,
+    parse_condition,
 )
 from ..core import FoleyError, mini_path, printable, progress, suggest
 from smooth_foley.media import (
@@ -254,7 +254,7 @@ _INPUT = (
     ("--keep-original", SWITCH, "keep the sound that is there as a second track"),
     OVERWRITE,
 )
-_WHEN = dict(type=condition, metavar="WHEN")
+_WHEN = dict(type=parse_condition, metavar="WHEN")
 _SOUND = (
     ("--seed", number(0, 2**63 - 1, int), "another seed, another sound (default 0)", 0),
     ("--steps", number(1, 1000, int), "diffusion steps"),

@@ -14,7 +14,7 @@ import numpy as np
 from .clips import TEST, Take
 from .evaluate import processes
 from .folders import claim, read_results, write_results
-from .systems import build, load_pipeline, parse_systems
+from .systems import build, load_with_folder, parse_systems
 from ..core import FoleyError, progress
 from ..media import SR, Clip, read_audio, write_wav
 from ..metrics.doppler import MODULATION, f0_range, f0_track
@@ -242,7 +242,7 @@ def counterfactual(
     seeds = {s: mover_seeds(s, 60 if n is None else n) for s in splits}
     if not seeds:
         raise FoleyError(f"split is empty: choose from {', '.join(passby.SPLITS)}")
-    loaded, made = load_pipeline(pipe, model, device or str(state.device)), {}
+    loaded, made = load_with_folder(pipe, model, device or str(state.device)), {}
     for s in specs:
         made[s.name], about = _build_always_on(s, loaded, seed, steps)
         claim(out / s.name, about)

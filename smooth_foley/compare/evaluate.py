@@ -23,7 +23,7 @@ from smooth_foley.compare.folders import (
     summarise,
 )
 from .sound_folders import compare_folders, save_folders, show_folders
-from .systems import build, load_pipeline, parse_systems
+from .systems import build, load_with_folder, parse_systems
 from ..core import FoleyError, atomic_path, default_device
 from ..listen.judges import load_judges
 
@@ -106,7 +106,7 @@ def evaluate(
     specs, out, state = parse_systems(systems), Path(out), processes(device)
     if only not in (None, "generate", "measure"):
         raise FoleyError(f"only={only!r}: use generate or measure, or leave it out")
-    loaded = load_pipeline(pipe, model, device or str(state.device))
+    loaded = load_with_folder(pipe, model, device or str(state.device))
     clips = test_clips(split, n, loaded.pipe.config.fps, loaded.pipe.frame_encoder.image_size)
     out.mkdir(parents=True, exist_ok=True)
     if only != "measure":
