@@ -119,6 +119,7 @@ def tiny_recipe(**change):
     "Five steps on eight scenes"
     sizes = dict(n_scenes=8, n_picture_scenes=8, n_feature_scenes=8)
     r = replace(Recipe(), **sizes, autoencoder="patch", latent_channels=16, focus=0.5)
+    r = replace(r, frame_position="residual", frame_motion=True)
     change = (
         dict(max_train_steps=5, lr_cycles=1, lr_warmup_steps=2, log_steps=1, train_batch_size=2, mixed_precision="no")
         | change

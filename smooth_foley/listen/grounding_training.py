@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAIN_SCENES', 'STEPS', 'MINI', 'passby_phrases', 'mini_vocabulary', 'through_aac', 'passby_sounds', 'GroundingStage',
-           'train_grounding']
+           'hearing_config', 'train_grounding']
 
 # %% ../../nbs/listen/40b_grounding_training.ipynb #0711a27c
 import json
@@ -166,8 +166,14 @@ def _save_grounding(model, out, cfg, n_scenes) -> Path:
     return weights
 
 # %% ../../nbs/listen/40b_grounding_training.ipynb #502a3d5c
-def _config(steps, batch_size, mixed_precision, seed):
-    "How the mini model is trained"
+def hearing_config(
+    steps: int,
+    batch_size: int,
+    mixed_precision: str,
+    seed: int,
+    checkpointing_steps: int = 100,
+):  # `TrainConfig`
+    "How the small networks that hear are trained: a short run without averaged weights"
     from smooth_foley.train.loop import TrainConfig
 
     return TrainConfig(
@@ -177,7 +183,7 @@ def _config(steps, batch_size, mixed_precision, seed):
         lr_warmup_steps=min(50, steps),
         ema_decay=0,
         mixed_precision=mixed_precision,
-        checkpointing_steps=100,
+        checkpointing_steps=checkpointing_steps,
         log_steps=max(1, min(10, steps)),
         seed=seed,
     )
@@ -196,7 +202,7 @@ def train_grounding(
     from smooth_foley.train.loop import train
 
     out = Path(out)
-    cfg = _config(steps, batch_size, mixed_precision, seed)
+    cfg = hearing_config(steps, batch_size, mixed_precision, seed)
     sounds = passby_sounds(cache or out / "cache", n_scenes)
 
     def rows(i):

@@ -26,8 +26,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import FoleyError, mini_path, progress, suggest
+from .grounding_training import hearing_config
 from ..mel import MelTransform
-from ..train.loop import TrainConfig, hardware, train
+from ..train.loop import hardware, train
 from ..world import passby
 
 # %% ../../nbs/listen/41_judges.ipynb #a4370f27
@@ -410,7 +411,7 @@ _RECIPES = dict(
 )
 KINDS = dict(classifier=SoundClassifier, student=SoundStudent, text=SoundText)
 
-
+# %% ../../nbs/listen/41_judges.ipynb #jdgdata1
 def _judge_data(kind, cache, n_scenes) -> tuple:  # Arrays, what is recorded about them
     "What a judge learns from"
     arrays, about = judge_mels(cache, n_scenes), dict(kind=kind, n_scenes=n_scenes, first_seed=JUDGES)
@@ -424,7 +425,7 @@ def _judge_data(kind, cache, n_scenes) -> tuple:  # Arrays, what is recorded abo
     keys = {"student": ("frame_emb",), "text": ("distance",)}.get(kind, ())
     return {k: arrays[k] for k in ("mel", "sounding", "label", *keys)}, about
 
-
+# %% ../../nbs/listen/41_judges.ipynb #jdgtrn01
 def train_judge(
     out,  # Folder for cache, checkpoints and log; the finished judge goes to `out/weights`
     n_scenes: int = None,  # Scenes of the judges' range; None: as in the recipe
@@ -440,17 +441,7 @@ def train_judge(
         raise FoleyError(f"kind: no judge is called '{kind}', choose one of {', '.join(KINDS)}")
     out, recipe = Path(out), _RECIPES[kind]
     steps, n_scenes = steps or recipe["steps"], n_scenes or recipe["n_scenes"]
-    cfg = TrainConfig(
-        max_train_steps=steps,
-        train_batch_size=batch_size,
-        learning_rate=2e-3,
-        lr_warmup_steps=min(50, steps),
-        ema_decay=0,
-        mixed_precision=mixed_precision,
-        checkpointing_steps=200,
-        log_steps=max(1, min(10, steps)),
-        seed=seed,
-    )
+    cfg = hearing_config(steps, batch_size, mixed_precision, seed, checkpointing_steps=200)
     arrays, about = _judge_data(kind, Path(cache or out / "cache"), n_scenes)
 
     def rows(i):

@@ -177,7 +177,8 @@ def train_temporal_adapter(run: StageRun) -> None:
     net = make_temporal_adapter(base["unet"], mel.config.fold**2, (8, 16, 32))
     net = net.to(memory_format=torch.channels_last).train()
     weight = _channel_weight(run.runs, r)
-    stage = TemporalStage(dict(controlnet=net), dict(base, mel=mel), tok, make_scheduler(), channel_weight=weight)
+    how = dict(focus=r.focus, channel_weight=weight)
+    stage = TemporalStage(dict(controlnet=net), dict(base, mel=mel), tok, make_scheduler(), **how)
     rows = partial(_diffusion_rows, tokenizer=tok, text_encoder=base["text_encoder"])
     batch_of = rows(sound_arrays(run.cache, r), z)
     looks = diffusion_looks(run.out, run.cfg, run.val, rows)
@@ -236,7 +237,7 @@ def train_frame_adapter(run: StageRun) -> None:
     z = stored_latents(run.runs, run.cache, r)[: r.n_feature_scenes]
     dim = features["emb"].shape[-1]
     adapter = FrameAdapter.from_unet(base["unet"], dim, frame_position=r.frame_position, motion=r.frame_motion)
-    how = dict(frame_wise=r.frame_wise, channel_weight=_channel_weight(run.runs, r))
+    how = dict(frame_wise=r.frame_wise, focus=r.focus, channel_weight=_channel_weight(run.runs, r))
     stage = FrameStage(dict(adapter=adapter), base, tok, make_scheduler(), **how)
     adapter.install(base["unet"]).requires_grad_(True).train()
     plain = partial(_diffusion_rows, tokenizer=tok, text_encoder=base["text_encoder"])

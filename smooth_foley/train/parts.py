@@ -106,7 +106,7 @@ class VaeStage(Stage):
         z = posterior.mean + posterior.std * draw.normal(*posterior.mean.shape[1:])
         return vae_loss(self.vae.decode(z).sample, image, posterior.mean, posterior.logvar)
 
-
+# %% ../../nbs/train/37_parts.ipynb #prtvae01
 class CorrectionStage(Stage):
     "The correction learns what the components left out"
 
@@ -119,7 +119,7 @@ class CorrectionStage(Stage):
         image = batch["image"]
         return (self.vae(image).sample.float() - image).abs().mean()
 
-
+# %% ../../nbs/train/37_parts.ipynb #prtvae02
 def _mel_rows(arrays, mel):
     "`batch_of` for the autoencoder: log-mels as images"
 
@@ -146,7 +146,7 @@ def train_vae(run: StageRun) -> None:
         _standardize(vae, arrays, mel, r.n_scenes)
     save_trained(vae, run.weights())
 
-
+# %% ../../nbs/train/37_parts.ipynb #prtvae03
 def _standardize(vae, arrays, mel, n):
     "Store mean and standard deviation of each latent channel over up to 256 scenes"
     channels = vae.config.latent_channels
