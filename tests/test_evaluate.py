@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import in_two_processes
 
 from smooth_foley.compare.clips import folder_clips
 from smooth_foley.compare.clips import test_clips as clips_of
@@ -102,26 +103,7 @@ def test_stopped_between_clips_and_resumed_ends_with_the_same_files(whole, tmp_p
 
 
 def test_two_processes_do_the_work_of_one(whole, tmp_path):
-    run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "29573",
-            *RUN[1:],
-            str(tmp_path),
-        ]
-    )
+    run(in_two_processes([*RUN[1:], tmp_path], 29573))
     assert made(tmp_path) == made(whole)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launch import in_two_processes
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -76,26 +77,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(whole, tmp_path):
 
 
 def test_two_processes_do_the_work_of_one(whole, tmp_path):
-    run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "29571",
-            *RUN[1:],
-            str(tmp_path),
-        ]
-    )
+    run(in_two_processes([*RUN[1:], tmp_path], 29571))
     same(whole / "final.safetensors", tmp_path / "final.safetensors", tol=2e-4)
 
 
