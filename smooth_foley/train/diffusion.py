@@ -138,8 +138,8 @@ def _start_base(run, channels):
         coarse = load_base(run.runs, "coarse")
         return dict(coarse, unet=_widened(coarse["unet"], channels))
     tok = make_mini_clip(run.recipe.seed).tokenizer
-    unet = make_unet(channels, block_out_channels=(64, 96, 128))
-    return dict(text_encoder=make_text_encoder(tok), unet=unet)
+    text = make_text_encoder(tok)
+    return dict(unet=make_unet(channels, block_out_channels=(64, 96, 128)), text_encoder=text)
 
 
 def train_base(run: StageRun) -> None:
