@@ -32,7 +32,7 @@ STAGES = (
 # %% ../../nbs/train/32_recipe.ipynb #c04f9f8d
 def _stage_configs():
     "How each trained stage runs"
-    adapter = dict(train_batch_size=16, learning_rate=8e-4, ema_decay=0.998, mixed_precision="no")
+    adapter = dict(train_batch_size=16, learning_rate=1.5e-3, ema_decay=0.998, mixed_precision="no")
     base = dict(
         train_batch_size=16,
         lr_warmup_steps=200,
@@ -79,7 +79,7 @@ def _stage_configs():
 class Recipe:
     "All that decides what `mini` becomes"
 
-    n_scenes: int = 6000  # Scenes whose sound trains the autoencoder, vocoder and base
+    n_scenes: int = 5000  # Scenes whose sound trains the autoencoder, vocoder and base
     n_picture_scenes: int = 6000  # Scenes whose pictures train CLIP
     n_pictures: int = 8  # Pictures of each of them
     autoencoder: str = (
@@ -90,12 +90,12 @@ class Recipe:
     focus: float = 0.3  # Share of the base's noise levels near a signal-to-noise ratio of 1; the others are uniform
     adapter_focus: float = 0.0  # The same for the adapters
     channel_power: float = 0.0  # The adapters' loss weighs latent channels by their standard deviation to this power
-    n_feature_scenes: int = 3000  # Of these scenes all frames are encoded, for the adapters
+    n_feature_scenes: int = 2500  # Of these scenes all frames are encoded, for the adapters
     first_seed: int = 0  # Of the scenes, in Passby's training seeds
     seed: int = 0  # Of initial weights; batches and noise have the seeds of the stages
     fps: float = 15.0  # Frames per second
-    frame_position: str = "window"  # 'none' is the paper's Eq. 2; all others know when a frame was seen
-    frame_motion: bool = False  # Append to each frame's embedding how fast it changes
+    frame_position: str = "residual"  # 'none' is the paper's Eq. 2; all others know when a frame was seen
+    frame_motion: bool = True  # Append to each frame's embedding how fast it changes
     frame_wise: bool = True  # One token group per frame; False is FoleyCrafter's clip-wise adapter, "w/o frame-wise"
     vocoder: str = "phase"  # 'phase' plays by rule, 'hifigan' trains a small HiFi-GAN
     guidance_scale: float = 2.0  # Defaults of the assembled pipeline, chosen on validation seeds
