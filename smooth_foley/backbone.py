@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ConfigMixin, DDPMScheduler, ModelMixin, UNet2DConditionModel
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .core import FoleyError
+from .schedule import scheduler_class
 
 # %% ../nbs/05_backbone.ipynb #f7bb67e9
 def make_vae(
@@ -329,7 +329,8 @@ def load_backbone(
     **kw,  # `revision`, `local_files_only`, ... as in diffusers
 ) -> Backbone:  # In evaluation mode, frozen
     "Load the stock parts; weights that do not fit are refused by name"
-    sched = getattr(diffusers, DDPMScheduler.load_config(folder, subfolder="scheduler", **kw)["_class_name"])
+    name = DDPMScheduler.load_config(folder, subfolder="scheduler", **kw).get("_class_name")
+    sched = scheduler_class(name, f"{folder}/scheduler")
     parts = dict(
         vae=load_vae(folder, torch_dtype=torch_dtype, **kw),
         unet=_load_strictly(UNet2DConditionModel, folder, "unet", torch_dtype=torch_dtype, **kw),
@@ -339,6 +340,6 @@ def load_backbone(
         m.requires_grad_(False)
     return Backbone(
         **parts,
-        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **kw),
+        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", trust_remote_code=False, **kw),
         scheduler=sched.from_pretrained(folder, subfolder="scheduler", **kw),
     )
