@@ -22,6 +22,7 @@ from .summary import summary, summary_table
 from .systems import Loaded, fingerprint, is_mini
 from ..core import FoleyError, atomic_path, mini_path, progress
 from ..data.arrays import read_arrays, write_arrays
+from ..data.tables import plain_row, write_rows
 from ..listen.judges import load_judges
 from ..media import SR, clip_resize, read_audio, write_wav
 
@@ -39,10 +40,7 @@ def write_results(
     fields: list,  # Columns
 ):
     "Replace a CSV at once"
-    with atomic_path(path) as tmp, open(tmp, "w", newline="") as f:
-        w = csv.DictWriter(f, fields, lineterminator="\n", restval="")
-        w.writeheader()
-        w.writerows({k: _text(v) for k, v in r.items()} for r in rows)
+    write_rows(path, ({k: _text(v) for k, v in r.items()} for r in rows), fields)
 
 
 def read_results(path) -> list:  # Dicts of text
@@ -50,7 +48,7 @@ def read_results(path) -> list:  # Dicts of text
     if not Path(path).exists():
         raise FoleyError(f"{path}: no such file; run `smooth-foley evaluate` first")
     with open(path, newline="") as f:
-        return list(csv.DictReader(f))
+        return [plain_row(row) for row in csv.DictReader(f)]
 
 
 def _save_npz(path, **arrays):

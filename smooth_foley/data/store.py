@@ -17,8 +17,6 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-
 from ..core import FoleyError, die_with_parent, progress
 from .arrays import read_arrays, write_arrays
 from .items import Item
