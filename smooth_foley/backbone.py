@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .core import FoleyError
+from .core import FoleyError, own_folder
 from .schedule import scheduler_class
 
 # %% ../nbs/05_backbone.ipynb #f7bb67e9
@@ -292,8 +292,9 @@ class Backbone:
         **kw,  # Passed to every part
     ) -> None:
         "One sub-folder per part"
+        folder = own_folder(folder)
         for f in fields(self):
-            getattr(self, f.name).save_pretrained(Path(folder) / f.name, **kw)
+            getattr(self, f.name).save_pretrained(folder / f.name, **kw)
 
 # %% ../nbs/05_backbone.ipynb #564cf4ae
 def _load_strictly(cls, folder, name, **kw):

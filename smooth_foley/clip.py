@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from .core import FoleyError, refuse_code
+from .core import FoleyError, own_folder, refuse_code
 from .vocoder import load_checked
 
 # %% ../nbs/04_clip.ipynb #e5cd6b8a
@@ -238,8 +238,7 @@ def save_pretrained(
 
     if variant:
         raise FoleyError(f"variant={variant!r}: open_clip's layout has one set of weights; leave it out")
-    d = Path(save_directory)
-    d.mkdir(parents=True, exist_ok=True)
+    d = own_folder(save_directory)
     (d / CONFIG_FILE).write_text(
         json.dumps({k: self.config[k] for k in ("model_cfg", "preprocess_cfg")}, indent=2) + "\n"
     )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['escaped', 'printable', 'FoleyError', 'say', 'refuse_code', 'suggest', 'derive_seed', 'derive_generator',
-           'default_device', 'mini_path', 'atomic_path', 'progress', 'die_with_parent']
+           'default_device', 'mini_path', 'atomic_path', 'own_file', 'own_folder', 'progress', 'die_with_parent']
 
 # %% ../nbs/00_core.ipynb #32b9f55e
 import errno
@@ -187,6 +187,36 @@ def atomic_path(
         raise FoleyError(f"{path}: cannot be written ({_os_reason(e)}); make room or write elsewhere") from e
     finally:
         tmp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #c0d1a8b1
+def _remove_link(path, folder):
+    "Remove a link that leads out of a folder"
+    inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    if path.is_symlink() and not inside:
+        path.unlink()
+
+
+def own_file(
+    path,  # A file that is written in place
+) -> Path:
+    "The same path, which is no link out of its folder any more"
+    path = Path(path)
+    _remove_link(path, path.parent)
+    return path
+
+
+def own_folder(
+    path,  # A folder to write into, made if needed
+) -> Path:
+    "The same folder, without links that lead out of it"
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FoleyError(f"{path}: cannot be made ({_os_reason(e)}); write elsewhere") from e
+    for found in list(path.rglob("*")):
+        _remove_link(found, path)
+    return path
 
 # %% ../nbs/00_core.ipynb #84b57030
 def progress(

@@ -56,7 +56,7 @@ def new_folder(
     try:
         tmp.mkdir(parents=True)
         yield tmp
-        if out.exists():
+        if os.path.lexists(out):
             out.rename(old)
         tmp.rename(out)
     except Exception as e:
@@ -65,8 +65,10 @@ def new_folder(
             raise refused from e
         raise
     finally:
-        if old.exists() and not out.exists():
+        if os.path.lexists(old) and not os.path.lexists(out):
             old.rename(out)
+        if old.is_symlink():
+            old.unlink()
         for folder in (tmp, old):
             shutil.rmtree(folder, ignore_errors=True)
 

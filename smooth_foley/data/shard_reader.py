@@ -21,7 +21,7 @@ import numpy as np
 from fastcore.basics import patch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..core import FoleyError, progress
+from ..core import FoleyError, own_file, progress
 from .shards import CONTENT, read_shard_index
 from .tables import FAULT_COLUMNS, fault_row, sheet_cell, write_rows
 
@@ -207,7 +207,7 @@ class Shards(Dataset):
         report=None,  # `.csv` to which every member that cannot be used is added, by all processes that read
     ):
         self.folder = Path(folder)
-        self.report = report and Path(report)
+        self.report = report and own_file(report)
         self.faults = []
         if self.report and not self.report.exists():
             write_rows(self.report, [], FAULT_COLUMNS)

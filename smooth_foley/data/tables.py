@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import FoleyError, atomic_path
+from ..core import FoleyError, atomic_path, own_file
 
 # %% ../../nbs/data/16_tables.ipynb #ae31df6e
 def _reason(e):
@@ -63,9 +63,11 @@ def sheet_cell(
     value,  # Anything a cell holds
 ):  # Text that is safe in a spreadsheet, or the value itself
     "A cell that a spreadsheet shows and does not compute"
-    text = str(value) if isinstance(value, (str, os.PathLike)) else ""
-    if not _FORMULA.match(text) or _is_number(text) or re.fullmatch(r"-[\w.-]*", text):
+    if not isinstance(value, (str, os.PathLike)):
         return value
+    text = str(value).replace("\r", r"\r")  # csv does not quote it, and readers take it for the end of the line
+    if not _FORMULA.match(text) or _is_number(text) or re.fullmatch(r"-[\w.-]*", text):
+        return text
     return "'" + text
 
 
@@ -168,7 +170,7 @@ class RowLog:
         import fcntl
 
         try:
-            self.file = open(self.path, "ab", buffering=0)
+            self.file = open(own_file(self.path), "ab", buffering=0)
         except OSError as e:
             raise FoleyError(f"{self.path}: cannot be written ({_reason(e)}); write elsewhere") from None
         try:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import atomic_path, progress
+from ..core import atomic_path, own_folder, progress
 from ..data.arrays import read_array, write_array
 from .grounding import PAD, UNKNOWN, GroundingModel
 from .phrases import phrases_of, words_of
@@ -159,7 +159,7 @@ def _save_grounding(model, out, cfg, n_scenes) -> Path:
     "Half-precision weights with their log and recipe"
     from smooth_foley.train.loop import hardware
 
-    weights = Path(out) / "weights"
+    weights = own_folder(Path(out) / "weights")
     nn.Module.to(model.eval(), torch.float16).save_pretrained(weights)
     shutil.copy(Path(out) / "log.csv", weights / "log.csv")
     about = dict(n_scenes=n_scenes, first_seed=0, config=asdict(cfg), hardware=hardware())

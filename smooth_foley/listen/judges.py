@@ -25,7 +25,7 @@ from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import FoleyError, mini_path, progress, suggest
+from ..core import FoleyError, mini_path, own_folder, progress, suggest
 from ..data.arrays import read_arrays, write_arrays
 from .grounding_training import hearing_config
 from ..mel import MelTransform
@@ -449,7 +449,7 @@ def train_judge(
 
     torch.manual_seed(seed)
     stage = train(recipe["stage"](KINDS[kind]().train()), rows, n_scenes, cfg, out)
-    weights = out / "weights"
+    weights = own_folder(out / "weights")
     nn.Module.to(stage.model.eval(), torch.float16).save_pretrained(weights)
     shutil.copy(out / "log.csv", weights / "log.csv")
     about.update(config=asdict(cfg), hardware=hardware())

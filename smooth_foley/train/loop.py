@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import FoleyError, derive_seed, progress
+from ..core import FoleyError, derive_seed, own_folder, progress
 from .checkpoints import StepCounter, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from .records import CsvLog, averaged, save_average
 
@@ -477,4 +477,4 @@ def wait_for_all() -> None:
 def save_trained(model, folder) -> None:
     "Save a trained part, on the first process"
     if is_main():
-        model.eval().save_pretrained(folder)
+        model.eval().save_pretrained(own_folder(folder))

@@ -8,10 +8,12 @@ __all__ = ['CsvLog', 'averaged', 'save_average']
 # %% ../../nbs/train/30a_records.ipynb #rec00004
 import csv
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
+
+from ..core import atomic_path, own_file
 
 # %% ../../nbs/train/30a_records.ipynb #4cf78d02
 _LOG_FIELDS = ("step", "loss", "lr", "grad_norm", "seconds")
@@ -26,7 +28,7 @@ class CsvLog:
         step: int = 0,  # Rows of later steps are dropped
         fields: tuple = _LOG_FIELDS,  # Columns; None takes those of the file, or of the first row
     ):
-        self.path, self.fields = Path(path), list(fields or ())
+        self.path, self.fields = own_file(path), list(fields or ())
         rows = self._rows_until(step) if self.path.exists() else []
         if self.fields:
             self._write("w", rows)
@@ -83,8 +85,6 @@ def save_average(
     ema,  # `EMAModel` of them
 ) -> None:
     "Write the averaged weights of a stage's trained parameters"
-    from safetensors.torch import save_file
-
-    with averaged(stage, params, ema):
+    with averaged(stage, params, ema), atomic_path(path) as tmp:
         weights = {k: v.detach().cpu().contiguous() for k, v in stage.named_parameters() if v.requires_grad}
-        save_file(weights, path)
+        save_file(weights, tmp)
