@@ -156,7 +156,12 @@ def load_part(
 # %% ../nbs/10_loading.ipynb #ldcls001
 _CLASSES = dict(
     unet=("diffusers.UNet2DConditionModel",),
-    vae=("diffusers.AutoencoderKL", "smooth_foley.backbone.PatchAutoencoder"),
+    vae=(
+        "diffusers.AutoencoderKL",
+        "smooth_foley.autoencoder.PatchAutoencoder",
+        "smooth_foley.autoencoder.ResidualAutoencoder",
+        "smooth_foley.backbone.PatchAutoencoder",  # in older folders
+    ),
     text_encoder=("transformers.CLIPTextModel",),
     tokenizer=("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
     scheduler=tuple(f"diffusers.{name}" for name in SCHEDULERS),

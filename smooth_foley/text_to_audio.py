@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .arguments import check_number, per_clip, per_clip_texts
-from .backbone import decode_latents, encode_prompt, vae_factor
+from .autoencoder import decode_latents, vae_factor
+from .backbone import encode_prompt
 from .core import FoleyError, derive_generator
 from .guidance import Guidance, guide
 from .media import SR, seconds_to_samples

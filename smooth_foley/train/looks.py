@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbone import decode_latents
+from ..autoencoder import decode_latents
 from ..core import derive_generator, own_folder
 from ..media import write_wav
 from ..mel import MelTransform
