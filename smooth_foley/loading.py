@@ -107,6 +107,8 @@ def _one_line(folder, load, *args, **kw):
 # %% ../nbs/10_loading.ipynb #0d8ef584
 def _class_of(folder, library, class_name):
     "The class of a component, whose folder must be there and name no code"
+    if library.split(".")[0] not in ("diffusers", "transformers", "smooth_foley"):
+        raise FoleyError(f"{folder}: class {library}.{class_name} is none of ours; nothing of it is loaded")
     if not folder.is_dir():
         raise FoleyError(f"{folder}: no such folder; the weights are incomplete, copy them again")
     refuse_code(folder)
