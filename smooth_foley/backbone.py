@@ -10,14 +10,14 @@ __all__ = ['AUTOENCODERS', 'make_text_encoder', 'tokenize_prompt', 'encode_promp
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .autoencoder import PatchAutoencoder, ResidualAutoencoder
-from .core import FoleyError
+from .core import FoleyError, own_folder
+from .schedule import scheduler_class
 
 # %% ../nbs/05_backbone.ipynb #f4990b71
 def make_text_encoder(
@@ -115,8 +115,9 @@ class Backbone:
         **kw,  # Passed to every part
     ) -> None:
         "One sub-folder per part"
+        folder = own_folder(folder)
         for f in fields(self):
-            getattr(self, f.name).save_pretrained(Path(folder) / f.name, **kw)
+            getattr(self, f.name).save_pretrained(folder / f.name, **kw)
 
 # %% ../nbs/05_backbone.ipynb #564cf4ae
 def _load_strictly(cls, folder, name, **kw):
@@ -154,7 +155,8 @@ def load_backbone(
     **kw,  # `revision`, `local_files_only`, ... as in diffusers
 ) -> Backbone:  # In evaluation mode, frozen
     "Load the stock parts; weights that do not fit are refused by name"
-    sched = getattr(diffusers, DDPMScheduler.load_config(folder, subfolder="scheduler", **kw)["_class_name"])
+    name = DDPMScheduler.load_config(folder, subfolder="scheduler", **kw).get("_class_name")
+    sched = scheduler_class(name, f"{folder}/scheduler")
     parts = dict(
         vae=load_vae(folder, torch_dtype=torch_dtype, **kw),
         unet=_load_strictly(UNet2DConditionModel, folder, "unet", torch_dtype=torch_dtype, **kw),
@@ -164,6 +166,6 @@ def load_backbone(
         m.requires_grad_(False)
     return Backbone(
         **parts,
-        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **kw),
+        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", trust_remote_code=False, **kw),
         scheduler=sched.from_pretrained(folder, subfolder="scheduler", **kw),
     )

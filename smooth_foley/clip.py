@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from .core import FoleyError
+from .core import FoleyError, own_folder, refuse_code
 from .vocoder import load_checked
 
 # %% ../nbs/04_clip.ipynb #e5cd6b8a
@@ -65,6 +65,9 @@ def build_clip(
     from open_clip.model import CLIP, CustomTextCLIP
 
     cfg = copy.deepcopy(dict(model_cfg))
+    for tower, key in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_name")):
+        if name := cfg[tower].get(key):
+            raise FoleyError(f"{tower} names the network {name!r} of another library; only open_clip's own are built")
     custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg["text_cfg"]
     return (CustomTextCLIP if custom else CLIP)(**cfg)
 
@@ -235,8 +238,7 @@ def save_pretrained(
 
     if variant:
         raise FoleyError(f"variant={variant!r}: open_clip's layout has one set of weights; leave it out")
-    d = Path(save_directory)
-    d.mkdir(parents=True, exist_ok=True)
+    d = own_folder(save_directory)
     (d / CONFIG_FILE).write_text(
         json.dumps({k: self.config[k] for k in ("model_cfg", "preprocess_cfg")}, indent=2) + "\n"
     )
@@ -304,9 +306,10 @@ def from_pretrained(
     except Exception as e:
         raise FoleyError(f"{d} cannot be read ({e}); its files are damaged or cut short, fetch them again") from e
     if cfg["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
-        from transformers import AutoTokenizer
+        from transformers import CLIPTokenizer
 
-        tok = AutoTokenizer.from_pretrained(d)
+        refuse_code(d)
+        tok = CLIPTokenizer.from_pretrained(d, trust_remote_code=False)
     dtype = dtype or torch_dtype or torch.float32
     with _building_in(dtype):
         enc = cls(cfg["model_cfg"], cfg.get("preprocess_cfg"), tok)

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .core import FoleyError, mini_path
+from .core import FoleyError, mini_path, refuse_code
+from .schedule import SCHEDULERS
 
 # %% ../nbs/10_loading.ipynb #863e3818
 def _harmless():
@@ -105,14 +106,12 @@ def _one_line(folder, load, *args, **kw):
 
 # %% ../nbs/10_loading.ipynb #0d8ef584
 def _class_of(folder, library, class_name):
-    "The class that `model_index.json` names, if its library is one of three"
+    "The class of a component, whose folder must be there and name no code"
     if library.split(".")[0] not in ("diffusers", "transformers", "smooth_foley"):
-        raise FoleyError(
-            f"{folder}: class {library}.{class_name} is none of ours; "
-            "only diffusers, transformers and smooth_foley are loaded"
-        )
+        raise FoleyError(f"{folder}: class {library}.{class_name} is none of ours; nothing of it is loaded")
     if not folder.is_dir():
         raise FoleyError(f"{folder}: no such folder; the weights are incomplete, copy them again")
+    refuse_code(folder)
     return getattr(importlib.import_module(library), class_name)
 
 
@@ -143,7 +142,8 @@ def load_part(
     "Load one component; refuse by key what does not fit"
     cls = _class_of(folder, library, class_name)
     if not issubclass(cls, torch.nn.Module):
-        return _one_line(folder, cls.from_pretrained, folder)
+        safe = dict(trust_remote_code=False) if issubclass(cls, PreTrainedTokenizerBase) else {}
+        return _one_line(folder, cls.from_pretrained, folder, **safe)
     if _is_strict(cls):
         return _one_line(folder, cls.from_pretrained, folder, torch_dtype=dtype).eval()
     kw = dict(output_loading_info=True, use_safetensors=True)
@@ -154,6 +154,36 @@ def load_part(
     part, info = _one_line(folder, cls.from_pretrained, folder, **kw)
     _refuse_misfits(folder, info)
     return part.eval()
+
+# %% ../nbs/10_loading.ipynb #ldcls001
+_CLASSES = dict(
+    unet=("diffusers.UNet2DConditionModel",),
+    vae=(
+        "diffusers.AutoencoderKL",
+        "smooth_foley.autoencoder.PatchAutoencoder",
+        "smooth_foley.autoencoder.ResidualAutoencoder",
+        "smooth_foley.backbone.PatchAutoencoder",  # in older folders
+    ),
+    text_encoder=("transformers.CLIPTextModel",),
+    tokenizer=("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
+    scheduler=tuple(f"diffusers.{name}" for name in SCHEDULERS),
+    vocoder=("smooth_foley.vocoder.PhaseVocoder", "transformers.SpeechT5HifiGan"),
+    mel=("smooth_foley.mel.MelTransform",),
+    frame_encoder=("smooth_foley.clip.FrameEncoder",),
+    frame_adapter=("smooth_foley.frame_adapter.FrameAdapter",),
+    label_projection=("smooth_foley.temporal_condition.LabelProjection",),
+    temporal_adapter=("diffusers.ControlNetModel",),
+)
+
+
+def _named_class(folder, name, spec):
+    "Library and class that `model_index.json` names for a component"
+    asked = ".".join(map(str, spec)) if isinstance(spec, list) else str(spec)
+    known = _CLASSES.get(name, ())
+    if asked not in known:
+        some = ", ".join(known[:4]) or "given as an argument"
+        raise FoleyError(f"{folder}/model_index.json: {name} is a {asked}, which is none of ours; it may be {some}")
+    return asked.rsplit(".", 1)
 
 # %% ../nbs/10_loading.ipynb #70304493
 def read_index(
@@ -177,7 +207,7 @@ def load_parts(
     loaded = {k: index[k] for k in settings if k in index}
     for name in index:
         if name in parts and name not in given:
-            loaded[name] = load_part(folder / name, *index[name], dtype)
+            loaded[name] = load_part(folder / name, *_named_class(folder, name, index[name]), dtype)
             if isinstance(loaded[name], torch.nn.Module):
                 loaded[name].requires_grad_(False)
     return {**loaded, **given}

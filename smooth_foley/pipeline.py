@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, SpeechT5HifiGan
 
 from .arguments import check_number, per_clip_conditions, per_clip_texts
 from .clip import FrameEncoder, rank_labels
-from .core import FoleyError
+from .core import FoleyError, own_folder
 from .frame_adapter import FrameAdapter
 from .frame_cache import EmbeddingCache
 from .loading import load_parts, quiet
@@ -329,4 +329,4 @@ def save_pretrained(
 ) -> None:
     "Write every component and `model_index.json`"
     with quiet():
-        super(SmoothFoleyPipeline, self).save_pretrained(save_directory, **kwargs)
+        super(SmoothFoleyPipeline, self).save_pretrained(own_folder(save_directory), **kwargs)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from .clip import CONFIG_FILE, WEIGHTS_FILE, FrameEncoder
-from .core import FoleyError, progress
+from .core import FoleyError, progress, say
 from .hub import REPOSITORIES, NotHere, check_room, download, plan, show_plan
 from .layout import OPTIONAL, locate
 from .loading import find_weights
@@ -56,7 +56,7 @@ def new_folder(
     try:
         tmp.mkdir(parents=True)
         yield tmp
-        if out.exists():
+        if os.path.lexists(out):
             out.rename(old)
         tmp.rename(out)
     except Exception as e:
@@ -65,8 +65,10 @@ def new_folder(
             raise refused from e
         raise
     finally:
-        if old.exists() and not out.exists():
+        if os.path.lexists(old) and not os.path.lexists(out):
             old.rename(out)
+        if old.is_symlink():
+            old.unlink()
         for folder in (tmp, old):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -220,13 +222,14 @@ def fetch(
     sources: Sequence = REPOSITORIES,  # What to bring from the hub
     configs: dict = None,  # As in `read_parts`
     overwrite: bool = False,  # Replace `out`
-    say: Callable = print,  # Called with each line that says what is done
+    say: Callable = say,  # Called with each line that says what is done
     readers: dict = None,  # As in `read_parts`
     **hub,  # `cache_dir`, `token`, `local_files_only`, as in `download`
 ) -> Path:  # `out`
     "Bring the published weights and make `full` of them"
     out = Path(out).expanduser() if out else full_path()
-    say(show_plan(plan(sources)) if folders is None else _show_found(locate(folders)))
+    for line in (show_plan(plan(sources)) if folders is None else _show_found(locate(folders))).split("\n"):
+        say(line)
     if dry_run:
         return out
     _free_name(out, overwrite)
@@ -256,7 +259,7 @@ def _say_nothing(text):
 
 
 def _say_to_stderr(text):
-    print(text, file=sys.stderr)
+    say(text, file=sys.stderr)
 
 # %% ../nbs/11_published.ipynb #0070df9e
 def resolve_full(

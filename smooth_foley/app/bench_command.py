@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .cli import LONGEST
 from .options import OVERWRITE, SWITCH, YES_NO, Command, Group, check_device, number
-from ..core import atomic_path
+from ..core import atomic_path, say
 from ..media import check_output
 
 # %% ../../nbs/app/93a_bench_command.ipynb #f1b34455
@@ -148,13 +148,13 @@ def _bench(args):
         reuse=args.reuse,
         reference=args.reference,
         batch_size=args.batch,
-        tell=print,
+        tell=say,
     )
-    print(bench_summary(result))
+    say(*bench_summary(result).split("\n"))
     if args.out:
-        print(f"wrote {write_bench(result, args.out)}")
+        say(f"wrote {write_bench(result, args.out)}")
     if args.plot:
-        print(f"wrote {save_plot(result, args.plot)}")
+        say(f"wrote {save_plot(result, args.plot)}")
 
 # %% ../../nbs/app/93a_bench_command.ipynb #bcm00010
 _OPTIONS = (

@@ -29,7 +29,7 @@ from smooth_foley.app.options import (
     parse,
     parse_condition,
 )
-from ..core import FoleyError, mini_path, printable, progress, suggest
+from ..core import FoleyError, mini_path, progress, say, suggest
 from smooth_foley.media import (
     check_length,
     check_output,
@@ -169,9 +169,9 @@ def check_generate(
 # %% ../../nbs/app/91_cli.ipynb #468fe606
 def _proposals(name, ranked, n=5):
     "The first of the ranked labels `(label, score)`, and the one taken"
-    lines = [f"{printable(name)}: no --label given; CLIP sees"]
+    lines = [f"{name}: no --label given; CLIP sees"]
     lines += [f"  {score:6.1%}  {label}" for label, score in ranked[:n]]
-    return "\n".join([*lines, f"  taken: {ranked[0][0]!r}; choose another one with --label"])
+    return [*lines, f"  taken: {ranked[0][0]!r}; choose another one with --label"]
 
 # %% ../../nbs/app/91_cli.ipynb #2a3b56a6
 def _call_options(args):
@@ -201,22 +201,18 @@ def _make_sound(pipe, clip, label, args):
 
         output = pipe(clip, label=label, callback_on_step_end=advance, **_call_options(args))
     if output.proposals[0]:
-        print(_proposals(clip.name, output.proposals[0]))
+        say(*_proposals(clip.name, output.proposals[0]))
     return output
 
 # %% ../../nbs/app/91_cli.ipynb #7cc4a3da
-def _say(note):
-    print(printable(note))
-
-
 def _save_sound(clip, output, out, args):
     "Write the sound, or the video with it"
     audio, sr = output.audios[0], output.sample_rate
     if out.suffix.lower() == ".wav":
         write_wav(out, audio, sr)
     else:
-        mux(clip.path, audio, sr, out, keep_original=args.keep_original, overwrite=args.overwrite, tell=_say)
-    print(f"wrote {printable(out)} ({len(audio) / sr:.2f} s of {output.labels[0]!r})")
+        mux(clip.path, audio, sr, out, keep_original=args.keep_original, overwrite=args.overwrite, tell=say)
+    say(f"wrote {out} ({len(audio) / sr:.2f} s of {output.labels[0]!r})")
 
 
 def _save_plot(clip, output, plot):
@@ -224,7 +220,7 @@ def _save_plot(clip, output, plot):
     from smooth_foley.output import plot_foley
 
     plot_foley(clip, output, 0, plot)
-    print(f"wrote {printable(plot)}")
+    say(f"wrote {plot}")
 
 # %% ../../nbs/app/91_cli.ipynb #cli00004
 def generate(
@@ -312,13 +308,13 @@ DEMO = Command(
 def _labels(args, load=load_pipeline):
     "List the labels, or rank them for a video"
     if args.video is None:
-        print("\n".join(_known_labels(args.model)))
+        say(*_known_labels(args.model))
         return
     probe(args.video)
     pipe = load(args.model, check_device(args.device))
     clip = read_clip(args.video, fps=pipe.config.fps, size=pipe.frame_encoder.image_size)
     for label, score in pipe.propose(pipe.frame_encoder.encode_frames(clip.frames)):
-        print(f"{score:6.1%}  {label}")
+        say(f"{score:6.1%}  {label}")
 
 
 _VIDEO = (("video", dict(nargs="?", metavar="VIDEO"), "rank the labels by what CLIP sees in it"),)
@@ -373,13 +369,13 @@ def _info(args):
     "Show the model, the sizes of its parts, the device, the licences"
     folder, device = local_model(args.model), check_device(args.device)
     index = json.loads((folder / "model_index.json").read_text())
-    print(f"smooth-foley {__version__}\nmodel    {args.model}\ndevice   {device}")
-    print("defaults " + ", ".join(f"{k} {v:g}" for k, v in index.items() if k in _DEFAULTS))
+    say(f"smooth-foley {__version__}", f"model    {args.model}", f"device   {device}")
+    say("defaults " + ", ".join(f"{k} {v:g}" for k, v in index.items() if k in _DEFAULTS))
     rows = weight_sizes(folder)
     for row in rows:
-        print(_size_line(*row))
-    print(_size_line("together", "", sum(r[2] for r in rows), sum(r[3] for r in rows)))
-    print(f"licence  {'Apache-2.0, code and weights' if args.model == 'mini' else _OTHER_LICENCE}")
+        say(_size_line(*row))
+    say(_size_line("together", "", sum(r[2] for r in rows), sum(r[3] for r in rows)))
+    say(f"licence  {'Apache-2.0, code and weights' if args.model == 'mini' else _OTHER_LICENCE}")
 
 
 INFO = Command("info", _info, "Show the model, the sizes of its parts, the device, the licences.", (MODEL_OPTIONS,))

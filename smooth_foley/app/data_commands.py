@@ -6,14 +6,13 @@
 __all__ = ['GROUNDING', 'CONTINUOUS', 'SHARDS', 'DATA']
 
 # %% ../../nbs/app/92_data_commands.ipynb #88e23705
-import csv
 import sys
 import warnings
 from pathlib import Path
 
 from .list_commands import AUDIOSET, AUDIT, VGGSOUND, count_reasons
 from .options import SWITCH, Command, Group, check_device, local_model, number
-from ..core import FoleyError, progress
+from ..core import FoleyError, progress, say
 from ..media import check_output
 
 # %% ../../nbs/app/92_data_commands.ipynb #0085171f
@@ -71,9 +70,9 @@ def _note_unknown_words(model, phrases):
             try:
                 model.read_phrases(model.known_phrases(group))
             except FoleyError as e:
-                print(f"note: {e}", file=sys.stderr)
+                say(f"note: {e}", file=sys.stderr)
         for warning in caught:
-            print(f"note: {warning.message}", file=sys.stderr)
+            say(f"note: {warning.message}", file=sys.stderr)
 
 
 def _ground(model, files, labels, args):
@@ -110,14 +109,14 @@ def _grounding(args):
 
     model = _load_listener(args)
     if args.words:
-        return print(show_vocabulary(model))
+        return say(*show_vocabulary(model).split("\n"))
     files, labels = _listed_files(args) if args.listing or args.clips else _given_files(args)
     curves, rows = _ground(model, files, labels, args)
-    print(show_table(rows))
+    say(*show_table(rows).split("\n"))
     if args.csv:
-        print(f"wrote {write_table(rows, args.csv)}")
+        say(f"wrote {write_table(rows, args.csv)}")
     if args.plot and curves:
-        print(f"wrote {plot_files(curves, args.plot, args.threshold, args.window)}")
+        say(f"wrote {plot_files(curves, args.plot, args.threshold, args.window)}")
     if all(r["problem"] for r in rows):
         raise FoleyError(f"none of the {len(rows)} files could be grounded; the table above has the reasons")
 
@@ -185,7 +184,7 @@ def _continuous(args):
 
     if args.device != "cpu":
         args.device = check_device(args.device)
-    print(run_command(args))
+    say(*run_command(args).split("\n"))
 
 # %% ../../nbs/app/92_data_commands.ipynb #6251e8f3
 _CONTINUOUS_EXAMPLES = """\
@@ -260,13 +259,13 @@ def _tell_faults(faults, path, shown=10):
     from smooth_foley.data.tables import FAULT_COLUMNS, write_rows
 
     for f in faults[:shown]:
-        print(f"  {f['reason']:<10} {f['id'] or f['path']}  {f['detail']}")
+        say(f"  {f['reason']:<10} {f['id'] or f['path']}  {f['detail']}")
     if len(faults) > shown:
-        print(f"  ... and {len(faults) - shown} more")
-    print(f"{len(faults)} faults{count_reasons(faults)}")
+        say(f"  ... and {len(faults) - shown} more")
+    say(f"{len(faults)} faults{count_reasons(faults)}")
     if path:
         write_rows(path, faults, FAULT_COLUMNS)
-        print(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 def _verify_shards(args):
@@ -314,6 +313,7 @@ def _shard_config(args):
 def _write_shards(args):
     "Pack clips into shards"
     from smooth_foley.data.shards import write_shards
+    from smooth_foley.data.tables import FAULT_COLUMNS, read_rows
 
     if not (args.source and args.out):
         raise FoleyError("source and --out: both are needed, e.g. smooth-foley data shards passby:0-99 --out shards")
@@ -322,12 +322,11 @@ def _write_shards(args):
     device = check_device(args.device)
     index = write_shards(items, args.out, config, args.processes, device, part, args.overwrite)
     if index is None:
-        print(f"part {part[0]} of {part[1]} is written; the others are not yet")
+        say(f"part {part[0]} of {part[1]} is written; the others are not yet")
         return _tell_faults(wrong, args.report)
     size = f"{len(index['shards'])} shards, {index['bytes'] / 1e6:.1f} MB"
-    print(f"{index['clips']} of {len(items)} clips in {size}: {args.out}")
-    with open(Path(args.out) / "faults.csv", newline="", encoding="utf-8") as f:
-        _tell_faults(wrong + list(csv.DictReader(f)), args.report)
+    say(f"{index['clips']} of {len(items)} clips in {size}: {args.out}")
+    _tell_faults(wrong + read_rows(Path(args.out) / "faults.csv", FAULT_COLUMNS), args.report)
 
 
 def _shards(args):

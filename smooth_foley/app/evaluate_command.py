@@ -7,6 +7,7 @@ __all__ = ['EVALUATE']
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #evl00004
 from .options import MODEL_OPTIONS, SWITCH, Command, Group, check_device, number
+from ..core import say
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #2f726670
 _COMPARE = (
@@ -56,7 +57,7 @@ def _evaluate(args):
         from smooth_foley.compare.evaluate import run_command
     if not (args.generated or args.reference):
         args.device = check_device(args.device)
-    print(run_command(args))
+    say(*run_command(args).split("\n"))
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #evl00010
 _EXAMPLES = """Compare systems on the same clips with the same noise, or score a folder of wavs against another.

@@ -9,6 +9,7 @@ __all__ = ['main']
 import argparse
 from pathlib import Path
 
+from ..core import say
 from ..listen.judges import KINDS, train_judge
 
 # %% ../../nbs/app/94_judge_commands.ipynb #e7940006
@@ -29,7 +30,7 @@ def main(argv=None):
     "`python -m smooth_foley.app.judge_commands train --out FOLDER`"
     args = _parser().parse_args(argv)
     for kind in args.kinds:
-        print(train_judge(args.out / kind, args.scenes, args.steps, kind=kind, cache=args.out / "cache"))
+        say(train_judge(args.out / kind, args.scenes, args.steps, kind=kind, cache=args.out / "cache"))
 
 # %% ../../nbs/app/94_judge_commands.ipynb #e7940008
 if __name__ == "__main__" and "__file__" in globals():

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core import FoleyError, default_device
+from ..core import FoleyError, default_device, say
 
 # %% ../../nbs/app/90_options.ipynb #453a88fe
 def number(
@@ -246,7 +246,7 @@ def _speed_up(pipe):
 
 # %% ../../nbs/app/90_options.ipynb #opt00019
 def _say(message):
-    print(f"smooth-foley: {message}", file=sys.stderr)
+    say(f"smooth-foley: {message}", file=sys.stderr)
 
 
 def _file_error(e):

@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../../nbs/app/95_paper_commands.ipynb #e7950004
-from ..core import FoleyError
+from ..core import FoleyError, say
 from ..paper import tables
 
 # %% ../../nbs/app/95_paper_commands.ipynb #e7950006
@@ -25,7 +25,7 @@ def main():
         "Claims": tables.claims_table(tables.claims(folder)),
     }
     for title, text in parts.items():
-        print(f"{title}\n\n{text}\n")
+        say(title, "", *text.split("\n"), "")
 
 # %% ../../nbs/app/95_paper_commands.ipynb #e7950008
 if __name__ == "__main__" and "__file__" in globals():

@@ -7,6 +7,7 @@ __all__ = ['RECIPE_OPTIONS', 'STAGE_OPTIONS', 'TRAIN', 'sample_measures']
 
 # %% ../../nbs/app/91a_train_command.ipynb #trn00004
 from .options import YES_NO, Command, Group, number
+from ..core import say
 
 # %% ../../nbs/app/91a_train_command.ipynb #c4b59e76
 _POSITIONS = ("none", "sinusoidal", "window", "residual")
@@ -115,7 +116,7 @@ def _train(args):
     if args.stages:
         stages = tuple(s.strip() for s in args.stages.split(","))
     done = recipes.train_mini(args.out, stages, args.resume, args.max_steps, sample_measures, **_given(args))
-    print(f"trained: {done}")
+    say(f"trained: {done}")
 
 # %% ../../nbs/app/91a_train_command.ipynb #e6dd699b
 _EXAMPLES = """examples:

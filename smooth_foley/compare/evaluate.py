@@ -25,6 +25,7 @@ from smooth_foley.compare.folders import (
 from .sound_folders import compare_folders, save_folders, show_folders
 from .systems import build, load_with_folder, parse_systems
 from ..core import FoleyError, atomic_path, default_device
+from ..data.arrays import read_arrays
 from ..listen.judges import load_judges
 
 # %% ../../nbs/compare/77_evaluate.ipynb #a8f2d2e5
@@ -42,7 +43,7 @@ def _mean_seconds(folders) -> dict:  # Name of the folder -> s
     "Mean of the seconds that the files of each folder carry"
     means = {}
     for folder in sorted(folders):
-        seconds = [np.load(p)["seconds"] for p in folder.glob("[!.]*.npz")]
+        seconds = [read_arrays(p, ("seconds",), also=None)["seconds"] for p in folder.glob("[!.]*.npz")]
         if seconds:
             means[folder.name] = round(float(np.mean(seconds)), 3)
     return means

@@ -21,6 +21,8 @@ from .measure import COLUMNS, VERSION, clip_facts, hear
 from .summary import summary, summary_table
 from .systems import Loaded, fingerprint, is_mini
 from ..core import FoleyError, atomic_path, mini_path, progress
+from ..data.arrays import read_arrays, write_arrays
+from ..data.tables import plain_row, write_rows
 from ..listen.judges import load_judges
 from ..media import SR, clip_resize, read_audio, write_wav
 
@@ -38,10 +40,7 @@ def write_results(
     fields: list,  # Columns
 ):
     "Replace a CSV at once"
-    with atomic_path(path) as tmp, open(tmp, "w", newline="") as f:
-        w = csv.DictWriter(f, fields, lineterminator="\n", restval="")
-        w.writeheader()
-        w.writerows({k: _text(v) for k, v in r.items()} for r in rows)
+    write_rows(path, ({k: _text(v) for k, v in r.items()} for r in rows), fields)
 
 
 def read_results(path) -> list:  # Dicts of text
@@ -49,13 +48,17 @@ def read_results(path) -> list:  # Dicts of text
     if not Path(path).exists():
         raise FoleyError(f"{path}: no such file; run `smooth-foley evaluate` first")
     with open(path, newline="") as f:
-        return list(csv.DictReader(f))
+        return [plain_row(row) for row in csv.DictReader(f)]
 
 
 def _save_npz(path, **arrays):
     "Arrays in a file that is complete or absent"
-    with atomic_path(path) as tmp:
-        np.savez_compressed(tmp, **arrays)
+    write_arrays(path, compress=True, **arrays)
+
+
+_ABOUT_CLIP = ("label", "split", "times", "duration", "frames")
+_ABOUT_SOUND = ("times", "similarity", "active", "duration")
+_ABOUT_MEASURED = ("row", "mark", "seconds")
 
 # %% ../../nbs/compare/76_folders.ipynb #e7f5000a
 def claim(
@@ -178,12 +181,12 @@ def _measured_path(out, system, name):
 
 
 def _is_measured(path, mark):
-    return path.exists() and str(np.load(path)["mark"]) == mark
+    return path.exists() and str(read_arrays(path, _ABOUT_MEASURED, also=None)["mark"]) == mark
 
 # %% ../../nbs/compare/76_folders.ipynb #e7f5000c
 def _measure_clip(out, name, systems, judges, mark):
     "Rows of some systems for one clip"
-    truth = dict(np.load(out / "clips" / f"{name}.npz"))
+    truth = read_arrays(out / "clips" / f"{name}.npz", _ABOUT_CLIP, also=KNOWN)
     real = real_audio = None
     if (out / "truth" / f"{name}.wav").exists():
         real_audio = read_audio(out / "truth" / f"{name}.wav", SR)
@@ -192,7 +195,7 @@ def _measure_clip(out, name, systems, judges, mark):
         start = time.perf_counter()
         audio = read_audio(out / s / f"{name}.wav", SR)
         heard = real if s == "truth" else hear(judges, audio)
-        cond = None if s == "truth" else dict(np.load(out / s / f"{name}.npz"))
+        cond = None if s == "truth" else read_arrays(out / s / f"{name}.npz", ("seconds",), also=_ABOUT_SOUND)
         facts = clip_facts(audio, heard, truth, judges, cond, real_audio, real)
         row = dict(clip=name, split=str(truth["split"]), label=str(truth["label"]), system=s, **facts)
         path = _measured_path(out, s, name)
@@ -203,7 +206,7 @@ def _measure_clip(out, name, systems, judges, mark):
 # %% ../../nbs/compare/76_folders.ipynb #e7f5000d
 def _measured(folder, mark):
     "What is measured of a system by these judges, in the order of clips"
-    found = [dict(np.load(p)) for p in sorted(folder.glob("[!.]*.npz"))]
+    found = [read_arrays(p, _ABOUT_MEASURED, also=None) for p in sorted(folder.glob("[!.]*.npz"))]
     return [z for z in found if str(z["mark"]) == mark]
 
 
@@ -233,7 +236,7 @@ def _read_sets(out):
     "What the judges heard: split -> system -> arrays"
     sets = defaultdict(dict)
     for path in sorted((out / "embeddings").glob("*.npz")):
-        e = dict(np.load(path))
+        e = read_arrays(path, ("clips", "splits"), also=None)
         splits = e.pop("splits")
         for split in dict.fromkeys(splits.tolist()):
             sets[split][path.stem] = {k: v[splits == split] for k, v in e.items()}

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import sys
-import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -18,9 +17,8 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-
-from ..core import FoleyError, atomic_path, die_with_parent, progress
+from ..core import FoleyError, die_with_parent, progress
+from .arrays import read_arrays, write_arrays
 from .items import Item
 from .tables import fault_row, make_folder, write_json
 
@@ -41,10 +39,9 @@ def read_measurement(
 ) -> dict:  # Arrays, or None if the clip as it is now was not measured
     "The measurement of a clip"
     try:
-        with np.load(_stored(folder, item)) as z:
-            arrays = dict(z)
+        arrays = read_arrays(_stored(folder, item), ("label", "size"), also=None)
         return arrays if _up_to_date(arrays, item) else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError):
         return None
 
 # %% ../../nbs/data/54_store.ipynb #2ccfaf64
@@ -56,8 +53,7 @@ def _measure_one(measure, folder, item):
         return fault_row(item.id, item.path, "cannot be measured", e)
     except Exception as e:
         return fault_row(item.id, item.path, "cannot be measured", f"{type(e).__name__}: {e}")
-    with atomic_path(_stored(folder, item)) as tmp:
-        np.savez(tmp, label=item.label, size=item.path.stat().st_size, **arrays)
+    write_arrays(_stored(folder, item), label=item.label, size=item.path.stat().st_size, **arrays)
 
 # %% ../../nbs/data/54_store.ipynb #8520c7ed
 def _use_one_thread():

@@ -22,6 +22,7 @@ from smooth_foley.backbone import (
     make_unet,
     tokenize_prompt,
 )
+from ..core import own_folder
 from ..mel import MelTransform
 from ..schedule import add_noise, alphas_cumprod, make_scheduler
 from .encoding import feature_arrays, load_autoencoder, stored_latents
@@ -160,8 +161,8 @@ def train_base(run: StageRun) -> None:
     for name, module in stage.trained.items():
         save_trained(module, run.weights() / name)
     if is_main():
-        make_scheduler().save_pretrained(run.weights() / "scheduler")
-        tok.save_pretrained(run.weights() / "tokenizer")
+        make_scheduler().save_pretrained(own_folder(run.weights() / "scheduler"))
+        tok.save_pretrained(own_folder(run.weights() / "tokenizer"))
 
 
 def load_base(

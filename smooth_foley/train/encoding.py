@@ -17,7 +17,8 @@ from torch import Tensor
 from ..autoencoder import PatchAutoencoder, ResidualAutoencoder, add_details, encode_latents
 from ..backbone import AutoencoderKL
 from ..clip import FrameEncoder
-from ..core import atomic_path, progress
+from ..core import progress
+from ..data.arrays import read_array, write_array
 from ..mel import MelTransform
 from .loop import is_main, save_trained, wait_for_all
 from .recipe import Recipe
@@ -101,10 +102,9 @@ def stored_latents(runs, cache, r: Recipe) -> np.ndarray:  # `(n, c, 8, 64)` flo
     path = Path(runs) / "latents.npy"
     if not path.exists() and is_main():
         z = encode_mels(runs, sound_arrays(cache, r), r.n_scenes, r)
-        with atomic_path(path) as tmp:
-            np.save(tmp, z.numpy())
+        write_array(path, z.numpy())
     wait_for_all()
-    return np.load(path)
+    return np.array(read_array(path))
 
 # %% ../../nbs/train/35_encoding.ipynb #36babc32
 def feature_arrays(folder, r: Recipe, dim=96, mode="r") -> dict:

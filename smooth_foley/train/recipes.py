@@ -7,7 +7,6 @@ __all__ = ['run_stage', 'train_mini', 'assemble', 'plot_training', 'read_log', '
 
 # %% ../../nbs/train/39_recipes.ipynb #cd2d9376
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ from ..clip import FrameEncoder
 from ..core import FoleyError
 from ..data.tables import write_json
 from ..mel import MelTransform
+from ..published import new_folder
 from ..schedule import make_scheduler
 from smooth_foley.train.diffusion import (
     load_base,
@@ -182,13 +182,10 @@ def assemble(
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part, torch.float16)
-    tmp = dest.with_name(f".{dest.name}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    pipe.save_pretrained(tmp)
-    _forget_origin(tmp)
-    _copy_records(runs, tmp / "training", r)
-    shutil.rmtree(dest, ignore_errors=True)
-    os.replace(tmp, dest)
+    with new_folder(dest, overwrite=True) as tmp:
+        pipe.save_pretrained(tmp)
+        _forget_origin(tmp)
+        _copy_records(runs, tmp / "training", r)
 
 # %% ../../nbs/train/39_recipes.ipynb #rcs00007
 def _forget_origin(folder):

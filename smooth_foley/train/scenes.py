@@ -16,7 +16,7 @@ import av
 import numpy as np
 import torch
 
-from ..core import die_with_parent, progress
+from ..core import die_with_parent, own_file, progress
 from ..media import clip_resize
 from ..mel import MelTransform
 from .captions import PICTURE_CAPTIONS, is_high, picture_truth, sound_caption
@@ -36,6 +36,7 @@ def open_arrays(
     arrays = {}
     for name, (dtype, shape) in spec.items():
         path = Path(folder) / f"{name}.npy"
+        path = path if mode == "r" else own_file(path)
         how = "r" if mode == "r" else "r+" if path.exists() else "w+"
         arrays[name] = np.lib.format.open_memmap(path, how, dtype=dtype, shape=shape)
     return arrays
