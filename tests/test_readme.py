@@ -58,7 +58,7 @@ def test_export(tmp_path):
         code("#| echo: false\nprint(1)", {"output_type": "stream", "name": "stdout", "text": "said\n"}),
         code("x = 1\nx", shown(**{"text/plain": "1"})),
         code("plot()", shown(**{"image/png": "aGk=", "text/plain": "<Figure>"})),
-        code("table()", shown(**{"text/markdown": "|a|\n|-|", "text/plain": "a"})),
+        code("table()", shown(**{"text/markdown": "|[a](06_a.ipynb)|\n|-|", "text/plain": "a"})),
         code("noise()", {"output_type": "stream", "name": "stderr", "text": "warning"}),
     )
     md, files = nbs.readme_export(path)
@@ -88,7 +88,7 @@ plot()
 table()
 ```
 
-|a|
+|[a](nbs/06_a.ipynb)|
 |-|
 
 ```python
@@ -113,7 +113,8 @@ def test_python_of_the_readme_compiles():
 
 
 PAGES = sorted(p for p in (ROOT / "nbs").rglob("[!_.]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-CARDS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "data_cards").glob("*.md"))]
+CARDS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "results" / "README.md"]
+CARDS += sorted((ROOT / "data_cards").glob("*.md"))
 
 
 def prose_of(path):
