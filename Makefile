@@ -40,5 +40,5 @@ readme: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/nbs.py readme
 
 clean:
-	rm -rf $(VENV) _docs _proc build dist *.egg-info .pytest_cache demo.mp4 demo.png
+	rm -rf $(VENV) _docs _proc build dist *.egg-info .pytest_cache demo.mp4 demo.png nbs/sample_foley.mp4
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
