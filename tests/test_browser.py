@@ -19,7 +19,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: p
 pytest.importorskip("jupyterlab", reason="no jupyterlab")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
 PICTURES = os.environ.get("SMOOTH_FOLEY_SCREENSHOTS")  # Folder for screenshots, to be looked at
-MINUTES = 5 * 60 * 1000  # Patience for a busy machine, milliseconds
+MINUTES = 8 * 60 * 1000  # Patience for a busy machine, milliseconds
 
 
 def lab_words():
@@ -73,18 +73,19 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture
-def page(browser):
-    page = browser.new_page(viewport=dict(width=1200, height=1000))
-    page.set_default_timeout(MINUTES)
-    yield page
-    page.close()
-
-
 def picture(page, name):
     "Keep a screenshot if a person wants to look"
     if PICTURES:
         page.screenshot(path=Path(PICTURES) / f"{name}.png")
+
+
+@pytest.fixture
+def page(browser, request):
+    page = browser.new_page(viewport=dict(width=1200, height=1000))
+    page.set_default_timeout(MINUTES)
+    yield page
+    picture(page, f"{request.node.name}-end")
+    page.close()
 
 
 def run_all(page, address):

@@ -94,7 +94,8 @@ def _build(self: Reviewer):
     self.drop.on_click(lambda _: self.decide("drop"))
     self.back.on_click(lambda _: self.go(self.at - 1))
     buttons = w.HBox([self.reason, self.keep, self.drop, self.back])
-    self.box = w.VBox([self.title, w.HBox([self.video, self.curve]), buttons])
+    shown = w.HBox([self.video, self.curve], layout=w.Layout(align_items="center"))
+    self.box = w.VBox([self.title, shown, buttons])
 
 # %% ../../nbs/app/97_review.ipynb #7b171142
 @patch
