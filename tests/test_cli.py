@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -143,6 +144,9 @@ OUTSIDE = {
 }  # in a process of their own; the rest share this one
 
 
+PYTHON = re.compile(r"=True|=False|_pretrained|`\w+=|\w\(\)")  # Words that a person at the shell has no use for
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input(name, inputs, inside):
     words, says = WRONG[name]
@@ -150,6 +154,7 @@ def test_wrong_input(name, inputs, inside):
     r = (smooth_foley if name in OUTSIDE else inside)(*words, cwd=inputs)
     assert (r.returncode, r.stdout) == (2, ""), r.stderr
     assert r.stderr.startswith("smooth-foley: error: ") and r.stderr.count("\n") == 1 and says in r.stderr, r.stderr
+    assert not PYTHON.search(r.stderr), r.stderr
     assert tree(inputs) == before
 
 

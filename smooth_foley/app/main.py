@@ -78,7 +78,7 @@ def _run(words):
         with quietly(args.prints) if args.quiet else nullcontext():
             args.run(args)
     except FoleyError as e:
-        raise FoleyError(in_shell_words(str(e), vars(args))) from e
+        raise FoleyError(in_shell_words(str(e), args.options)) from e
 
 
 def main(

@@ -123,11 +123,11 @@ def _keywords(kind):
 
 
 def _add_option(parser, flags, kind, text, default=None):
-    "One row of a table"
+    "One row of a table; returns the name of its value"
     keywords = _keywords(kind)
     if default is not None:
         keywords["default"] = default
-    parser.add_argument(*flags.split(), help=text, **keywords)
+    return parser.add_argument(*flags.split(), help=text, **keywords).dest
 
 # %% ../../nbs/app/90_options.ipynb #opt00012
 class Group(NamedTuple):
@@ -175,13 +175,15 @@ class Parser(argparse.ArgumentParser):
 
 # %% ../../nbs/app/90_options.ipynb #opt00015
 def _fill(parser, command):
-    "Give a parser the options of a command"
+    "Give a parser the options of a command; `options` are their flags by the names of their values"
+    options = {}
     for rows, title, text in command.groups:
         group = parser.add_argument_group(title, text) if title else parser
         for row in rows:
-            _add_option(group, *row)
+            options[_add_option(group, *row)] = row[0].split()[-1]
     _add_option(parser, *_QUIET)
-    parser.set_defaults(run=command.run, prints=command.prints)
+    options = {name: flag for name, flag in options.items() if flag.startswith("--")}
+    parser.set_defaults(run=command.run, prints=command.prints, options=options)
     return parser
 
 
@@ -322,7 +324,7 @@ def _flag(found, options):
     name, value = found["name"], found["value"]
     if name not in options:
         return found[0]
-    flag = "--" + name.replace("_", "-")
+    flag = options[name]
     if value == "False":
         return flag.replace("--", "--no-", 1)
     return flag if value in (None, "True") else f"{flag} {value}"
@@ -330,7 +332,7 @@ def _flag(found, options):
 
 def in_shell_words(
     message: str,  # Of a `FoleyError`
-    options,  # Names of the command's options, as in `vars(args)`
+    options: dict,  # Flags of the command by the names of their values: `args.options`
 ) -> str:
     "A message with options in place of Python's arguments"
     return re.sub(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]+))?`", lambda found: _flag(found, options), message)
