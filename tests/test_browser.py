@@ -101,18 +101,18 @@ def test_the_reviewer_shows_its_buttons_after_run_all(page, lab):
     run_all(page, lab.format("nbs/app/97_review.ipynb"))
     box = page.locator(".jp-OutputArea-output .widget-vbox", has=page.get_by_role("button", name="keep"))
     box.wait_for()
-    box.scroll_into_view_if_needed()
-    picture(page, "reviewer")
+    box.get_by_text("1 of 2").scroll_into_view_if_needed()
     for name in ("keep", "drop", "back"):
         assert box.get_by_role("button", name=name, exact=True).is_visible()
     assert box.locator("video").is_visible() and box.locator("img").is_visible()
-    page.wait_for_function("() => [...document.querySelectorAll('video')].some(v => v.videoWidth > 0)")
-    assert "1 of 2" in box.inner_text()
+    page.wait_for_function("() => [...document.querySelectorAll('video')].some(v => v.readyState > 1)")
+    picture(page, "reviewer")
     assert not page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.error"]').count()
     box.get_by_role("button", name="drop", exact=True).click()
     box.get_by_text("2 of 2").wait_for()
     box.get_by_role("button", name="keep", exact=True).click()
     box.get_by_text("2 of 2 reviewed").wait_for()
+    assert not box.locator("video").is_visible() and not box.locator("img").is_visible()
     picture(page, "reviewed")
 
 
