@@ -225,9 +225,10 @@ def progress(
     unit: str = "it",  # What is counted
     total: int = None,  # How many, where `it` has no length
 ):  # The same items
-    "`it` with a progress bar, silent under test and in CI"
-    quiet = any(os.environ.get(k) for k in ("IN_TEST", "CI"))
-    return tqdm(it, desc=printable(desc), unit=unit, total=total, disable=quiet, dynamic_ncols=True)
+    "`it` with a progress bar, silent under test, in CI and where nobody looks"
+    quiet = any(os.environ.get(k) for k in ("IN_TEST", "CI", "TQDM_DISABLE"))
+    disable = True if quiet else None  # None: tqdm looks whether it writes to a terminal
+    return tqdm(it, desc=printable(desc), unit=unit, total=total, disable=disable, dynamic_ncols=True)
 
 # %% ../nbs/00_core.ipynb #e404f291
 def die_with_parent():

@@ -113,7 +113,7 @@ def test_every_import_is_a_requirement():
     ini.read(ROOT / "settings.ini")
     asked = {
         re.split("[<>=]", w)[0]
-        for key in ("requirements", "train_requirements", "data_requirements")
+        for key in ("requirements", "train_requirements", "data_requirements", "completion_requirements")
         for w in ini["DEFAULT"][key].split()
     }
     names = {"PIL": "pillow", "open_clip": "open_clip_torch", "sklearn": "scikit-learn", "yt_dlp": "yt-dlp"}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .. import __version__
 from smooth_foley.app.options import (
+    JSON,
     MEMORY_OPTIONS,
     MODEL_OPTIONS,
     OVERWRITE,
@@ -23,11 +24,15 @@ from smooth_foley.app.options import (
     Command,
     Group,
     check_device,
+    in_package,
+    input_file,
     load_pipeline,
     local_model,
     number,
+    output,
     parse,
     parse_condition,
+    print_json,
 )
 from ..core import FoleyError, mini_path, progress, say, suggest
 from smooth_foley.media import (
@@ -99,6 +104,14 @@ def find_videos(
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/app/91_cli.ipynb #2e691017
+def _beside(videos, name):
+    "A path in the folder of each video"
+    packed = next((v for v in videos if in_package(v)), None)
+    if packed:
+        raise FoleyError(f"{packed}: is inside the installed package; say with -o where the result goes")
+    return [v.with_name(name(v)) for v in videos]
+
+
 def _output_paths(
     videos: list,  # Inputs
     out: str,  # `-o` or `--plot`: a file, an existing folder, or None for "beside the input"
@@ -110,7 +123,7 @@ def _output_paths(
         return video.stem + "_foley" + suffix(video)
 
     if out is None:
-        paths = [v.with_name(name(v)) for v in videos]
+        paths = _beside(videos, name)
     elif Path(out).is_dir():
         paths = [Path(out) / name(v) for v in videos]
     elif len(videos) == 1 and not out.endswith("/"):
@@ -241,12 +254,12 @@ def generate(
 
 # %% ../../nbs/app/91_cli.ipynb #d525b0a5
 _INPUT = (
-    ("videos", dict(nargs="+", metavar="VIDEO"), "a video, several, or a folder of them"),
-    ("-o --out", "OUT", ".mp4, .mov, .mkv or .wav, or an existing folder; default VIDEO_foley.mp4"),
+    ("videos", dict(nargs="+", type=input_file, metavar="VIDEO"), "a video, several, or a folder of them"),
+    ("-o --out", output("OUT"), ".mp4, .mov, .mkv or .wav, or an existing folder; default VIDEO_foley.mp4"),
     ("--label", "LABEL", "what sounds, as in `smooth-foley labels`; default: what CLIP sees"),
     ("--prompt", "PROMPT", "more words for the text encoder; default: the label"),
     ("--negative-prompt", "PROMPT", "what it should not sound like", ""),
-    ("--plot", "FILE.png", "draw frames, similarity, condition and spectrogram on one time axis"),
+    ("--plot", output("FILE.png"), "draw frames, similarity, condition and spectrogram on one time axis"),
     ("--keep-original", SWITCH, "keep the sound that is there as a second track"),
     OVERWRITE,
 )
@@ -263,12 +276,21 @@ _SOUND = (
 )
 
 # %% ../../nbs/app/91_cli.ipynb #9985d70a
+_GENERATE_EXAMPLES = """examples:
+  smooth-foley generate plane.mp4 --label "airplane flyby"            # writes plane_foley.mp4
+  smooth-foley generate plane.mp4 --seed 3 -o take3.wav --plot take3.png
+  smooth-foley generate clips/ -o sounds/                             # a folder; CLIP proposes the labels
+  smooth-foley generate plane.mp4 --label "airplane flyby" --condition "0.5-2.0,3-4.5" --frame-scale 0.5
+  smooth-foley generate plane.mp4 --label "airplane flyby" --model full --dtype bfloat16
+
+The picture is copied, never encoded again; a sound that is there is replaced, or kept with --keep-original."""
 _SOUND_OPTIONS = Group(_SOUND, "sound", "What is left out is as the model sets it: `smooth-foley info`.")
 GENERATE = Command(
     "generate",
     generate,
     "Give videos their sound.",
     (Group(_INPUT), _SOUND_OPTIONS, MODEL_OPTIONS, MEMORY_OPTIONS),
+    _GENERATE_EXAMPLES,
 )
 
 # %% ../../nbs/app/91_cli.ipynb #76abd301
@@ -294,7 +316,7 @@ def _demo(args, load=load_pipeline):
 
 
 _DEMO_OUTPUT = (
-    ("-o --out", "OUT", "default demo.mp4; the plot is written beside it", "demo.mp4"),
+    ("-o --out", output("OUT"), "default demo.mp4; the plot is written beside it", "demo.mp4"),
     OVERWRITE,
 )
 DEMO = Command(
@@ -302,27 +324,44 @@ DEMO = Command(
     _demo,
     "Give a sample video its sound: demo.mp4 and demo.png.",
     (Group(_DEMO_OUTPUT), _SOUND_OPTIONS, MODEL_OPTIONS, MEMORY_OPTIONS),
+    """examples:
+  smooth-foley demo
+  smooth-foley demo --seed 1 -o another.mp4
+  smooth-foley demo --condition always --overwrite""",
 )
 
 # %% ../../nbs/app/91_cli.ipynb #c70b632e
-def _labels(args, load=load_pipeline):
-    "List the labels, or rank them for a video"
-    if args.video is None:
-        say(*_known_labels(args.model))
-        return
+def _ranked_labels(args, load):
+    "Labels `(label, score)` for a video, the likeliest first"
     probe(args.video)
     pipe = load(args.model, check_device(args.device))
     clip = read_clip(args.video, fps=pipe.config.fps, size=pipe.frame_encoder.image_size)
-    for label, score in pipe.propose(pipe.frame_encoder.encode_frames(clip.frames)):
+    return pipe.propose(pipe.frame_encoder.encode_frames(clip.frames))
+
+
+def _labels(args, load=load_pipeline):
+    "List the labels, or rank them for a video"
+    if args.video is None:
+        names = _known_labels(args.model)
+        return print_json(names) if args.json else say(*names)
+    ranked = _ranked_labels(args, load)
+    if args.json:
+        return print_json([dict(label=label, score=score) for label, score in ranked])
+    for label, score in ranked:
         say(f"{score:6.1%}  {label}")
 
 
-_VIDEO = (("video", dict(nargs="?", metavar="VIDEO"), "rank the labels by what CLIP sees in it"),)
+_VIDEO = (("video", dict(nargs="?", type=input_file, metavar="VIDEO"), "rank the labels by what CLIP sees in it"), JSON)
 SHOW_LABELS = Command(
     "labels",
     _labels,
     "List the labels, or rank them for a video.",
     (MODEL_OPTIONS, Group(_VIDEO)),
+    """examples:
+  smooth-foley labels
+  smooth-foley labels plane.mp4
+  smooth-foley labels plane.mp4 --json""",
+    prints=True,
 )
 
 # %% ../../nbs/app/91_cli.ipynb #9bbe2509
@@ -365,17 +404,43 @@ def _size_line(name, kind, parameters, size):
     return f"  {name:<17}{kind:<29}{parameters / 1e6:8.2f} M parameters {size / 1e6:8.1f} MB"
 
 
-def _info(args):
-    "Show the model, the sizes of its parts, the device, the licences"
+def _facts(args):
+    "What `info` shows, as plain values"
     folder, device = local_model(args.model), check_device(args.device)
     index = json.loads((folder / "model_index.json").read_text())
-    say(f"smooth-foley {__version__}", f"model    {args.model}", f"device   {device}")
-    say("defaults " + ", ".join(f"{k} {v:g}" for k, v in index.items() if k in _DEFAULTS))
     rows = weight_sizes(folder)
-    for row in rows:
-        say(_size_line(*row))
-    say(_size_line("together", "", sum(r[2] for r in rows), sum(r[3] for r in rows)))
-    say(f"licence  {'Apache-2.0, code and weights' if args.model == 'mini' else _OTHER_LICENCE}")
+    return dict(
+        version=__version__,
+        model=args.model,
+        device=device,
+        defaults={k: v for k, v in index.items() if k in _DEFAULTS},
+        parts=[dict(zip(("name", "class", "parameters", "bytes"), row)) for row in rows],
+        parameters=sum(r[2] for r in rows),
+        bytes=sum(r[3] for r in rows),
+        licence="Apache-2.0, code and weights" if args.model == "mini" else _OTHER_LICENCE,
+    )
 
 
-INFO = Command("info", _info, "Show the model, the sizes of its parts, the device, the licences.", (MODEL_OPTIONS,))
+def _info(args):
+    "Show the model, the sizes of its parts, the device, the licences"
+    facts = _facts(args)
+    if args.json:
+        return print_json(facts)
+    say(f"smooth-foley {facts['version']}", f"model    {facts['model']}", f"device   {facts['device']}")
+    say("defaults " + ", ".join(f"{k} {v:g}" for k, v in facts["defaults"].items()))
+    for part in facts["parts"]:
+        say(_size_line(*part.values()))
+    say(_size_line("together", "", facts["parameters"], facts["bytes"]))
+    say(f"licence  {facts['licence']}")
+
+
+INFO = Command(
+    "info",
+    _info,
+    "Show the model, the sizes of its parts, the device, the licences.",
+    (MODEL_OPTIONS, Group((JSON,))),
+    """examples:
+  smooth-foley info
+  smooth-foley info --model full --json""",
+    prints=True,
+)

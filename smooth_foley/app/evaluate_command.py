@@ -6,7 +6,7 @@
 __all__ = ['EVALUATE']
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #evl00004
-from .options import MODEL_OPTIONS, SWITCH, Command, Group, check_device, number
+from .options import MODEL_OPTIONS, SWITCH, Command, Group, check_device, number, output
 from ..core import say
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #2f726670
@@ -46,7 +46,11 @@ _FOLDERS = (
     ("--weights", "FILE", "published weights of the embedder"),
     ("--metrics", "M,M,...", "fad, fad_inf, kid, is, kl, activity, centroid (default: all that apply)"),
 )
-_OUT = ("--out", "FOLDER", "where results go (default evaluation; not written for folders of wavs unless given)")
+_OUT = (
+    "--out",
+    output("FOLDER"),
+    "where results go (default evaluation; not written for folders of wavs unless given)",
+)
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #evl00009
 def _evaluate(args):
@@ -60,8 +64,7 @@ def _evaluate(args):
     say(*run_command(args).split("\n"))
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #evl00010
-_EXAMPLES = """Compare systems on the same clips with the same noise, or score a folder of wavs against another.
-
+_EXAMPLES = """examples:
   smooth-foley evaluate --systems ours,ours-clipwise,foleycrafter --split passby,passby_continuous --n 200 \\
       --out results/evaluate
   smooth-foley evaluate --systems ours,window=ours:frame_adapter=trained/window --split my_videos --out compared
@@ -81,4 +84,5 @@ EVALUATE = Command(
         MODEL_OPTIONS,
     ),
     _EXAMPLES,
+    prints=True,
 )

@@ -6,7 +6,7 @@
 __all__ = ['FETCH']
 
 # %% ../../nbs/app/91c_fetch_command.ipynb #ftc00004
-from .options import SWITCH, Command, Group
+from .options import SWITCH, Command, Group, output
 from ..core import FoleyError, say
 
 # %% ../../nbs/app/91c_fetch_command.ipynb #f6590b9e
@@ -82,7 +82,7 @@ _FROM = "full: use published files that are here already: folders to search, or 
 _OPTIONS = (
     ("what", tuple(_FETCHED), _WHAT),
     ("--dry-run", SWITCH, "list hub ids, files, sizes and licences; download nothing"),
-    ("--out", "FOLDER", "where the result goes; default: where --model full, or the metrics, look for it"),
+    ("--out", output("FOLDER"), "where the result goes; default: where --model full, or the metrics, look for it"),
     ("--dtype", ("float32", "float16", "bfloat16"), "full: type of the written weights (default float32)", "float32"),
     ("--from", dict(dest="folders", nargs="+", metavar="FOLDER"), _FROM),
     ("--overwrite", SWITCH, "full, grounding: replace a folder that exists"),
@@ -99,4 +99,5 @@ FETCH = Command(
     "Fetch published weights; --dry-run lists files, sizes and licences first.",
     (Group(_OPTIONS),),
     _EXAMPLES,
+    prints=True,
 )

@@ -46,17 +46,23 @@ def _prove_options(p):
     p.set_defaults(run=_prove)
 
 # %% ../../nbs/app/96_filter_commands.ipynb #251637cc
-def main(argv=None):
-    "Run `train` or `prove`"
+def _parser():
     p = argparse.ArgumentParser(
         prog=_PROG, description="Train the mini grounding model, or measure the filter with it."
     )
     commands = p.add_subparsers(dest="command", required=True)
     train = "train the mini grounding model on Passby's sounds"
     prove = "measure filter and challenging split where the truth is known"
-    _train_options(commands.add_parser("train", help=train, description=train))
-    _prove_options(commands.add_parser("prove", help=prove, description=prove))
-    args = p.parse_args(argv)
+    example = f"example: {_PROG} train --out grounding"
+    _train_options(commands.add_parser("train", help=train, description=train, epilog=example))
+    example = f"example: {_PROG} prove --n 200 --scenes 200 --out proof"
+    _prove_options(commands.add_parser("prove", help=prove, description=prove, epilog=example))
+    return p
+
+
+def main(argv=None):
+    "Run `train` or `prove`"
+    args = _parser().parse_args(argv)
     args.run(args)
 
 

@@ -18,7 +18,7 @@ def _parser():
         prog="python -m smooth_foley.app.judge_commands",
         description="Train the judges on Passby audio of their own seeds.",
     )
-    q = p.add_subparsers(dest="what", required=True).add_parser("train")
+    q = p.add_subparsers(dest="what", required=True).add_parser("train", epilog=f"example: {p.prog} train --out judges")
     q.add_argument("--out", type=Path, required=True, help="folder; judge NAME goes to OUT/NAME/weights")
     q.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     q.add_argument("--steps", type=int)

@@ -9,7 +9,7 @@ __all__ = ['VGGSOUND', 'AUDIT', 'AUDIOSET', 'count_reasons']
 from collections import Counter
 from pathlib import Path
 
-from .options import OVERWRITE, SWITCH, Command, Group, byte_rate, number
+from .options import OVERWRITE, SWITCH, Command, Group, byte_rate, number, output
 from ..core import FoleyError, atomic_path, say, suggest
 from ..media import check_output
 
@@ -29,7 +29,7 @@ def count_reasons(
 _LIST_OPTIONS = (
     ("--csv", "FILE", "vggsound.csv, or the two-column train.csv or test.csv"),
     ("--clips", "FOLDER", "where the clips are, or go; subfolders and both kinds of file names are looked at"),
-    ("--out", "FOLDER", "write present.csv, missing.csv and faults.csv; with --passby: the folder to make"),
+    ("--out", output("FOLDER"), "write present.csv, missing.csv and faults.csv; with --passby: the folder to make"),
     ("--split", ("train", "val", "test"), "only this split"),
     ("--label", dict(action="append"), "only this label; may be given several times", []),
     ("--n", number(1, 10**9, int), "at most so many clips of the list"),
@@ -134,7 +134,7 @@ def _vggsound(args):
 
 # %% ../../nbs/app/91d_list_commands.ipynb #fbbd64ab
 _VGGSOUND_EXAMPLES = """examples:
-  smooth-foley data vggsound --passby 24 --out passby                      make a small folder to try things on
+  smooth-foley data vggsound --passby 24 --out passby          # a small folder to try things on
   smooth-foley data vggsound --csv passby/vggsound.csv --clips passby/video --seconds 4 --out state
   smooth-foley data vggsound --csv vggsound.csv --clips videos --label "car passing by" --split test \\
       --download --cookies cookies.txt --rate 2M --pause 2"""
@@ -145,13 +145,14 @@ VGGSOUND = Command(
     "Join VGGSound's list with a folder of clips, and fetch what is missing.",
     (Group(_LIST_OPTIONS), Group(_DOWNLOAD_OPTIONS, "download", _YT_DLP), Group(_PASSBY_OPTIONS, "try-out")),
     _VGGSOUND_EXAMPLES,
+    prints=True,
 )
 
 # %% ../../nbs/app/91d_list_commands.ipynb #dat00006
 _AUDIT_OPTIONS = (
     ("--clips", dict(required=True, metavar="FOLDER"), "where the clips are"),
     ("--csv", "FILE", "vggsound.csv; without it the command checks every video of the folder, of any length"),
-    ("--out", dict(required=True, metavar="FOLDER"), "tables and log"),
+    ("--out", dict(required=True, **output("FOLDER")), "tables and log"),
     ("--seconds", number(0.1, 3600), "length that a clip should have (default: 10 with --csv, else any)"),
     ("--workers", number(1, 1024, int), "processes (default: one per core)"),
 )
@@ -193,7 +194,7 @@ def _audit(args):
 # %% ../../nbs/app/91d_list_commands.ipynb #7ffea970
 _AUDIT_EXAMPLES = """examples:
   smooth-foley data audit --csv passby/vggsound.csv --clips passby/video --seconds 4 --out audit
-  smooth-foley data audit --clips videos --out audit                any folder, without a list
+  smooth-foley data audit --clips videos --out audit           # any folder, without a list
 
 audit.csv has all numbers, faults.csv a line per fault with its reason, clean.csv the list without faulty clips.
 An interrupted audit goes on when the same command is given again."""
@@ -203,6 +204,7 @@ AUDIT = Command(
     "Find broken, silent, still, mistimed and doubled clips.",
     (Group(_AUDIT_OPTIONS), Group(_FAULT_OPTIONS, "when a number is a fault")),
     _AUDIT_EXAMPLES,
+    prints=True,
 )
 
 # %% ../../nbs/app/91d_list_commands.ipynb #dat00008
@@ -214,9 +216,9 @@ _AUDIOSET_OPTIONS = (
     ("--clips", "FOLDER", "folder of clips: count those that are there"),
     ("--seconds", number(0.1, 60), "length of a clip (default 10)", 10.0),
     ("--top", number(1, 10**6, int), "labels to list (default 20)", 20),
-    ("--out", "LABELS.csv", "write all labels with their clips, events and seconds"),
-    ("--report", "FAULTS.csv", "write every line that cannot be used: file, line, id, reason, detail"),
-    ("--plot", "FILE.png", "draw the timeline of a clip"),
+    ("--out", output("LABELS.csv"), "write all labels with their clips, events and seconds"),
+    ("--report", output("FAULTS.csv"), "write every line that cannot be used: file, line, id, reason, detail"),
+    ("--plot", output("FILE.png"), "draw the timeline of a clip"),
     ("--segment", "ID_MS", "which clip to draw, e.g. --segment=b0RFKhbpFJA_30000 (default: the first)"),
     OVERWRITE,
 )
@@ -307,7 +309,7 @@ def _audioset(args):
         _plot_segment(items, args)
 
 # %% ../../nbs/app/91d_list_commands.ipynb #df3a088a
-_AUDIOSET_EXAMPLES = """example:
+_AUDIOSET_EXAMPLES = """examples:
   smooth-foley data audioset passby/audioset_strong.tsv --names passby/mid_to_display_name.tsv \\
       --clips passby/video --seconds 4 --report faults.csv"""
 AUDIOSET = Command(
@@ -316,4 +318,5 @@ AUDIOSET = Command(
     "Read AudioSet's strong labels: clips, labels, faulty lines.",
     (Group(_AUDIOSET_OPTIONS),),
     _AUDIOSET_EXAMPLES,
+    prints=True,
 )

@@ -7,8 +7,10 @@ __all__ = ['build_parser', 'main']
 
 # %% ../../nbs/app/99_main.ipynb #man00004
 import argparse
+import os
 import signal
 import sys
+from contextlib import nullcontext
 
 from .. import __version__
 from .bench_command import BENCH
@@ -16,22 +18,38 @@ from .cli import DEMO, GENERATE, INFO, SHOW_LABELS
 from .data_commands import DATA
 from .evaluate_command import EVALUATE
 from .fetch_command import FETCH
-from .options import Parser, add_command, exit_code
+from .options import Parser, add_command, exit_code, in_shell_words, quietly
 from .train_command import TRAIN
+from ..core import FoleyError
 
 # %% ../../nbs/app/99_main.ipynb #3afe9a27
 _COMMANDS = (GENERATE, DEMO, SHOW_LABELS, TRAIN, FETCH, BENCH, EVALUATE)
 _DATA = "Data sets: lists, clips, audits, grounding, filters, shards."
+_EXAMPLES = """examples:
+  smooth-foley demo
+  smooth-foley generate plane.mp4 --label "airplane flyby" --plot plane.png
+  smooth-foley labels
+  smooth-foley info
+
+Each command has examples of its own: smooth-foley generate --help"""
+_DATA_EXAMPLES = """examples:
+  smooth-foley data vggsound --passby 24 --out passby
+  smooth-foley data audit --csv passby/vggsound.csv --clips passby/video --seconds 4 --out audit
+  smooth-foley data continuous filter passby
+
+Each command has examples of its own: smooth-foley data shards --help"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     "The command line with all its commands"
-    parser = Parser("smooth-foley", description="Continuous, synchronised sound for silent video.")
+    raw = argparse.RawDescriptionHelpFormatter
+    about = "Continuous, synchronised sound for silent video."
+    parser = Parser("smooth-foley", description=about, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"smooth-foley {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         add_command(commands, command)
-    data = commands.add_parser("data", help=_DATA, description=_DATA)
+    data = commands.add_parser("data", help=_DATA, description=_DATA, epilog=_DATA_EXAMPLES, formatter_class=raw)
     below = data.add_subparsers(dest="what", metavar="WHAT", required=True)
     for command in DATA:
         add_command(below, command)
@@ -43,10 +61,24 @@ def _stop(signal_number, frame):
     sys.exit(128 + signal_number)
 
 
+def _complete(parser):
+    "Answer the shell where it asks what may come next"
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
 def _run(words):
-    args = build_parser().parse_args(words)
+    parser = build_parser()
+    _complete(parser)
+    args = parser.parse_args(words)
     signal.signal(signal.SIGTERM, _stop)
-    args.run(args)
+    try:
+        with quietly(args.prints) if args.quiet else nullcontext():
+            args.run(args)
+    except FoleyError as e:
+        raise FoleyError(in_shell_words(str(e), args.options)) from e
 
 
 def main(

@@ -6,7 +6,7 @@
 __all__ = ['RECIPE_OPTIONS', 'STAGE_OPTIONS', 'TRAIN', 'sample_measures']
 
 # %% ../../nbs/app/91a_train_command.ipynb #trn00004
-from .options import YES_NO, Command, Group, number
+from .options import YES_NO, Command, Group, number, output
 from ..core import say
 
 # %% ../../nbs/app/91a_train_command.ipynb #c4b59e76
@@ -129,7 +129,7 @@ A run that was stopped goes on when the same command is given again.
 The folder keeps its recipe in recipe.json and refuses another one."""
 _RUN = (
     ("recipe", ("mini",), "what to train"),
-    ("--out", dict(required=True, metavar="FOLDER"), "checkpoints, logs and the finished model"),
+    ("--out", dict(required=True, **output("FOLDER")), "checkpoints, logs and the finished model"),
     ("--stages", "STAGES", "comma-separated part of the recipe, in order (default: all)"),
     ("--resume", YES_NO, "go on from checkpoints, or start the stages again", True),
     ("--max-steps", _STEPS, "cap every chosen stage, for a try-out"),
