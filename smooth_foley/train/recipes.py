@@ -21,6 +21,7 @@ from ..clip import FrameEncoder
 from ..core import FoleyError
 from ..data.tables import write_json
 from ..mel import MelTransform
+from ..model_card import write_model_card
 from ..schedule import make_scheduler
 from smooth_foley.train.diffusion import (
     load_base,
@@ -174,6 +175,7 @@ def assemble(
     pipe.save_pretrained(tmp)
     _forget_origin(tmp)
     _copy_records(runs, tmp / "training", r)
+    write_model_card(tmp)
     shutil.rmtree(dest, ignore_errors=True)
     os.replace(tmp, dest)
 
