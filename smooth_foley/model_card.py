@@ -113,7 +113,7 @@ _MEASURES = (
     "CLIP score",
     "FAD text",
 )
-_SYSTEMS = {"ours": "this model", "foleycrafter": "FoleyCrafter", "truth-vocoded": "true sound, vocoded"}
+_SYSTEMS = {"ours": "this model", "foleycrafter": "FoleyCrafter, same base", "truth-vocoded": "true sound, vocoded"}
 
 
 def _numbers(results):
@@ -189,16 +189,13 @@ def _eval_results(numbers):
     "The model's own numbers as the hub's `EvalResult`s"
     from huggingface_hub import EvalResult
 
-    data = dict(task_type="video-to-audio", dataset_type="passby", dataset_split="test")
+    data = dict(task_type="video-to-audio", dataset_type="passby", dataset_name="Passby", dataset_split="test")
     found = []
     for m in _MEASURES:
         for split in dict.fromkeys(key[0] for key in numbers):
             if row := numbers.get((split, m, "ours")):
-                kind = m.lower().replace(" ", "_")
-                value = round(float(row["value"]), 4)
-                found.append(
-                    EvalResult(dataset_name=split, metric_type=kind, metric_name=m, metric_value=value, **data)
-                )
+                data |= dict(dataset_config=split, metric_type=m.lower().replace(" ", "_"), metric_name=m)
+                found.append(EvalResult(metric_value=round(float(row["value"]), 4), **data))
     return found
 
 # %% ../nbs/10f_model_card.ipynb #mcd00020
@@ -221,8 +218,8 @@ and a starting point for fine-tuning the adapters.""",
     other="Research on sound for silent video.",
 )
 _LIMITS = dict(
-    mini="""It was trained on a synthetic world only. On real footage it follows the label, but what it sees means nothing
-to it: use published weights there (`smooth-foley fetch full`). It knows the labels below and makes no speech, no music
+    mini="""It was trained on a synthetic world only. On real footage it follows the label, but it does not know what it
+sees: use published weights there (`smooth-foley fetch full`). It knows the labels below and makes no speech, no music
 and no stereo.""",
     full="""The checkpoints are published ones, converted and not trained further. The text-to-audio base reproduces the
 biases of its training data, invents sounds for what it cannot see, and makes no intelligible speech. Generated sound
@@ -239,7 +236,7 @@ def _settings(index):
     "What the folder stores beside its components"
     rows = [(f"`{k}`", v) for k, v in index.items() if not k.startswith("_") and isinstance(v, (bool, int, float))]
     labels = index.get("labels") or []
-    known = f"\n\nLabels: {', '.join(labels)}." if labels else ""
+    known = f"\n\nLabels: {'; '.join(labels)}." if labels else ""
     return _table(("setting", "default"), rows) + known
 
 
