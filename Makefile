@@ -18,7 +18,7 @@ $(STAMP): $(CONSTRAINTS) settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" if sys.version_info<(3,11) else 0)'
 	@echo 'setting up $(VENV); the first time takes some minutes'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,train,data]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,train,data,lora]'
 	@touch $@
 
 demo: $(STAMP)

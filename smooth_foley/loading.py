@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .core import FoleyError, mini_path, refuse_code
+from .load_options import LoadOptions, find_variants, variants_of
 from .schedule import SCHEDULERS
 
 # %% ../nbs/10_loading.ipynb #863e3818
@@ -138,6 +139,8 @@ def load_part(
     library: str,  # Module of its class, as in `model_index.json`
     class_name: str,  # Name of its class
     dtype=torch.float32,
+    variant: str = None,  # Of the weights
+    low_cpu_mem_usage: bool = None,  # As in diffusers, for its own classes
 ):  # The component, with every weight read from disk
     "Load one component; refuse by key what does not fit"
     cls = _class_of(folder, library, class_name)
@@ -145,12 +148,14 @@ def load_part(
         safe = dict(trust_remote_code=False) if issubclass(cls, PreTrainedTokenizerBase) else {}
         return _one_line(folder, cls.from_pretrained, folder, **safe)
     if _is_strict(cls):
-        return _one_line(folder, cls.from_pretrained, folder, torch_dtype=dtype).eval()
-    kw = dict(output_loading_info=True, use_safetensors=True)
+        return _one_line(folder, cls.from_pretrained, folder, dtype=dtype, variant=variant).eval()
+    kw = dict(output_loading_info=True, use_safetensors=True, dtype=dtype)
+    if variant:
+        kw |= dict(variant=variant)
     if issubclass(cls, PreTrainedModel):
-        kw |= dict(dtype=dtype, ignore_mismatched_sizes=True)  # so that misfits are reported by name
-    else:
-        kw |= dict(torch_dtype=dtype)
+        kw |= dict(ignore_mismatched_sizes=True)  # so that misfits are reported by name
+    elif low_cpu_mem_usage is not None:
+        kw |= dict(low_cpu_mem_usage=low_cpu_mem_usage)
     part, info = _one_line(folder, cls.from_pretrained, folder, **kw)
     _refuse_misfits(folder, info)
     return part.eval()
@@ -198,31 +203,31 @@ def load_parts(
     folder: Path,  # Folder with a `model_index.json`
     cls: type,  # Pipeline, whose `__init__` says what it needs
     given: dict,  # Components and settings to use instead of the stored ones
-    dtype=torch.float32,  # Type of the weights
+    options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen) Type, variant, ...
 ) -> dict:  # Name -> component or setting; modules frozen, in evaluation mode, on the CPU
     "Everything a pipeline is made of"
     index = read_index(folder)
     parts, settings = cls._get_signature_keys(cls)
-    _check_names(folder, index, given, set(parts) - {"self"}, set(settings))
+    _check_parts(folder, index, given, set(parts) - {"self"})
     loaded = {k: index[k] for k in settings if k in index}
-    for name in index:
-        if name in parts and name not in given:
-            loaded[name] = load_part(folder / name, *_named_class(folder, name, index[name]), dtype)
-            if isinstance(loaded[name], torch.nn.Module):
-                loaded[name].requires_grad_(False)
+    read = [name for name in index if name in parts and name not in given]
+    variants = find_variants(folder, options.variant, read)
+    for name in read:
+        how = options.dtype_of(name), variants.get(name), options.low_cpu_mem_usage
+        loaded[name] = load_part(folder / name, *_named_class(folder, name, index[name]), *how)
+        if isinstance(loaded[name], torch.nn.Module):
+            loaded[name].requires_grad_(False)
     return {**loaded, **given}
 
 # %% ../nbs/10_loading.ipynb #df1ee67d
-def _check_names(folder, index, given, parts, settings):
-    "Every component is stored or given, and nothing else is given"
+def _check_parts(folder, index, given, parts):
+    "Every component is stored or given"
     missing = sorted(parts - set(index) - set(given))
     if missing:
         raise FoleyError(
-            f"{folder}/model_index.json names no {', '.join(missing)}; give the folder of a saved pipeline"
+            f"{folder}/model_index.json names no {', '.join(missing)}; "
+            "give a folder that `SmoothFoleyPipeline.save_pretrained` wrote"
         )
-    extra = sorted(set(given) - parts - settings)
-    if extra:
-        raise FoleyError(f"from_pretrained knows no {', '.join(extra)}; components are {', '.join(sorted(parts))}")
 
 # %% ../nbs/10_loading.ipynb #517f71df
 def find_weights(
@@ -231,6 +236,7 @@ def find_weights(
     local_files_only: bool = False,  # Never download
     cache_dir=None,
     token=None,  # As in huggingface_hub
+    variant: str = None,  # Of the weights, where a component has it
 ) -> Path:  # Folder with a `model_index.json`
     "Find the weights, from the hub if need be"
     if name in (None, "mini"):
@@ -241,8 +247,8 @@ def find_weights(
         if folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2:
             raise FoleyError(f"{name}: no such folder, and no hub id (owner/name) either; check the name")
         hub = dict(revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
-        folder = _download(str(name), **hub)
-    return _with_index(folder, "give the folder of a saved pipeline")
+        folder = _download(str(name), variant, **hub)
+    return _with_index(folder, "give a folder that `save_pretrained` wrote")
 
 # %% ../nbs/10_loading.ipynb #9deef1e8
 def _with_index(folder, how):
@@ -252,12 +258,17 @@ def _with_index(folder, how):
     return folder
 
 
-def _download(name, **hub):
-    "Configs and safetensors of a hub repository"
+def _download(name, variant, **hub):
+    "Configs, card and one set of safetensors of a hub repository"
     from huggingface_hub import snapshot_download
 
+    files = ["*.json", "*.txt", "README.md", f"*.{variant}*.safetensors" if variant else "*.safetensors"]
+    plain = dict(ignore_patterns="*.*.safetensors")  # not the variants
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"], **hub))
+        folder = Path(snapshot_download(name, allow_patterns=files, **({} if variant else plain), **hub))
+        if variant and (lacking := [p.name for p in folder.iterdir() if p.is_dir() and not variants_of(p)]):
+            snapshot_download(name, allow_patterns=[f"{p}/*.safetensors" for p in lacking], **plain, **hub)
+        return folder
     except Exception as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         why = f"cannot be downloaded from the hub ({lines[0]}); check name, network and token, or give a local folder"

@@ -24,8 +24,11 @@ from .clip import CONFIG_FILE, WEIGHTS_FILE, FrameEncoder
 from .core import FoleyError, progress, say
 from .hub import REPOSITORIES, NotHere, check_room, download, plan, show_plan
 from .layout import OPTIONAL, locate
+from .load_options import as_dtype
 from .loading import find_weights
+from .model_card import write_model_card
 from .published_parts import Part, read_parts
+from .saving import add_pipeline_code
 
 # %% ../nbs/11_published.ipynb #96c4fe71
 def _free_name(out, overwrite):
@@ -164,9 +167,6 @@ def _origin(file):
     return [dict(file=f.name, bytes=f.stat().st_size, commit=_commit(f)) for f in files]
 
 # %% ../nbs/11_published.ipynb #f72231e4
-_DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
-
-
 def _write_json(path, values, **kw):
     path.write_text(json.dumps(values, indent=2, **kw) + "\n")
 
@@ -181,9 +181,7 @@ def convert(
     readers: dict = None,  # As in `read_parts`
 ) -> Path:  # `out`
     "Rewrite published checkpoints as one folder that `SmoothFoleyPipeline.from_pretrained` loads"
-    dtype = _DTYPES.get(dtype, dtype)
-    if dtype not in _DTYPES.values():
-        raise FoleyError("`dtype`: use float32, float16 or bfloat16")
+    dtype = as_dtype(dtype)
     out = _free_name(out, overwrite)
     found = locate(sources)
     parts = read_parts(found, configs, readers)
@@ -196,6 +194,8 @@ def convert(
             write_part(parts.pop(name), tmp / name, dtype)
         _write_json(tmp / "sources.json", dict(dtype=str(dtype).removeprefix("torch."), files=files, **(about or {})))
         _write_json(tmp / "model_index.json", index, sort_keys=True)
+        add_pipeline_code(tmp)
+        write_model_card(tmp)
     return out
 
 # %% ../nbs/11_published.ipynb #61ee4bb7
@@ -294,7 +294,8 @@ def resolve_weights(
     local_files_only: bool = False,  # Never download
     cache_dir=None,
     token=None,  # As in huggingface_hub
+    variant: str = None,  # Of the weights, where a component has it
 ) -> Path:  # Folder with a `model_index.json`
     "Find the weights, from the hub if need be; `full` is made where it is missing"
     hub = dict(revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
-    return resolve_full(**hub) if name == "full" else find_weights(name, **hub)
+    return resolve_full(**hub) if name == "full" else find_weights(name, variant=variant, **hub)

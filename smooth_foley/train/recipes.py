@@ -20,6 +20,7 @@ from ..clip import FrameEncoder
 from ..core import FoleyError
 from ..data.tables import write_json
 from ..mel import MelTransform
+from ..model_card import write_model_card
 from ..published import new_folder
 from ..schedule import make_scheduler
 from smooth_foley.train.diffusion import (
@@ -186,6 +187,7 @@ def assemble(
         pipe.save_pretrained(tmp)
         _forget_origin(tmp)
         _copy_records(runs, tmp / "training", r)
+        write_model_card(tmp)
 
 # %% ../../nbs/train/39_recipes.ipynb #rcs00007
 def _forget_origin(folder):
