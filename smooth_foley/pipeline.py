@@ -136,7 +136,7 @@ def __call__(
         guidance = replace(guidance, text=self._text(decided["prompts"], negative_prompt))
     with self.stage("denoise"):
         z = self._denoise_groups(guidance, generators, steps, callback_on_step_end, latents, reuse)
-    return self._play(z, [c.duration for c in clips], output_type, **decided)
+    return self._play(z, [c.duration for c in clips], output_type, clips=clips, **decided)
 
 # %% ../nbs/12_pipeline.ipynb #e90ecbcf
 @patch(cls_method=True)
