@@ -142,7 +142,7 @@ def __call__(
         guidance = replace(guidance, text=self._text(decided["prompts"], negative_prompt))
     with self.stage("denoise"):
         z = self._denoise_groups(guidance, generators, steps, on_step, latents, reuse)
-    return self._play(z, [c.duration for c in clips], output_type, return_dict, **decided)
+    return self._play(z, [c.duration for c in clips], output_type, return_dict, clips=clips, **decided)
 
 # %% ../nbs/12_pipeline.ipynb #e90ecbcf
 @patch(cls_method=True)

@@ -307,7 +307,9 @@ def sample_video(
 
 
 def _demo(args, load=load_pipeline):
-    "Run `generate` on the sample, with a plot"
+    "Run `generate` on the sample, with a plot; or write a gallery"
+    if args.gallery is not None:
+        return _gallery(args, load)
     with tempfile.TemporaryDirectory() as folder:
         words = [sample_video(folder), "--plot", Path(args.out).with_suffix(".png")]
         full = parse(GENERATE, words)
@@ -315,8 +317,31 @@ def _demo(args, load=load_pipeline):
         generate(full, load)
 
 
+_GALLERY_OPTIONS = ("gallery", "seed", "steps", "overwrite", "model", "device", "quiet", "run", "command")
+
+
+def _gallery(args, load):
+    "Write the page with the six scenes"
+    usual = vars(parse(DEMO, []))
+    changed = [k for k, v in usual.items() if getattr(args, k) != v and k not in _GALLERY_OPTIONS]
+    if changed:
+        option = "--" + changed[0].replace("_", "-")
+        raise FoleyError(f"{option}: does not go with --gallery, which takes --seed, --steps, --model and --device")
+    from smooth_foley.compare.systems import Loaded, load_with_folder
+    from smooth_foley.paper.gallery import check_gallery, write_gallery
+
+    folder = check_gallery(args.gallery, args.overwrite)
+    weights = None if args.model == "mini" else str(local_model(args.model))
+    pipe = load(args.model, check_device(args.device))
+    loaded = Loaded(load_with_folder(pipe, device=pipe.device).pipe, weights)
+    page = write_gallery(folder, loaded, args.seed, args.steps, args.overwrite)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    say(f"wrote {page} and its films ({size / 1e6:.1f} MB); open it in a browser")
+
+
 _DEMO_OUTPUT = (
     ("-o --out", output("OUT"), "default demo.mp4; the plot is written beside it", "demo.mp4"),
+    ("--gallery", output("DIR"), "write a page instead: six scenes with the true sound, FoleyCrafter's and ours"),
     OVERWRITE,
 )
 DEMO = Command(
@@ -327,7 +352,8 @@ DEMO = Command(
     """examples:
   smooth-foley demo
   smooth-foley demo --seed 1 -o another.mp4
-  smooth-foley demo --condition always --overwrite""",
+  smooth-foley demo --condition always --overwrite
+  smooth-foley demo --gallery gallery""",
 )
 
 # %% ../../nbs/app/91_cli.ipynb #c70b632e
