@@ -16,12 +16,16 @@ from .cli import DEMO, GENERATE, INFO, SHOW_LABELS
 from .data_commands import DATA
 from .evaluate_command import EVALUATE
 from .fetch_command import FETCH
+from .listen_command import LISTEN
 from .options import Parser, add_command, exit_code
 from .train_command import TRAIN
 
 # %% ../../nbs/app/99_main.ipynb #3afe9a27
 _COMMANDS = (GENERATE, DEMO, SHOW_LABELS, TRAIN, FETCH, BENCH, EVALUATE)
-_DATA = "Data sets: lists, clips, audits, grounding, filters, shards."
+_GROUPS = (  # Word, its commands, what they are about
+    ("data", DATA, "Data sets: lists, clips, audits, grounding, filters, shards."),
+    ("listen", LISTEN, "Listening tests: make a folder for listeners, score their answers."),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,10 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         add_command(commands, command)
-    data = commands.add_parser("data", help=_DATA, description=_DATA)
-    below = data.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for command in DATA:
-        add_command(below, command)
+    for word, group, text in _GROUPS:
+        below = commands.add_parser(word, help=text, description=text)
+        below = below.add_subparsers(dest="what", metavar="WHAT", required=True)
+        for command in group:
+            add_command(below, command)
     add_command(commands, INFO)
     return parser
 
