@@ -19,7 +19,7 @@ from ..core import FoleyError, atomic_path, derive_seed
 
 # %% ../../nbs/paper/83_listening.ipynb #lis83006
 QUESTIONS = {  # Name -> what a listener reads
-    "semantic": "Does the sound fit what is to be seen?",
+    "semantic": "Does the sound fit what the picture shows?",
     "temporal": "Does the sound start, change and end together with the picture?",
     "quality": "How clean and natural is the sound, whatever the picture shows?",
 }
