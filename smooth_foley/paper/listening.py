@@ -118,7 +118,7 @@ def session(
         trials.insert(_free_place(rng, trials, pool[k][0], half + 1), pool[k])
     return trials
 
-# %% ../../nbs/paper/83_listening.ipynb #lis83022
+# %% ../../nbs/paper/83_listening.ipynb #lis83024
 _START, _END = '<script id="plan" type="application/json">', "</script>"
 
 
@@ -161,7 +161,7 @@ def read_plan(
     except ValueError:
         raise FoleyError(f"{path}: holds no plan; make the folder again") from None
 
-# %% ../../nbs/paper/83_listening.ipynb #lis83025
+# %% ../../nbs/paper/83_listening.ipynb #lis83027
 def key_path(
     folder,  # Made for listeners
 ) -> Path:

@@ -302,6 +302,9 @@ def _lines(title, rows, form):
     return [title, *(f"  {form(r)}" for r in rows), ""] if rows else []
 
 
+_SIMULATED = "All numbers below are of simulated listeners and say nothing about any system."
+
+
 def _difference_line(r):
     p = f"p {r['p']:.2g} (listeners {r['p_listeners']:.2g}, clips {r['p_clips']:.2g}), with Holm {r['p_holm']:.2g}"
     number = f"{r['difference']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]"
@@ -318,9 +321,10 @@ def _question_line(r):
 def report(scores: Scores) -> str:
     "Everything, to be read"
     means = [r | dict(text=_cell(r)) for r in scores.means] if scores.ratings.simulated else []
+    warning = [_SIMULATED, ""] if scores.ratings.simulated else []
     preferred = [f"{r['question']}: {r['system']} {r['strength']:+.2f}" for r in scores.strengths]
-    lines = [table_3(scores), ""]
-    lines += _lines("Means of simulated listeners", means, "{0[system]}, {0[question]}: {0[text]}".format)
+    lines = [table_3(scores), "", *warning]
+    lines += _lines("Means", means, "{0[system]}, {0[question]}: {0[text]}".format)
     lines += _lines("Differences", scores.differences, _difference_line)
     lines += _lines("Agreement", scores.questions, _question_line)
     lines += _lines("Preferences (Bradley-Terry strengths)", preferred, str)
