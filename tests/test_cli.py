@@ -130,6 +130,12 @@ WRONG = {  # name: (words, what the line must say)
     "counterfactual of a folder": (["evaluate", "--counterfactual", "--split", "nothing"], "nothing"),
     "half a counterfactual": (["evaluate", "--counterfactual", "--only", "measure"], "does not go with --only"),
     "no command for data": (["data"], "WHAT"),
+    "no command for listen": (["listen"], "WHAT"),
+    "answers that are not there": (["listen", "score", "none.json"], "none.json: no such file"),
+    "a listening test into a file": (
+        ["listen", "make", "--systems", "ours", "--split", "passby", "--out", "text.mp4"],
+        "exists",
+    ),
     "shards into a file": (["data", "shards", "passby:0-1", "--out", "text.mp4/x"], "text.mp4"),
 }
 

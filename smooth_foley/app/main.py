@@ -18,6 +18,7 @@ from .cli import DEMO, GENERATE, INFO, SHOW_LABELS
 from .data_commands import DATA
 from .evaluate_command import EVALUATE
 from .fetch_command import FETCH
+from .listen_command import LISTEN
 from .options import Parser, add_command, exit_code, in_shell_words, quietly
 from .train_command import TRAIN
 from ..core import FoleyError
@@ -38,6 +39,16 @@ _DATA_EXAMPLES = """examples:
   smooth-foley data continuous filter passby
 
 Each command has examples of its own: smooth-foley data shards --help"""
+_LISTEN = "Listening tests: make a folder for listeners, score their answers."
+_LISTEN_EXAMPLES = """examples:
+  smooth-foley listen make --systems ours,foleycrafter --split passby_continuous --n 10 --out test
+  smooth-foley listen score test/*.json
+
+Each command has examples of its own: smooth-foley listen make --help"""
+_GROUPS = (  # Word, its commands, what they are about, examples
+    ("data", DATA, _DATA, _DATA_EXAMPLES),
+    ("listen", LISTEN, _LISTEN, _LISTEN_EXAMPLES),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,10 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         add_command(commands, command)
-    data = commands.add_parser("data", help=_DATA, description=_DATA, epilog=_DATA_EXAMPLES, formatter_class=raw)
-    below = data.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for command in DATA:
-        add_command(below, command)
+    for word, group, text, examples in _GROUPS:
+        group_parser = commands.add_parser(word, help=text, description=text, epilog=examples, formatter_class=raw)
+        below = group_parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+        for command in group:
+            add_command(below, command)
     add_command(commands, INFO)
     return parser
 
