@@ -26,7 +26,7 @@ from smooth_foley.compare.diff_foley_ldm import (
     decode_spectrogram,
     ldm_loss,
 )
-from smooth_foley.compare.diff_foley_sampler import AlignmentGuidance, ddim, dpm_solver, sample
+from smooth_foley.compare.diff_foley_sampler import AlignmentGuidance, ddim, sample
 from smooth_foley.loading import load_part
 from smooth_foley.schedule import add_noise, alphas_cumprod
 
@@ -92,17 +92,14 @@ def write_checkpoints(folder):
 class System:
     pipe: DiffFoley
     inputs: dict
-    pixel_scale: float = 255.0
-    pixel_mean: float = 0.0
+    pixel_scale: float | torch.Tensor = 255.0
+    pixel_mean: float | torch.Tensor = 0.0
     null_as_trained: bool = False
     raw_context: bool = True
     context_frames: int = 33
     guidance_scale: float = 4.5
-    classifier_scale: float = 50.0
-    scheduler: object = None
-    skip_rows: int = 0  # Position rows left out at the front
     clips: int = 3
-    mel: dict = field(default_factory=dict)  # Changes to the mel transform
+    mel_changes: dict = field(default_factory=dict)  # Of the configuration of the mel transform
     memo: dict = field(default_factory=dict)
 
     def but(self, **changed):
@@ -234,7 +231,7 @@ def contrastive(s, name):
 
 
 def feats(s, n=32):
-    return s.inputs["feats33"][:, s.skip_rows : n]
+    return s.inputs["feats33"][:, :n]
 
 
 @check("cond")
@@ -348,7 +345,7 @@ def trained(s, name):
 
 
 def solver(s):
-    return copy.deepcopy(s.scheduler or dpm_solver())
+    return copy.deepcopy(s.pipe.scheduler)
 
 
 def run(s, steps=25, double=False, scheduler=None):
@@ -357,7 +354,7 @@ def run(s, steps=25, double=False, scheduler=None):
     alignment = None
     if double:
         features = s.inputs["feats33"][:, : s.context_frames] if s.raw_context else feats(s)
-        alignment = AlignmentGuidance(s.pipe.classifier, features, s.classifier_scale, s.raw_context)
+        alignment = AlignmentGuidance(s.pipe.classifier, features, 50.0, s.raw_context)
     null = stage.null(cond, s.null_as_trained)
     z = s.inputs["x_T"]
     return sample(s.pipe.unet, scheduler or solver(s), z, cond, null, steps, s.guidance_scale, alignment)
@@ -410,7 +407,7 @@ def align_accuracy(s):
 
 
 def mel(s, **kw):
-    return type(s.pipe.mel).from_config({**s.pipe.mel.config, **kw, **s.mel})
+    return type(s.pipe.mel).from_config({**s.pipe.mel.config, **kw, **s.mel_changes})
 
 
 @check("mel.reflect", "mel.constant")
