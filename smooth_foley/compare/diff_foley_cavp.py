@@ -207,7 +207,7 @@ def prepare_frames(
     if frames.shape[1:3] != (size, size):
         small = [Image.fromarray(f).resize((size, size), Image.Resampling.BILINEAR) for f in frames]
         frames = np.stack([np.asarray(f) for f in small])
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
+    return torch.tensor(frames).permute(0, 3, 1, 2).float() / 255
 
 # %% ../../nbs/compare/71_diff_foley_cavp.ipynb #dfca0021
 @patch
