@@ -98,7 +98,7 @@ _GROUPS = dict(norm_num_groups=8)
 
 def _cavp(r):
     audio = [8, 16, 24, 32, 48, 64]
-    return Cavp(8, [1] * 4, [0, 0, 1, 1], audio, _WIDTH, dropout=0.1, image_size=64, chunk=round(10 * r.fps))
+    return Cavp(8, [1] * 4, [0, 0, 1, 1], audio, _WIDTH, dropout=0.1, image_size=64, chunk=round(20 * r.fps))
 
 
 def _vae():
