@@ -40,7 +40,7 @@ def _configs():
     return dict(
         vae=TrainConfig(max_train_steps=2500, train_batch_size=8, learning_rate=8e-4, ema_decay=0.998, **common),
         cavp=TrainConfig(max_train_steps=2000, train_batch_size=12, learning_rate=8e-4, lr_warmup_steps=200, **common),
-        ldm=TrainConfig(max_train_steps=6000, train_batch_size=16, learning_rate=8e-4, lr_warmup_steps=200, **common),
+        ldm=TrainConfig(max_train_steps=5000, train_batch_size=8, learning_rate=8e-4, lr_warmup_steps=200, **common),
         classifier=TrainConfig(
             max_train_steps=2000, train_batch_size=16, learning_rate=4e-4, ema_decay=0.998, **common
         ),
