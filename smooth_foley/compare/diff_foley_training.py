@@ -23,7 +23,8 @@ from .diff_foley_ldm import AlignmentClassifier, ConditionStage
 from .diff_foley_mel import DiffFoleyMel
 from .diff_foley_sampler import dpm_solver
 from .diff_foley_stages import AutoencoderStage, CavpStage, ClassifierStage, LdmStage
-from ..core import FoleyError, atomic_path, progress, suggest
+from ..core import FoleyError, progress, suggest
+from ..data.arrays import read_array, write_array
 from ..data.tables import write_json
 from ..train.loop import TrainConfig, check_config, hardware, is_main, save_trained, train, wait_for_all
 from ..train.recipe import VAL_SEED
@@ -246,13 +247,12 @@ def _encode(run):
             features.append(cavp.features(arrays["frames"][i]).half().cpu())
             moments.append(_moments(vae, arrays["mel"][i : i + 1])[0].half())
     for name, rows in (("features", features), ("moments", moments)):
-        with atomic_path(run.cache / f"{name}.npy") as tmp:
-            np.save(tmp, torch.stack(rows).numpy())
+        write_array(run.cache / f"{name}.npy", torch.stack(rows).numpy())
 
 
 def _encoded(run):
     "Stored features and latents"
-    return {k: np.load(run.cache / f"{k}.npy", mmap_mode="r") for k in ("features", "moments")}
+    return {k: read_array(run.cache / f"{k}.npy") for k in ("features", "moments")}
 
 # %% ../../nbs/compare/71g_diff_foley_training.ipynb #dftr0021
 def _scaling_factor(run):
