@@ -181,10 +181,10 @@ _CLASSES = dict(
 )
 
 
-def _named_class(folder, name, spec):
-    "Library and class that `model_index.json` names for a component"
+def _named_class(folder, name, spec, classes):
+    "Library and class that `model_index.json` names for a component, if it is one of `classes`"
     asked = ".".join(map(str, spec)) if isinstance(spec, list) else str(spec)
-    known = _CLASSES.get(name, ())
+    known = classes.get(name, ())
     if asked not in known:
         some = ", ".join(known[:4]) or "given as an argument"
         raise FoleyError(f"{folder}/model_index.json: {name} is a {asked}, which is none of ours; it may be {some}")
@@ -201,7 +201,7 @@ def read_index(
 # %% ../nbs/10_loading.ipynb #f7fe8e40
 def load_parts(
     folder: Path,  # Folder with a `model_index.json`
-    cls: type,  # Pipeline, whose `__init__` says what it needs
+    cls: type,  # Pipeline: its `__init__` says what it needs, its `component_classes`, if any, of which classes
     given: dict,  # Components and settings to use instead of the stored ones
     options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen) Type, variant, ...
 ) -> dict:  # Name -> component or setting; modules frozen, in evaluation mode, on the CPU
@@ -212,9 +212,10 @@ def load_parts(
     loaded = {k: index[k] for k in settings if k in index}
     read = [name for name in index if name in parts and name not in given]
     variants = find_variants(folder, options.variant, read)
+    classes = {**_CLASSES, **getattr(cls, "component_classes", {})}
     for name in read:
         how = options.dtype_of(name), variants.get(name), options.low_cpu_mem_usage
-        loaded[name] = load_part(folder / name, *_named_class(folder, name, index[name]), *how)
+        loaded[name] = load_part(folder / name, *_named_class(folder, name, index[name], classes), *how)
         if isinstance(loaded[name], torch.nn.Module):
             loaded[name].requires_grad_(False)
     return {**loaded, **given}
