@@ -21,7 +21,7 @@ from .diff_foley_ldm import AlignmentClassifier, ConditionStage, decode_spectrog
 from .diff_foley_mel import DiffFoleyMel
 from .diff_foley_sampler import AlignmentGuidance, dpm_solver, sample
 from ..core import FoleyError, derive_generator, derive_seed, mini_path, progress
-from ..load_options import LoadOptions
+from ..load_options import LoadOptions, check_keywords
 from ..loading import load_parts, quiet
 from ..media import SR, Clip, read_clip, seconds_to_samples
 from ..output import FoleyOutput
@@ -142,6 +142,8 @@ def from_pretrained(
     **kwargs,  # Components or settings to use instead of the stored ones
 ) -> DiffFoley:  # Frozen, in evaluation mode, on the CPU
     "Load it; weights that do not fit are refused by name"
+    parts, settings = (sorted(set(names) - {"self"}) for names in cls._get_signature_keys(cls))
+    kwargs = check_keywords(kwargs, [*parts, *settings])
     options = LoadOptions(dict(default=torch_dtype))
     return cls(**load_parts(find_diff_foley(name), cls, kwargs, options))
 
