@@ -226,8 +226,7 @@ def _check_parts(folder, index, given, parts):
     missing = sorted(parts - set(index) - set(given))
     if missing:
         raise FoleyError(
-            f"{folder}/model_index.json names no {', '.join(missing)}; "
-            "give a folder that `SmoothFoleyPipeline.save_pretrained` wrote"
+            f"{folder}/model_index.json names no {', '.join(missing)}; give the folder of a saved pipeline"
         )
 
 # %% ../nbs/10_loading.ipynb #517f71df
@@ -249,7 +248,7 @@ def find_weights(
             raise FoleyError(f"{name}: no such folder, and no hub id (owner/name) either; check the name")
         hub = dict(revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
         folder = _download(str(name), variant, **hub)
-    return _with_index(folder, "give a folder that `save_pretrained` wrote")
+    return _with_index(folder, "give the folder of a saved pipeline")
 
 # %% ../nbs/10_loading.ipynb #9deef1e8
 def _with_index(folder, how):
