@@ -18,7 +18,11 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 pytest.importorskip("jupyterlab", reason="no jupyterlab")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
+ASKED = os.environ.get("LAB_TESTS")  # JupyterLab takes minutes, and its patience with a busy machine is short
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium"),
+    pytest.mark.skipif(not ASKED, reason="slow: LAB_TESTS=1 pytest tests/test_browser.py"),
+]
 PICTURES = os.environ.get("SMOOTH_FOLEY_SCREENSHOTS")  # Folder for screenshots, to be looked at
 MINUTES = 8 * 60 * 1000  # Patience for a busy machine, milliseconds
 
