@@ -84,10 +84,10 @@ def write_results(folder, rows):
 
 
 def test_the_card_of_mini_says_what_files_and_results_say():
-    spec = importlib.util.spec_from_file_location("cards_tool", ROOT / "tools" / "cards.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.is_current(), "run: python tools/cards.py"
+    spec = importlib.util.spec_from_file_location("cards_script", ROOT / "tools" / "cards.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.is_current(), "run: python tools/cards.py"
 
 
 def test_the_hub_can_read_the_card_of_mini():

@@ -305,7 +305,7 @@ def sample_video(
 
     return write_video(Path(folder) / "sample.mp4", scene(2_000_000, audio=False).frames, fps=15)
 
-
+# %% ../../nbs/app/91_cli.ipynb #dmo00001
 def _demo(args, load=load_pipeline):
     "Run `generate` on the sample, with a plot; or write a gallery"
     if args.gallery is not None:
@@ -338,7 +338,7 @@ def _gallery(args, load):
     size = sum(file.stat().st_size for file in folder.iterdir())
     say(f"wrote {page} and its films ({size / 1e6:.1f} MB); open it in a browser")
 
-
+# %% ../../nbs/app/91_cli.ipynb #dmo00002
 _DEMO_OUTPUT = (
     ("-o --out", output("OUT"), "default demo.mp4; the plot is written beside it", "demo.mp4"),
     ("--gallery", output("DIR"), "write a page instead: six scenes with the true sound, FoleyCrafter's and ours"),

@@ -23,11 +23,12 @@ from .diff_foley_ldm import AlignmentClassifier, ConditionStage
 from .diff_foley_mel import DiffFoleyMel
 from .diff_foley_sampler import dpm_solver
 from .diff_foley_stages import AutoencoderStage, CavpStage, ClassifierStage, LdmStage
-from ..core import FoleyError, own_file, progress, suggest
+from ..core import FoleyError, progress, suggest
 from ..data.arrays import read_array, write_array
 from ..data.tables import write_json
 from ..train.loop import TrainConfig, check_config, hardware, is_main, save_trained, train, wait_for_all
 from ..train.recipe import VAL_SEED
+from ..train.recipes import forget_origin
 from ..train.scenes import chunk, close_chunk, fill_chunks, n_chunks, open_arrays
 from ..world import passby
 
@@ -303,10 +304,7 @@ def _assemble(run):
 # %% ../../nbs/compare/71g_diff_foley_training.ipynb #dftr0025
 def _keep_records(run, dest):
     "Logs, configurations and recipe beside the weights; no path of where they came from"
-    for path in dest.rglob("config.json"):
-        config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None):
-            own_file(path).write_text(json.dumps(config, indent=2) + "\n")
+    forget_origin(dest)
     records = dest / "training"
     records.mkdir()
     for stage in STAGES:
