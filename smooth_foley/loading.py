@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .core import FoleyError, mini_path
+from .core import FoleyError, expand, mini_path
 
 # %% ../nbs/10_loading.ipynb #863e3818
 def _harmless():
@@ -161,7 +161,33 @@ def read_index(
 ) -> dict:
     "Classes of components, and settings"
     path = folder / "model_index.json"
-    return _one_line(path, lambda: json.loads(path.read_text()))
+    index = _one_line(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+    if wrong := _wrong_entry(index):
+        raise FoleyError(f"{path}: {wrong}; give a folder that `SmoothFoleyPipeline.save_pretrained` wrote")
+    return index
+
+
+_NUMBERS = ("fps", "threshold", "num_inference_steps", "guidance_scale", "frame_scale", "temporal_scale")
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
+
+
+def _wrong_entry(index):
+    "What is wrong with an index, or None"
+    if not isinstance(index, dict):
+        return f"holds a {type(index).__name__} instead of components by name"
+    labels = index.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        return "labels is no list of names"
+    for name in _NUMBERS:
+        if not _is_number(index.get(name, 0)):
+            return f"{name} is {index[name]!r:.40} and no usable number"
+    for name, spec in index.items():
+        pair = isinstance(spec, list) and len(spec) == 2 and all(s is None or isinstance(s, str) for s in spec)
+        if isinstance(spec, list) and name != "labels" and not pair:
+            return f"{name} is no pair of library and class"
 
 # %% ../nbs/10_loading.ipynb #f7fe8e40
 def load_parts(
@@ -207,7 +233,7 @@ def find_weights(
     if name in (None, "mini"):
         how = "the package came without weights; `smooth-foley train mini` makes them"
         return _with_index(mini_path(), how)
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if not folder.is_dir():
         if folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2:
             raise FoleyError(f"{name}: no such folder, and no hub id (owner/name) either; check the name")

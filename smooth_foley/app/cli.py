@@ -10,6 +10,7 @@ __all__ = ['LONGEST', 'GENERATE', 'DEMO', 'SHOW_LABELS', 'INFO', 'find_videos', 
 import json
 import math
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from smooth_foley.app.options import (
     parse,
     parse_condition,
 )
-from ..core import FoleyError, mini_path, printable, progress, suggest
+from ..core import FoleyError, PartlyDone, mini_path, printable, progress, suggest
 from smooth_foley.media import (
     check_length,
     check_output,
@@ -49,8 +50,9 @@ def _known_labels(model):
         from smooth_foley.world.passby import LABELS
 
         return tuple(LABELS)
-    index = json.loads((local_model(model) / "model_index.json").read_text())
-    return tuple(index.get("labels", ()))
+    from smooth_foley.loading import read_index
+
+    return tuple(read_index(local_model(model)).get("labels", ()))
 
 
 def _label_hint(label, names):
@@ -103,6 +105,7 @@ def _output_paths(
     videos: list,  # Inputs
     out: str,  # `-o` or `--plot`: a file, an existing folder, or None for "beside the input"
     suffix,  # Function from a video to the kind of its result, where `out` names no file
+    many: bool,  # Were several given, some of which may have failed?
 ) -> list:  # One path per video
     "Where each result goes"
 
@@ -113,10 +116,11 @@ def _output_paths(
         paths = [v.with_name(name(v)) for v in videos]
     elif Path(out).is_dir():
         paths = [Path(out) / name(v) for v in videos]
-    elif len(videos) == 1 and not out.endswith("/"):
-        paths = [Path(out)]
+    elif not many and not out.endswith("/"):
+        paths = [Path(out)] * len(videos)
     else:
-        raise FoleyError(f"{out}: no such folder; {len(videos)} videos need an existing folder to write to")
+        what = "several videos need an existing folder to write to" if many else "make it first"
+        raise FoleyError(f"{out}: no such folder; {what}")
     twice = [p for p in paths if paths.count(p) > 1]
     if twice:
         raise FoleyError(f"{twice[0]}: two of the videos would be written there; run them one by one with -o")
@@ -142,6 +146,13 @@ def _check_spans(condition, video, length):
             raise FoleyError(f"--condition: {start:g}-{end:g} begins after {video} ends ({length:.2f} s)")
 
 
+def _kind(video, out, keep_original):
+    "Suffix of the result of a video, where its name is not given"
+    if out is None or Path(out).is_dir():
+        return container_for(video, keep_original)
+    return Path(out).suffix
+
+
 def _check_outputs(video, out, plot, overwrite):
     "The sound and the plot of a video can be written"
     check_output(out, overwrite, (".mp4", ".m4v", ".mov", ".mkv", ".wav"), source=video)
@@ -150,21 +161,52 @@ def _check_outputs(video, out, plot, overwrite):
     if plot:
         check_output(plot, overwrite, (".png",))
 
+# %% ../../nbs/app/91_cli.ipynb #c13c0001
+def _without_done(jobs):
+    "Jobs of a folder that an earlier run has not done; a picture that it left is kept"
+    left = [(video, out, plot) for video, out, plot in jobs if not out.is_file()]
+    if len(left) < len(jobs):
+        print(f"{len(jobs) - len(left)} of them have their sound already; --overwrite makes it again")
+    return [(video, out, None if plot and plot.is_file() else plot) for video, out, plot in left]
+
 # %% ../../nbs/app/91_cli.ipynb #cli00003
+def _try_each(items, work, failed):
+    "Items that `work` takes, with its results; the others and their errors go into `failed`, if it is a list"
+    done = []
+    for item in items:
+        try:
+            done.append((item, work(item)))
+        except (FoleyError, OSError) as e:
+            if failed is None:
+                raise
+            failed.append(item)
+            print(printable(f"failed: {e}"), file=sys.stderr)
+    return done
+
+
 def check_generate(
     args,  # Options of `generate`
-) -> list:  # `(video, out, plot)` for each video
+    failed: list = None,  # Gets the videos of many that cannot be used; None: the first one raises
+) -> list:  # `(video, out, plot)` for each video that is left
     "Check the inputs and outputs of `generate`"
-    videos = find_videos(args.videos)
-    lengths = [_length(v) for v in videos]
-    outs = _output_paths(videos, args.out, lambda v: container_for(v, args.keep_original))
+    videos, many = find_videos(args.videos), failed is not None
+    known = _try_each(videos, lambda v: (_length(v), _kind(v, args.out, args.keep_original)), failed)
+    videos, facts = [v for v, _ in known], dict(known)
+    outs = _output_paths(videos, args.out, lambda v: facts[v][1], many)
     plots = [None] * len(videos)
     if args.plot:
-        plots = _output_paths(videos, args.plot, lambda v: ".png")
-    for video, length, out, plot in zip(videos, lengths, outs, plots):
-        _check_spans(args.condition, video, length)
+        plots = _output_paths(videos, args.plot, lambda v: ".png", many)
+
+    def check(job):
+        video, out, plot = job
+        _check_spans(args.condition, video, facts[video][0])
         _check_outputs(video, out, plot, args.overwrite)
-    return list(zip(videos, outs, plots))
+
+    jobs = list(zip(videos, outs, plots))
+    if many and not args.overwrite:
+        jobs = _without_done(jobs)
+    left = [job for job, _ in _try_each(jobs, check, failed)]
+    return left
 
 # %% ../../nbs/app/91_cli.ipynb #468fe606
 def _proposals(name, ranked, n=5):
@@ -227,29 +269,39 @@ def _save_plot(clip, output, plot):
     print(f"wrote {printable(plot)}")
 
 # %% ../../nbs/app/91_cli.ipynb #cli00004
+def _one(pipe, job, label, args):
+    "Give one video its sound"
+    video, out, plot = job
+    fps, size = args.fps or pipe.config.fps, pipe.frame_encoder.image_size
+    clip = read_clip(video, fps=fps, size=size, max_duration=pipe.max_duration)
+    output = _make_sound(pipe, clip, label, args)
+    if plot:
+        _save_plot(clip, output, plot)
+    _save_sound(clip, output, out, args)
+
+
 def generate(
     args,  # Options of `generate`
     load=load_pipeline,  # `(model, device, dtype, offload) -> pipeline`
 ):
-    "Give videos their sound"
+    "Give videos their sound; of several, the bad ones are named and the others done"
     label = None if args.label is None else _check_label(args.label, args.model)
-    work = check_generate(args)
-    pipe = load(args.model, check_device(args.device), args.dtype, args.offload)
-    fps, size = args.fps or pipe.config.fps, pipe.frame_encoder.image_size
-    for video, out, plot in work:
-        clip = read_clip(video, fps=fps, size=size, max_duration=pipe.max_duration)
-        output = _make_sound(pipe, clip, label, args)
-        if plot:
-            _save_plot(clip, output, plot)
-        _save_sound(clip, output, out, args)
+    failed = [] if len(args.videos) > 1 or Path(args.videos[0]).is_dir() else None
+    device = check_device(args.device)
+    if jobs := check_generate(args, failed):
+        pipe = load(args.model, device, args.dtype, args.offload)
+        _try_each(jobs, lambda job: _one(pipe, job, label, args), failed)
+    if failed:
+        names = sorted(str(f[0] if isinstance(f, tuple) else f) for f in failed)
+        raise PartlyDone(f"{len(failed)} of {len(find_videos(args.videos))} videos failed: {', '.join(names)}")
 
 # %% ../../nbs/app/91_cli.ipynb #d525b0a5
 _INPUT = (
     ("videos", dict(nargs="+", metavar="VIDEO"), "a video, several, or a folder of them"),
     ("-o --out", "OUT", ".mp4, .mov, .mkv or .wav, or an existing folder; default VIDEO_foley.mp4"),
     ("--label", "LABEL", "what sounds, as in `smooth-foley labels`; default: what CLIP sees"),
-    ("--prompt", "PROMPT", "more words for the text encoder; default: the label"),
-    ("--negative-prompt", "PROMPT", "what it should not sound like", ""),
+    ("--prompt", dict(type=str, metavar="PROMPT"), "more words for the text encoder; default: the label"),
+    ("--negative-prompt", dict(type=str, metavar="PROMPT"), "what it should not sound like", ""),
     ("--plot", "FILE.png", "draw frames, similarity, condition and spectrogram on one time axis"),
     ("--keep-original", SWITCH, "keep the sound that is there as a second track"),
     OVERWRITE,
@@ -290,8 +342,9 @@ def sample_video(
 
 def _demo(args, load=load_pipeline):
     "Run `generate` on the sample, with a plot"
+    plot = args.out if Path(args.out).is_dir() else Path(args.out).with_suffix(".png")
     with tempfile.TemporaryDirectory() as folder:
-        words = [sample_video(folder), "--plot", Path(args.out).with_suffix(".png")]
+        words = [sample_video(folder), "--plot", plot]
         full = parse(GENERATE, words)
         vars(full).update(vars(args))
         generate(full, load)
@@ -334,18 +387,24 @@ def _count_parameters(
     file,  # `.safetensors`
 ) -> int:
     "Parameters that the header of a file lists"
-    with open(file, "rb") as f:
-        header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
-    header.pop("__metadata__", None)
-    return sum(math.prod(tensor["shape"]) for tensor in header.values())
+    try:
+        with open(file, "rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            header = json.loads(f.read(min(length, file.stat().st_size)))
+        header.pop("__metadata__", None)
+        return sum(math.prod(tensor["shape"]) for tensor in header.values())
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError):
+        raise FoleyError(f"{file}: is damaged; copy or fetch it again") from None
 
 
 def weight_sizes(
     folder,  # A saved pipeline
 ) -> list:  # `(component, class, parameters, bytes)`
     "How large the components of a model are"
+    from smooth_foley.loading import read_index
+
     rows = []
-    for name, spec in json.loads((Path(folder) / "model_index.json").read_text()).items():
+    for name, spec in read_index(Path(folder)).items():
         part = Path(folder) / name
         if not (isinstance(spec, list) and part.is_dir()):
             continue
@@ -371,8 +430,10 @@ def _size_line(name, kind, parameters, size):
 
 def _info(args):
     "Show the model, the sizes of its parts, the device, the licences"
+    from smooth_foley.loading import read_index
+
     folder, device = local_model(args.model), check_device(args.device)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_index(folder)
     print(f"smooth-foley {__version__}\nmodel    {args.model}\ndevice   {device}")
     print("defaults " + ", ".join(f"{k} {v:g}" for k, v in index.items() if k in _DEFAULTS))
     rows = weight_sizes(folder)

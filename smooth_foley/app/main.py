@@ -7,16 +7,19 @@ __all__ = ['build_parser', 'main']
 
 # %% ../../nbs/app/99_main.ipynb #man00004
 import argparse
+import os
 import signal
 import sys
+import threading
 
 from .. import __version__
 from .bench_command import BENCH
 from .cli import DEMO, GENERATE, INFO, SHOW_LABELS
 from .data_commands import DATA
 from .evaluate_command import EVALUATE
+from .exits import exit_code
 from .fetch_command import FETCH
-from .options import Parser, add_command, exit_code
+from .options import Parser, add_command
 from .train_command import TRAIN
 
 # %% ../../nbs/app/99_main.ipynb #3afe9a27
@@ -44,13 +47,16 @@ def _stop(signal_number, frame):
 
 
 def _run(words):
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+    if words is None:
+        os.environ["MPLBACKEND"] = "Agg"  # Figures go into files, whatever windows there may be
     args = build_parser().parse_args(words)
-    signal.signal(signal.SIGTERM, _stop)
     args.run(args)
 
 
 def main(
     words: list = None,  # Of the command line; None: the program's own
-) -> int:  # 0 done, 2 wrong input, 130 interrupted, 141 the reader of the output is gone
+) -> int:  # Exit code, see `exit_code`
     "Run a command of `smooth-foley`"
     return exit_code(lambda: _run(words))

@@ -7,7 +7,6 @@ __all__ = ['REVIEW_COLUMNS', 'sharpness', 'label_cosines', 'watch_clips', 'Chall
            'challenge', 'find_candidates', 'write_split', 'read_continuous', 'read_dropped']
 
 # %% ../../nbs/data/56_challenge.ipynb #35580d04
-import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +17,8 @@ import numpy as np
 from ..core import FoleyError, mini_path
 from .continuous import Heard, read_heard, row_name
 from .items import Item, check_vggsound_label
-from .store import measure_clips, read_measurement, weights_hash
-from .tables import read_rows, write_rows
+from .store import file_stamps, measure_clips, read_measurement, weights_hash
+from .tables import read_json, read_rows, write_rows
 from ..media import probe, read_clip
 
 # %% ../../nbs/data/56_challenge.ipynb #12319ea9
@@ -53,7 +52,7 @@ def label_cosines(
 
 # %% ../../nbs/data/56_challenge.ipynb #af293b62
 @lru_cache(2)
-def _frame_encoder(folder, device):
+def _frame_encoder(folder, device, stamps):
     "The model of this process"
     from smooth_foley.clip import FrameEncoder
 
@@ -71,13 +70,14 @@ class _Watcher:
 
     @property
     def settings(self):
-        weights = weights_hash(_frame_encoder(self.clip, self.device))
+        weights = weights_hash(_frame_encoder(self.clip, self.device, file_stamps(self.clip)))
         return dict(measures="picture", weights=weights, fps=self.fps, side=self.side)
 
     def __call__(self, item):
         file = probe(item.path)
         c = read_clip(item.path, self.fps, size=min(self.side, file["width"], file["height"]))
-        cosines = label_cosines(c.frames, item.label, _frame_encoder(self.clip, self.device))
+        encoder = _frame_encoder(self.clip, self.device, file_stamps(self.clip))
+        cosines = label_cosines(c.frames, item.label, encoder)
         return dict(times=c.times, similarity=cosines, sharpness=sharpness(c.frames))
 
 # %% ../../nbs/data/56_challenge.ipynb #8b674ef5
@@ -215,6 +215,14 @@ def _candidate(row, item, out, threshold):
     signs = picture_signs(heard, seen["times"], seen["similarity"], seen["sharpness"], threshold)
     return dict(id=row["id"], start=row["start"], label=row["label"], **signs)
 
+# %% ../../nbs/data/56_challenge.ipynb #c13d0001
+def _threshold(path):
+    "The threshold that the filter was run with"
+    threshold = read_json(path, advice="run `filter` first").get("threshold")
+    if not isinstance(threshold, float) or not 0 < threshold < 1:
+        raise FoleyError(f"{path}: has no threshold between 0 and 1; run `filter` again")
+    return threshold
+
 # %% ../../nbs/data/56_challenge.ipynb #23fd39ca
 def find_candidates(
     rows: list,  # Of `filter_clips`
@@ -223,7 +231,7 @@ def find_candidates(
 ) -> list:  # Rows for `challenge`: kept clips of the test split
     "Sound and picture of the possible test clips"
     by_name = {i.name: i for i in items}
-    threshold = json.loads((Path(out) / "filter.json").read_text())["threshold"]
+    threshold = _threshold(Path(out) / "filter.json")
     possible = [r for r in rows if r["kept"] and r["split"] == "test"]
     found = [_candidate(r, by_name[row_name(r)], out, threshold) for r in possible]
     return [row for row in found if row]

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core import FoleyError, mini_path
 from .items import Item, check_vggsound_label, vggsound_labels
-from .store import measure_clips, read_measurement, weights_hash
+from .store import file_stamps, measure_clips, read_measurement, weights_hash
 from .tables import read_rows, whole_number, write_json, write_rows
 from ..media import read_audio
 
@@ -142,7 +142,7 @@ def decide(
 
 # %% ../../nbs/data/55_continuous.ipynb #864a37d2
 @lru_cache(2)
-def _grounding_model(folder, device):
+def _grounding_model(folder, device, stamps):
     "The model of this process"
     from smooth_foley.listen.grounding import load_grounding
 
@@ -158,12 +158,15 @@ class Listener:
 
     @property
     def settings(self):
-        return dict(measures="grounding", weights=weights_hash(_grounding_model(self.model, self.device)))
+        return dict(
+            measures="grounding",
+            weights=weights_hash(_grounding_model(self.model, self.device, file_stamps(self.model))),
+        )
 
     def __call__(self, item):
         from smooth_foley.listen.grounding import ground_label
 
-        model = _grounding_model(self.model, self.device)
+        model = _grounding_model(self.model, self.device, file_stamps(self.model))
         sr = model.config.sample_rate
         audio = read_audio(item.path, sr)
         if not len(audio):

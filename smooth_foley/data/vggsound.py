@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core import FoleyError
-from .items import Item, check_vggsound_label, check_youtube_id, file_names
+from .items import Item, check_vggsound_label, check_youtube_id, distinct_names, file_names
 from .tables import CLIP_FAULT_COLUMNS, make_folder, open_list, write_cells
 
 # %% ../../nbs/data/50_vggsound.ipynb #2cc4bf2a
@@ -111,7 +111,7 @@ def _why_empty(faults):
     return f"none of its lines can be used, line {first['line']}: {first['reason']}"
 
 # %% ../../nbs/data/50_vggsound.ipynb #e57e26f5
-_VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".flv", ".3gp")
+_VIDEOS = tuple(".mp4 .mkv .webm .mov .m4v .avi .flv .3gp .ts .mts .m2ts .mpg .mpeg .wmv .ogv".split())
 
 
 def _order(path):
@@ -168,7 +168,8 @@ def folder_items(
     duration: float = None,  # How long each should last, seconds; None if any length will do
 ) -> list:  # An `Item` per file, named by it
     "The clips of a folder without a list"
-    return [Item(f.stem, 0.0, "", "", f, duration) for f in _videos(folder)]
+    files = _videos(folder)
+    return [Item(name, 0.0, "", "", f, duration) for name, f in zip(distinct_names(files, folder), files)]
 
 # %% ../../nbs/data/50_vggsound.ipynb #b7bce872
 def select_items(

@@ -8,8 +8,9 @@ __all__ = ['CsvLog', 'StepCounter', 'latest_checkpoint', 'save_checkpoint', 'ave
 # %% ../../nbs/train/30a_records.ipynb #rec00004
 import csv
 import os
+import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -30,14 +31,19 @@ class CsvLog:
     ):
         self.path, self.fields = Path(path), list(fields or ())
         rows = self._rows_until(step) if self.path.exists() else []
+        self.last = int(rows[-1]["step"]) if rows else None
         if self.fields:
             self._write("w", rows)
 
     def _rows_until(self, step):
         "Rows that stay; sets the columns if they are not given"
-        with open(self.path, newline="") as f:
+        rows = []
+        with open(self.path, newline="", errors="replace") as f, suppress(csv.Error):
             reader = csv.DictReader(f)
-            rows = [r for r in reader if int(r["step"]) <= step]
+            for row in reader:
+                at = str(row.get("step"))
+                if at.isdecimal() and len(at) < 19 and int(at) <= step:
+                    rows.append({k: v for k, v in row.items() if k})
             self.fields = self.fields or list(reader.fieldnames or ())
         return rows
 
@@ -74,7 +80,8 @@ def _step_of(folder):
 
 
 def _checkpoints(out):
-    return sorted(Path(out).glob("checkpoint-*"), key=_step_of)
+    named = [p for p in Path(out).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,18}", p.name)]
+    return sorted((p for p in named if p.is_dir()), key=_step_of)
 
 
 def latest_checkpoint(out) -> Path | None:

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import torch
 
-from ..core import die_with_parent, progress
+from ..core import progress, worker_pool
 from ..media import clip_resize
 from ..mel import MelTransform
 from .captions import PICTURE_CAPTIONS, is_high, picture_truth, sound_caption
@@ -70,14 +70,10 @@ def fill_chunks(
     workers: int = None,  # Processes; None takes one per core
 ) -> None:
     "Fill the chunks that have no flag, on several processes"
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     todo = [int(j) for j in np.flatnonzero(~flags)]
     if not todo:
         return
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context, initializer=die_with_parent) as pool:
+    with worker_pool(workers or os.cpu_count()) as pool:
         for _ in progress(pool.map(fill, todo), desc=desc, unit="chunk", total=len(todo)):
             pass
 
