@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from smooth_foley.app import main, train_command
 from smooth_foley.backbone import PatchAutoencoder, make_text_encoder, make_unet, make_vae, tokenize_prompt
 from smooth_foley.clip import build_tokenizer
-from smooth_foley.core import FoleyError
+from smooth_foley.core import FoleyError, only_writer
 from smooth_foley.frame_adapter import FrameAdapter
 from smooth_foley.mel import MelTransform
 from smooth_foley.schedule import make_scheduler
@@ -33,8 +33,9 @@ from smooth_foley.temporal_condition import LabelProjection
 from smooth_foley.train import diffusion, folder, looks, parts, recipes
 from smooth_foley.train.captions import PICTURE_CAPTIONS
 from smooth_foley.train.encoding import feature_arrays, mel_images
-from smooth_foley.train.loop import Draw, TrainConfig, check_config
+from smooth_foley.train.loop import Draw, TrainConfig, check_config, train
 from smooth_foley.train.recipe import Recipe, recipe_with
+from smooth_foley.train.records import latest_checkpoint
 from smooth_foley.train.scenes import sound_arrays
 from smooth_foley.vocoder import make_vocoder
 
@@ -74,6 +75,53 @@ def test_killed_and_resumed_ends_with_the_same_weights(whole, tmp_path):
     same(whole / "final.safetensors", tmp_path / "final.safetensors")
     steps = [int(r["step"]) for r in csv.DictReader(open(tmp_path / "log.csv"))]
     assert steps == list(range(5, 41, 5))
+
+
+def test_told_to_end_it_leaves_a_checkpoint_and_goes_on_as_if_nothing_was(whole, tmp_path):
+    p = subprocess.Popen([*RUN, str(tmp_path), "--slow"], env=ENV, stderr=subprocess.DEVNULL)
+    until = time.time() + 200
+    while not (tmp_path / "checkpoint-5").exists() and time.time() < until:
+        time.sleep(0.02)
+    time.sleep(0.25)  # In the middle between two checkpoints, most of the time
+    p.send_signal(signal.SIGTERM)
+    start = time.time()
+    assert p.wait() == 128 + signal.SIGTERM and time.time() - start < 30
+    assert not (tmp_path / "final.safetensors").exists(), "it finished before it was told"
+    run([*RUN, str(tmp_path)])
+    same(whole / "final.safetensors", tmp_path / "final.safetensors")
+    logs = [[{**r, "seconds": ""} for r in csv.DictReader(open(f / "log.csv"))] for f in (whole, tmp_path)]
+    assert logs[0] == logs[1]
+
+
+def test_what_was_due_when_it_was_told_is_looked_at_later(tmp_path):
+    cfg = TrainConfig(max_train_steps=6, train_batch_size=2, mixed_precision="no", ema_decay=0.0, validation_steps=2)
+    seen = []
+
+    def batch(i):
+        return dict(x=torch.ones(len(i), 1))
+
+    def look(stage, step):
+        seen.append(step)
+        if step == 4 and seen.count(4) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return [dict(loss=float(step))]
+
+    class Line(torch.nn.Linear):
+        def forward(self, batch, draw):
+            return super().forward(batch["x"]).square().mean()
+
+    with pytest.raises(SystemExit):
+        train(Line(1, 1), batch, 8, cfg, tmp_path, validate=look)
+    assert latest_checkpoint(tmp_path).name == "checkpoint-4"
+    train(Line(1, 1), batch, 8, cfg, tmp_path, validate=look)
+    assert seen == [2, 4, 4, 6]
+    assert [r["step"] for r in csv.DictReader(open(tmp_path / "validation.csv"))] == ["2", "4", "6"]
+
+
+def test_two_runs_do_not_train_in_one_folder(tmp_path):
+    with only_writer(tmp_path), pytest.raises(FoleyError, match="another run is writing into it"):
+        recipes.train_mini(tmp_path, ("base",))
 
 
 def test_two_processes_do_the_work_of_one(whole, tmp_path):

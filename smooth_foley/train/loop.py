@@ -308,17 +308,17 @@ def _steps(run, batch_of, n, last, watchers):
     "From the counter's step to `last`"
     cfg, count = run.cfg, run.count
     log = CsvLog(run.out / "log.csv", count.step) if run.acc.is_main_process else None
-    start, spent, losses = time.time(), count.seconds, []
+    start, spent = time.time(), count.seconds
     with told_to_end() as told:
         _watch_again(run, watchers, told)
         for step in progress(range(count.step, last), desc=run.out.name, unit="step", total=last - count.step):
             loss, norm = _step(run, batch_of, n, step)
             loss, ends = _shared(run, loss, step, told)
-            losses.append(loss)
+            count.losses.append(loss)
             count.step, count.seconds = step + 1, spent + time.time() - start
             if count.step % cfg.log_steps == 0 or count.step == last:
-                _log(run, log, losses, norm)
-                losses = []
+                _log(run, log, norm)
+                count.losses = []
             for watcher in watchers:
                 if watcher.due(count.step, cfg) and not ends:
                     _watch(run, watcher, told)
@@ -375,12 +375,12 @@ def _shared(run, loss, step, told):
     return value, ends
 
 
-def _log(run, log, losses, norm):
+def _log(run, log, norm):
     "A row of log.csv, on the main process"
     cfg, count = run.cfg, run.count
     row = dict(
         step=count.step,
-        loss=round(float(np.mean(losses)), 6),
+        loss=round(float(np.mean(count.losses)), 6),
         lr=float(f"{cfg.learning_rate * _lr_share(count.step - 1, cfg):.3g}"),
         grad_norm=round(float(norm), 4),
         seconds=round(count.seconds, 1),

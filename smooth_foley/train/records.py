@@ -63,16 +63,17 @@ class CsvLog:
 
 # %% ../../nbs/train/30a_records.ipynb #6f2eeb27
 class StepCounter:
-    "Step and time spent, saved with Accelerate's state"
+    "Step, time spent and losses since the last row of the log, saved with Accelerate's state"
 
     def __init__(self):
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.losses = 0, 0.0, []
 
     def state_dict(self):
-        return dict(step=self.step, seconds=self.seconds)
+        return dict(step=self.step, seconds=self.seconds, losses=list(self.losses))
 
     def load_state_dict(self, d):
         self.step, self.seconds = int(d["step"]), float(d["seconds"])
+        self.losses = [float(loss) for loss in d.get("losses", ())]
 
 # %% ../../nbs/train/30a_records.ipynb #rec00008
 def _step_of(folder):
