@@ -35,8 +35,8 @@ from smooth_foley.train.captions import PICTURE_CAPTIONS
 from smooth_foley.train.encoding import feature_arrays, mel_images
 from smooth_foley.train.loop import Draw, TrainConfig, check_config, train
 from smooth_foley.train.recipe import Recipe, recipe_with
-from smooth_foley.train.records import latest_checkpoint
-from smooth_foley.train.scenes import sound_arrays
+from smooth_foley.train.records import CsvLog, latest_checkpoint
+from smooth_foley.train.scenes import close_chunk, open_arrays, sound_arrays
 from smooth_foley.vocoder import make_vocoder
 
 HERE = Path(__file__).parent
@@ -117,6 +117,58 @@ def test_what_was_due_when_it_was_told_is_looked_at_later(tmp_path):
     train(Line(1, 1), batch, 8, cfg, tmp_path, validate=look)
     assert seen == [2, 4, 4, 6]
     assert [r["step"] for r in csv.DictReader(open(tmp_path / "validation.csv"))] == ["2", "4", "6"]
+
+
+@pytest.mark.parametrize("name", ["x", "done"])
+@pytest.mark.parametrize("how", ["shorter", "other", "empty"])
+def test_damaged_arrays_are_made_again(tmp_path, name, how):
+    spec = dict(x=("float16", (400, 3)), done=("bool", (2,)))
+    arrays = open_arrays(tmp_path, spec, "w")
+    arrays["x"][:] = 1
+    close_chunk(arrays, "done", 0)
+    path = tmp_path / f"{name}.npy"
+    if how == "other":
+        np.save(path, np.ones(5))
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if how == "shorter" else b"")
+    with pytest.raises(FoleyError, match=f"{name}.npy: is missing or damaged"):
+        open_arrays(tmp_path, spec)
+    again = open_arrays(tmp_path, spec, "w")
+    assert not again["done"].any() and not again["x"].any()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        "{}",
+        '{"stages": []}',
+        '{"stages": {"base": 3}}',
+        '{"stages": {"base": {"steps": 3}}}',
+        "[" * 99999,
+        "\x00",
+    ],
+)
+@pytest.mark.parametrize("file", ["recipe.json", "base/done.json"])
+def test_damaged_records_of_a_run_are_one_line(tmp_path, file, text):
+    begin(tmp_path, "base")
+    (tmp_path / file).write_text(text)
+    try:
+        claim(tmp_path, ("projection",))
+    except FoleyError as e:
+        assert str(tmp_path) in str(e)
+
+
+def test_only_whole_checkpoints_count_and_broken_rows_of_a_log_do_not(tmp_path):
+    for name in ("checkpoint-3", "checkpoint-20", "checkpoint-", "checkpoint-x", "checkpoint-4.bak", "checkpoint--1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-99").write_text("a file")
+    assert latest_checkpoint(tmp_path).name == "checkpoint-20"
+    log = tmp_path / "log.csv"
+    log.write_bytes(b"step,loss\n1,0.5\nx,1\n\xff\xfe,2\n2,0.4,9,9\n" + b"9" * 200_000 + b"\n")
+    CsvLog(log, 5, None)
+    assert [r["step"] for r in csv.DictReader(open(log))] == ["1", "2"]
 
 
 def test_two_runs_do_not_train_in_one_folder(tmp_path):

@@ -105,13 +105,14 @@ def _output_paths(
     videos: list,  # Inputs
     out: str,  # `-o` or `--plot`: a file, an existing folder, or None for "beside the input"
     suffix,  # Function from a video to the kind of its result, where `out` names no file
-    many: bool,  # Were several given, some of which may have failed?
+    many: bool = None,  # Were several given, some of which may have failed? None: as many as there are
 ) -> list:  # One path per video
     "Where each result goes"
 
     def name(video):
         return video.stem + "_foley" + suffix(video)
 
+    many = len(videos) > 1 if many is None else many
     if out is None:
         paths = [v.with_name(name(v)) for v in videos]
     elif Path(out).is_dir():
@@ -286,14 +287,14 @@ def generate(
 ):
     "Give videos their sound; of several, the bad ones are named and the others done"
     label = None if args.label is None else _check_label(args.label, args.model)
-    failed = [] if len(args.videos) > 1 or Path(args.videos[0]).is_dir() else None
-    device = check_device(args.device)
+    n = len(find_videos(args.videos))
+    failed = [] if n > 1 else None
     if jobs := check_generate(args, failed):
-        pipe = load(args.model, device, args.dtype, args.offload)
+        pipe = load(args.model, check_device(args.device), args.dtype, args.offload)
         _try_each(jobs, lambda job: _one(pipe, job, label, args), failed)
     if failed:
         names = sorted(str(f[0] if isinstance(f, tuple) else f) for f in failed)
-        raise PartlyDone(f"{len(failed)} of {len(find_videos(args.videos))} videos failed: {', '.join(names)}")
+        raise PartlyDone(f"{len(failed)} of {n} videos failed: {', '.join(names)}")
 
 # %% ../../nbs/app/91_cli.ipynb #d525b0a5
 _INPUT = (

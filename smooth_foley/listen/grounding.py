@@ -457,8 +457,9 @@ def _is_saved(folder):
     "Whether a folder has a model as we save it; the published layout has another config"
     config = folder / "config.json"
     try:
-        return config.is_file() and json.loads(config.read_text()).get("_class_name") == "GroundingModel"
-    except ValueError as e:
+        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        return isinstance(found, dict) and found.get("_class_name") == "GroundingModel"
+    except (ValueError, RecursionError) as e:
         raise FoleyError(f"{config}: is no JSON ({e}); write or download it again") from e
 
 # %% ../../nbs/listen/40_grounding.ipynb #5802f0ce

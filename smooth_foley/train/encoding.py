@@ -82,10 +82,21 @@ def encode_mels(
     return torch.cat(latents)
 
 
+def _read_latents(path, runs, r):
+    "The stored latents, or None if they cannot be used"
+    try:
+        z, made = np.load(path), path.stat().st_mtime_ns
+    except (OSError, ValueError, EOFError):
+        return None
+    folders = (Path(runs) / name / "weights" for name in ("vae", "components"))
+    newer = any(f.stat().st_mtime_ns > made for folder in folders for f in folder.rglob("*") if f.is_file())
+    return z if z.shape[:1] == (r.n_scenes,) and np.isfinite(z).all() and not newer else None
+
+
 def stored_latents(runs, cache, r: Recipe) -> np.ndarray:  # `(n, c, 8, 64)` float16
-    "Latents of all scenes, encoded at the first call"
+    "Latents of all scenes, encoded at the first call, or again if they are damaged or the autoencoder is newer"
     path = Path(runs) / "latents.npy"
-    if not path.exists() and is_main():
+    if is_main() and _read_latents(path, runs, r) is None:
         z = encode_mels(runs, sound_arrays(cache, r), r.n_scenes, r)
         with atomic_path(path) as tmp:
             np.save(tmp, z.numpy())

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import torch
 
-from ..core import progress, worker_pool
+from ..core import FoleyError, progress, worker_pool
 from ..media import clip_resize
 from ..mel import MelTransform
 from .captions import PICTURE_CAPTIONS, is_high, picture_truth, sound_caption
@@ -32,13 +32,27 @@ def open_arrays(
     spec: dict,  # Name -> (dtype, shape)
     mode: str = "r",  # 'r' reads; 'w' makes what is missing, and keeps what is there
 ) -> dict:  # Name -> memory-mapped array
-    "Arrays that are files of their final size"
+    "Arrays that are files of their final size; if one is damaged, all are made again"
+    paths = {name: Path(folder) / f"{name}.npy" for name in spec}
+    if mode == "w" and any(path.exists() and _mapped(path, "r", *spec[name]) is None for name, path in paths.items()):
+        for path in paths.values():
+            path.unlink(missing_ok=True)
     arrays = {}
-    for name, (dtype, shape) in spec.items():
-        path = Path(folder) / f"{name}.npy"
+    for name, path in paths.items():
         how = "r" if mode == "r" else "r+" if path.exists() else "w+"
-        arrays[name] = np.lib.format.open_memmap(path, how, dtype=dtype, shape=shape)
+        arrays[name] = _mapped(path, how, *spec[name])
+        if arrays[name] is None:
+            raise FoleyError(f"{path}: is missing or damaged; run the stage that fills it again")
     return arrays
+
+
+def _mapped(path, how, dtype, shape):
+    "One memory-mapped array, or None if the file is damaged or holds another one"
+    try:
+        array = np.lib.format.open_memmap(path, how, dtype=dtype, shape=shape)
+    except (ValueError, EOFError, FileNotFoundError):
+        return None
+    return array if (array.dtype, array.shape) == (np.dtype(dtype), shape) else None
 
 # %% ../../nbs/train/34_scenes.ipynb #scn00008
 def n_chunks(n: int) -> int:
