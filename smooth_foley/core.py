@@ -287,10 +287,18 @@ def unseen_interrupts():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _leave(number, frame):
+    "Give up the present work, which cleans up after itself, and take no other"
+    end = threading.Timer(1.0, os._exit, (1,))
+    end.daemon = True
+    end.start()
+    sys.exit(1)
+
+
 def _begin_worker(then, arguments):
     "End with the parent; leave nothing half-written when told to stop"
     die_with_parent()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, _leave)
     if then:
         then(*arguments)
 

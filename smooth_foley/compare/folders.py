@@ -43,7 +43,7 @@ def write_results(
     fields: list,  # Columns
 ):
     "Replace a CSV at once"
-    with atomic_path(path) as tmp, open(tmp, "w", newline="") as f:
+    with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
         w = csv.DictWriter(f, fields, lineterminator="\n", restval="")
         w.writeheader()
         w.writerows({k: _text(v) for k, v in r.items()} for r in rows)
@@ -53,8 +53,11 @@ def read_results(path) -> list:  # Dicts of text
     "Rows of a CSV"
     if not Path(path).exists():
         raise FoleyError(f"{path}: no such file; run `smooth-foley evaluate` first")
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            return list(csv.DictReader(f))
+    except (csv.Error, UnicodeError) as e:
+        raise FoleyError(f"{path}: cannot be read ({e}); run `smooth-foley evaluate` again") from None
 
 
 def _save_npz(path, **arrays):

@@ -16,9 +16,10 @@ import numpy as np
 
 from ..core import FoleyError, mini_path
 from .continuous import Heard, read_heard, row_name
-from .items import Item, check_vggsound_label
+from .items import Item, check_vggsound_label, check_youtube_id
 from .store import file_stamps, measure_clips, read_measurement, weights_hash
 from .tables import read_json, read_rows, write_rows
+from .vggsound import read_start
 from ..media import probe, read_clip
 
 # %% ../../nbs/data/56_challenge.ipynb #12319ea9
@@ -259,8 +260,14 @@ def read_continuous(
     path,  # `vggsound_continuous_train.csv` or `..._test.csv`
 ) -> list:  # `Item`s
     "A list of VGGSound-Continuous"
-    rows = read_rows(path, _LIST_COLUMNS)
-    return [Item(r["id"], float(r["start"]), check_vggsound_label(r["label"]), r["split"]) for r in rows]
+    items = []
+    for k, r in enumerate(read_rows(path, _LIST_COLUMNS), 2):
+        try:
+            about = check_youtube_id(r["id"]), read_start(r["start"]), check_vggsound_label(r["label"])
+        except FoleyError as e:
+            raise FoleyError(f"{path} line {k}: {e}") from None
+        items.append(Item(*about, r["split"]))
+    return items
 
 # %% ../../nbs/data/56_challenge.ipynb #adaae911
 REVIEW_COLUMNS = ("id", "start", "label", "decision", "reason")

@@ -207,7 +207,12 @@ def row_name(
     row: dict,  # With id and start
 ) -> str:  # `{id}_{start:06d}`
     "The name of the clip of a row, as `Item.name`"
-    return f"{row['id']}_{int(float(row['start'])):06d}"
+    try:
+        return f"{row['id']}_{int(float(row['start'])):06d}"
+    except (ValueError, OverflowError):
+        raise FoleyError(
+            f"clip {row['id']}: start {row['start']!r} is no number of seconds; correct the list"
+        ) from None
 
 
 def _about(item):
@@ -251,7 +256,11 @@ def read_filter(
     out,  # Folder that `filter_clips` wrote to
 ) -> list:  # Rows as they were
     "The table of the filter"
-    return [_from_text(r) for r in read_rows(Path(out) / "filter.csv", FILTER_COLUMNS)]
+    path = Path(out) / "filter.csv"
+    try:
+        return [_from_text(r) for r in read_rows(path, FILTER_COLUMNS)]
+    except (ValueError, OverflowError) as e:
+        raise e if isinstance(e, FoleyError) else FoleyError(f"{path}: {e}; run `filter` again") from None
 
 # %% ../../nbs/data/55_continuous.ipynb #f35df81d
 THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))

@@ -458,7 +458,7 @@ def _verify_shard(path, listed):
         sha = hashlib.file_digest(f, "sha256").hexdigest()
     if index is None:
         faults.append(fault_row("", path, "index", f"{path.stem}.json is missing, damaged or of another tar"))
-    expected = {row["sha256"] for row in (listed, index) if row}
+    expected = {str(row["sha256"]) for row in (listed, index) if row}
     if len(expected) == 2:
         faults.append(fault_row("", path, "index", f"index.json and {path.stem}.json give different checksums"))
     if sha in expected:
