@@ -101,6 +101,14 @@ def find_videos(
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/app/91_cli.ipynb #2e691017
+def _check_place(out, many):
+    "Several results need a folder"
+    if out is None or Path(out).is_dir() or not (many or out.endswith("/")):
+        return
+    what = "several videos need an existing folder to write to" if many else "make it first"
+    raise FoleyError(f"{out}: no such folder; {what}")
+
+
 def _output_paths(
     videos: list,  # Inputs
     out: str,  # `-o` or `--plot`: a file, an existing folder, or None for "beside the input"
@@ -112,16 +120,13 @@ def _output_paths(
     def name(video):
         return video.stem + "_foley" + suffix(video)
 
-    many = len(videos) > 1 if many is None else many
+    _check_place(out, len(videos) > 1 if many is None else many)
     if out is None:
         paths = [v.with_name(name(v)) for v in videos]
     elif Path(out).is_dir():
         paths = [Path(out) / name(v) for v in videos]
-    elif not many and not out.endswith("/"):
-        paths = [Path(out)] * len(videos)
     else:
-        what = "several videos need an existing folder to write to" if many else "make it first"
-        raise FoleyError(f"{out}: no such folder; {what}")
+        paths = [Path(out)] * len(videos)
     twice = [p for p in paths if paths.count(p) > 1]
     if twice:
         raise FoleyError(f"{twice[0]}: two of the videos would be written there; run them one by one with -o")
@@ -191,6 +196,8 @@ def check_generate(
 ) -> list:  # `(video, out, plot)` for each video that is left
     "Check the inputs and outputs of `generate`"
     videos, many = find_videos(args.videos), failed is not None
+    for place in (args.out, args.plot):
+        _check_place(place, many)
     known = _try_each(videos, lambda v: (_length(v), _kind(v, args.out, args.keep_original)), failed)
     videos, facts = [v for v, _ in known], dict(known)
     outs = _output_paths(videos, args.out, lambda v: facts[v][1], many)

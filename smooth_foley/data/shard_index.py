@@ -33,7 +33,8 @@ def _places_fit(index):
     rows = [np.array(index[k], np.int64).reshape(len(keys), len(fields)) for k in ("offset", "size", "crc32")]
     offset, size, _ = rows
     inside = (offset >= 512).all() and (size >= 0).all() and (size <= index["bytes"] - offset).all()
-    return bool(inside) and len({str(k) for k in keys}) == len(keys) == index["n"]
+    told = all(isinstance(fault, dict) for fault in index["faults"])
+    return bool(inside) and told and len({str(k) for k in keys}) == len(keys) == index["n"]
 
 
 def read_shard_index(
