@@ -530,7 +530,13 @@ def _left(tmp, row):
 
 def work(folder, first, stop, seed):
     "In a process of its own: inputs from `first` on, one JSON line each"
+    from smooth_foley.app import main  # noqa: F401
+    from smooth_foley.data import shard_reader  # noqa: F401
+    from smooth_foley.pipeline import SmoothFoleyPipeline
+
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * MEMORY,) * 2)  # The machine outlives what takes too much
     originals = Originals(folder)
+    SmoothFoleyPipeline.from_pretrained(originals.folder / "model")  # What is imported late is imported now
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for number in range(first, stop):

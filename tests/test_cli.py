@@ -98,6 +98,11 @@ WRONG = {  # name: (words, what the line must say)
     "unwritable": (["generate", "good.mp4", "-o", "/proc/x.mp4"], "/proc/x.mp4: cannot be written"),
     "unknown format": (["generate", "good.mp4", "-o", "x.ogg"], "cannot write .ogg"),
     "container that cannot hold the picture": (["generate", "vp8.webm", "-o", "x.mp4"], ".mp4 cannot hold its picture"),
+    "list from a pipe": (["data", "vggsound", "--csv", "pipe.mp4"], "pipe.mp4: is a pipe or a device"),
+    "list without end": (
+        ["data", "audit", "--clips", "nothing", "--csv", "/dev/zero", "--out", "a"],
+        "/dev/zero: is a",
+    ),
     "pipe": (["generate", "pipe.mp4"], "pipe.mp4: is a pipe; save it to a file first"),
     "output is a pipe": (["generate", "good.mp4", "-o", "pipe.mp4", "--overwrite"], "pipe.mp4: is no ordinary file"),
     "output name too long": (["generate", "good.mp4", "-o", "x" * 260 + ".mp4"], "file name too long"),

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,8 +41,11 @@ def open_list(
     path,  # A file
     advice: str,  # What to do if it cannot be read
 ):  # The open file, in bytes
-    "Open a file that is read line by line"
+    "Open a file that is read line by line; a pipe or a device may never end"
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise FoleyError(f"{path}: is a pipe or a device; save it to a file first")
         return Path(path).open("rb")
     except OSError as e:
         raise FoleyError(f"{path}: cannot be read ({_reason(e)}); {advice}") from None
