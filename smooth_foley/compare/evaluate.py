@@ -27,7 +27,7 @@ from smooth_foley.compare.folders import (
 from .sound_folders import compare_folders, save_folders, show_folders
 from .systems import build, load_with_folder, parse_systems
 from ..core import FoleyError, atomic_path, default_device, only_writer
-from ..data.tables import FAULT_COLUMNS, make_folder, read_rows
+from ..data.tables import FAULT_COLUMNS, fault_row, make_folder, read_rows, write_rows
 from ..listen.judges import load_judges
 
 # %% ../../nbs/compare/77_evaluate.ipynb #a8f2d2e5
@@ -115,13 +115,23 @@ def evaluate(
     with only_writer(make_folder(out), (state.process_index, state.num_processes)):
         if only != "measure":
             _generate(specs, clips, loaded, out, seed, steps, batch, state)
+        _note_left_out(clips, out, state)
         if only != "generate":
             _measure([s.name for s in specs], clips, out, state)
-    if unread := [c.id for c in clips if not has_truth(out, c)]:
-        raise PartlyDone(
-            f"{len(unread)} of {len(clips)} clips could not be used: {', '.join(unread)}; the others are in {out}"
-        )
     return out
+
+
+def _note_left_out(clips, out, state):
+    "Write which clips could not be used into faults.csv; all processes end if none could"
+    faults = [fault_row(c.id, "", "left out", "cannot be read") for c in clips if not has_truth(out, c)]
+    state.wait_for_everyone()
+    if state.is_main_process:
+        (out / "faults.csv").unlink(missing_ok=True)
+        if faults:
+            write_rows(out / "faults.csv", faults, FAULT_COLUMNS)
+    state.wait_for_everyone()
+    if len(faults) == len(clips):
+        raise FoleyError(f"{out}: none of the {len(clips)} clips could be used; see what was said about each")
 
 # %% ../../nbs/compare/77_evaluate.ipynb #e7a70002
 def run_command(args) -> str:  # What is to be printed
