@@ -185,7 +185,7 @@ def _wrong_entry(index):
         if not _is_number(index.get(name, 0)):
             return f"{name} is {index[name]!r:.40} and no usable number"
     for name, spec in index.items():
-        pair = isinstance(spec, list) and len(spec) == 2 and all(s is None or isinstance(s, str) for s in spec)
+        pair = isinstance(spec, list) and len(spec) == 2 and all(isinstance(s, str) for s in spec)
         if isinstance(spec, list) and name != "labels" and not pair:
             return f"{name} is no pair of library and class"
 
