@@ -186,7 +186,7 @@ def _wrong_entry(index):
             return f"{name} is {index[name]!r:.40} and no usable number"
     for name, spec in index.items():
         pair = isinstance(spec, list) and len(spec) == 2 and all(isinstance(s, str) for s in spec)
-        if isinstance(spec, list) and name != "labels" and not pair:
+        if isinstance(spec, list) and not (pair or name == "labels" or name.startswith("_")):
             return f"{name} is no pair of library and class"
 
 # %% ../nbs/10_loading.ipynb #f7fe8e40
