@@ -85,7 +85,7 @@ def test_told_to_end_it_leaves_a_checkpoint_and_goes_on_as_if_nothing_was(whole,
     time.sleep(0.25)  # In the middle between two checkpoints, most of the time
     p.send_signal(signal.SIGTERM)
     start = time.time()
-    assert p.wait() == 128 + signal.SIGTERM and time.time() - start < 30
+    assert p.wait() == 128 + signal.SIGTERM and time.time() - start < 120  # A second or two where nothing else runs
     assert not (tmp_path / "final.safetensors").exists(), "it finished before it was told"
     run([*RUN, str(tmp_path)])
     same(whole / "final.safetensors", tmp_path / "final.safetensors")
