@@ -1,6 +1,10 @@
 __version__ = "0.1.0"
 
-_HOME = {"SmoothFoleyPipeline": "pipeline", "mux": "media"}  # Where the names that the package offers are defined
+_HOME = {
+    "Clip": "media",
+    "SmoothFoleyPipeline": "pipeline",
+    "mux": "media",
+}  # Where the names that the package offers are defined
 
 
 def __getattr__(name):

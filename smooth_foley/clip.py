@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from .core import FoleyError
+from .core import FoleyError, own_folder, refuse_code
 from .vocoder import load_checked
 
 # %% ../nbs/04_clip.ipynb #e5cd6b8a
@@ -65,6 +65,9 @@ def build_clip(
     from open_clip.model import CLIP, CustomTextCLIP
 
     cfg = copy.deepcopy(dict(model_cfg))
+    for tower, key in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_name")):
+        if name := cfg[tower].get(key):
+            raise FoleyError(f"{tower} names the network {name!r} of another library; only open_clip's own are built")
     custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg["text_cfg"]
     return (CustomTextCLIP if custom else CLIP)(**cfg)
 
@@ -223,34 +226,36 @@ def encode_text(
     return self.model.encode_text(self.tokenize(list(texts)).to(self.device)).float()
 
 # %% ../nbs/04_clip.ipynb #399065fd
+def _weights_file(variant):
+    "Name of the weights' file"
+    return WEIGHTS_FILE.replace(".", f".{variant}.") if variant else WEIGHTS_FILE
+
+
 @patch
 def save_pretrained(
     self: FrameEncoder,
     save_directory,  # Folder, made if needed
-    variant: str = None,  # Goes into the weights' file name, as in diffusers
+    variant: str = None,  # Goes into the weights' file name, as in diffusers; open_clip reads weights without one
     **kwargs,  # Other options of diffusers, without a meaning here
 ) -> None:
     "Write open_clip's own layout, which open_clip reads back by `local-dir:`"
     from safetensors.torch import save_file
 
-    if variant:
-        raise FoleyError(f"variant={variant!r}: open_clip's layout has one set of weights; leave it out")
-    d = Path(save_directory)
-    d.mkdir(parents=True, exist_ok=True)
+    d = own_folder(save_directory)
     (d / CONFIG_FILE).write_text(
         json.dumps({k: self.config[k] for k in ("model_cfg", "preprocess_cfg")}, indent=2) + "\n"
     )
-    save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, d / WEIGHTS_FILE)
+    save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, d / _weights_file(variant))
     if hasattr(self.tokenizer, "pad_token_id"):
         self.tokenizer.save_pretrained(d)
 
 # %% ../nbs/04_clip.ipynb #bc1a1246
-def _fetch(repo_id, subfolder, **hub):
+def _fetch(repo_id, subfolder, file, **hub):
     from huggingface_hub import snapshot_download
 
     files = [
         f"{subfolder}/{p}".lstrip("/")
-        for p in (CONFIG_FILE, WEIGHTS_FILE, "tokenizer*", "vocab*", "merges*", "special_tokens*")
+        for p in (CONFIG_FILE, file, "tokenizer*", "vocab*", "merges*", "special_tokens*")
     ]
     try:
         return snapshot_download(str(repo_id), allow_patterns=files, **hub)
@@ -281,6 +286,7 @@ def from_pretrained(
     local_files_only: bool = False,  # Never download
     cache_dir=None,  # Hub cache
     token=None,  # Hub token
+    variant: str = None,  # Word in the weights' file name, as in diffusers
     **kwargs,  # Other options of diffusers, without a meaning here
 ) -> FrameEncoder:  # In evaluation mode
     "Read open_clip's own layout; weights that do not fit are refused by name"
@@ -290,27 +296,29 @@ def from_pretrained(
         folder = _fetch(
             folder,
             subfolder or "",
+            _weights_file(variant),
             revision=revision,
             local_files_only=local_files_only,
             cache_dir=cache_dir,
             token=token,
         )
-    d = Path(folder) / (subfolder or "")
-    for f in (CONFIG_FILE, WEIGHTS_FILE):
+    d, file = Path(folder) / (subfolder or ""), _weights_file(variant)
+    for f in (CONFIG_FILE, file):
         if not (d / f).is_file():
             raise FoleyError(f"{d} has no {f}; give a folder in open_clip's layout")
     try:
-        cfg, weights, tok = json.loads((d / CONFIG_FILE).read_text()), load_file(d / WEIGHTS_FILE), None
+        cfg, weights, tok = json.loads((d / CONFIG_FILE).read_text()), load_file(d / file), None
     except Exception as e:
         raise FoleyError(f"{d} cannot be read ({e}); its files are damaged or cut short, fetch them again") from e
     if cfg["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
-        from transformers import AutoTokenizer
+        from transformers import CLIPTokenizer
 
-        tok = AutoTokenizer.from_pretrained(d)
+        refuse_code(d)
+        tok = CLIPTokenizer.from_pretrained(d, trust_remote_code=False)
     dtype = dtype or torch_dtype or torch.float32
     with _building_in(dtype):
         enc = cls(cfg["model_cfg"], cfg.get("preprocess_cfg"), tok)
-    load_checked(enc.model, weights, str(d / WEIGHTS_FILE))
+    load_checked(enc.model, weights, str(d / file))
     enc.model.to(dtype)
     return enc
 

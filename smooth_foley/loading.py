@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .core import FoleyError, expand, mini_path
+from .core import FoleyError, expand, mini_path, refuse_code
+from .load_options import LoadOptions, find_variants, variants_of
+from .schedule import SCHEDULERS
 
 # %% ../nbs/10_loading.ipynb #863e3818
 def _harmless():
@@ -105,14 +107,12 @@ def _one_line(folder, load, *args, **kw):
 
 # %% ../nbs/10_loading.ipynb #0d8ef584
 def _class_of(folder, library, class_name):
-    "The class that `model_index.json` names, if its library is one of three"
+    "The class of a component, whose folder must be there and name no code"
     if library.split(".")[0] not in ("diffusers", "transformers", "smooth_foley"):
-        raise FoleyError(
-            f"{folder}: class {library}.{class_name} is none of ours; "
-            "only diffusers, transformers and smooth_foley are loaded"
-        )
+        raise FoleyError(f"{folder}: class {library}.{class_name} is none of ours; nothing of it is loaded")
     if not folder.is_dir():
         raise FoleyError(f"{folder}: no such folder; the weights are incomplete, copy them again")
+    refuse_code(folder)
     return getattr(importlib.import_module(library), class_name)
 
 
@@ -139,21 +139,60 @@ def load_part(
     library: str,  # Module of its class, as in `model_index.json`
     class_name: str,  # Name of its class
     dtype=torch.float32,
+    variant: str = None,  # Of the weights
+    low_cpu_mem_usage: bool = None,  # As in diffusers, for its own classes
 ):  # The component, with every weight read from disk
     "Load one component; refuse by key what does not fit"
     cls = _class_of(folder, library, class_name)
     if not issubclass(cls, torch.nn.Module):
-        return _one_line(folder, cls.from_pretrained, folder)
+        safe = dict(trust_remote_code=False) if issubclass(cls, PreTrainedTokenizerBase) else {}
+        return _one_line(folder, cls.from_pretrained, folder, **safe)
     if _is_strict(cls):
-        return _one_line(folder, cls.from_pretrained, folder, torch_dtype=dtype).eval()
-    kw = dict(output_loading_info=True, use_safetensors=True)
+        return _one_line(folder, cls.from_pretrained, folder, dtype=dtype, variant=variant).eval()
+    kw = dict(output_loading_info=True, use_safetensors=True, dtype=dtype)
+    if variant:
+        kw |= dict(variant=variant)
     if issubclass(cls, PreTrainedModel):
-        kw |= dict(dtype=dtype, ignore_mismatched_sizes=True)  # so that misfits are reported by name
-    else:
-        kw |= dict(torch_dtype=dtype)
+        kw |= dict(ignore_mismatched_sizes=True)  # so that misfits are reported by name
+    elif low_cpu_mem_usage is not None:
+        kw |= dict(low_cpu_mem_usage=low_cpu_mem_usage)
     part, info = _one_line(folder, cls.from_pretrained, folder, **kw)
     _refuse_misfits(folder, info)
     return part.eval()
+
+# %% ../nbs/10_loading.ipynb #ldcls001
+_CLASSES = dict(
+    unet=("diffusers.UNet2DConditionModel",),
+    vae=(
+        "diffusers.AutoencoderKL",
+        "smooth_foley.autoencoder.PatchAutoencoder",
+        "smooth_foley.autoencoder.ResidualAutoencoder",
+        "smooth_foley.backbone.PatchAutoencoder",  # in older folders
+    ),
+    text_encoder=("transformers.CLIPTextModel",),
+    tokenizer=("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
+    scheduler=tuple(f"diffusers.{name}" for name in SCHEDULERS),
+    vocoder=("smooth_foley.vocoder.PhaseVocoder", "transformers.SpeechT5HifiGan"),
+    mel=("smooth_foley.mel.MelTransform",),
+    frame_encoder=("smooth_foley.clip.FrameEncoder",),
+    frame_adapter=("smooth_foley.frame_adapter.FrameAdapter",),
+    label_projection=("smooth_foley.temporal_condition.LabelProjection",),
+    temporal_adapter=("diffusers.ControlNetModel",),
+)
+
+
+def _asked(spec):
+    return (".".join(map(str, spec)) if isinstance(spec, list) else str(spec))[:80]
+
+
+def _named_class(folder, name, spec):
+    "Library and class that `model_index.json` names for a component"
+    asked = _asked(spec)
+    known = _CLASSES.get(name, ())
+    if asked not in known:
+        some = ", ".join(known[:4]) or "given as an argument"
+        raise FoleyError(f"{folder}/model_index.json: {name} is a {asked}, which is none of ours; it may be {some}")
+    return asked.rsplit(".", 1)
 
 # %% ../nbs/10_loading.ipynb #70304493
 def read_index(
@@ -187,39 +226,38 @@ def _wrong_entry(index):
     for name, spec in index.items():
         pair = isinstance(spec, list) and len(spec) == 2 and all(isinstance(s, str) for s in spec)
         if isinstance(spec, list) and not (pair or name == "labels" or name.startswith("_")):
-            return f"{name} is no pair of library and class"
+            return f"{name} is a {_asked(spec)}, which is none of ours"
 
 # %% ../nbs/10_loading.ipynb #f7fe8e40
 def load_parts(
     folder: Path,  # Folder with a `model_index.json`
     cls: type,  # Pipeline, whose `__init__` says what it needs
     given: dict,  # Components and settings to use instead of the stored ones
-    dtype=torch.float32,  # Type of the weights
+    options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen) Type, variant, ...
 ) -> dict:  # Name -> component or setting; modules frozen, in evaluation mode, on the CPU
     "Everything a pipeline is made of"
     index = read_index(folder)
     parts, settings = cls._get_signature_keys(cls)
-    _check_names(folder, index, given, set(parts) - {"self"}, set(settings))
+    _check_parts(folder, index, given, set(parts) - {"self"})
     loaded = {k: index[k] for k in settings if k in index}
-    for name in index:
-        if name in parts and name not in given:
-            loaded[name] = load_part(folder / name, *index[name], dtype)
-            if isinstance(loaded[name], torch.nn.Module):
-                loaded[name].requires_grad_(False)
+    read = [name for name in index if name in parts and name not in given]
+    variants = find_variants(folder, options.variant, read)
+    for name in read:
+        how = options.dtype_of(name), variants.get(name), options.low_cpu_mem_usage
+        loaded[name] = load_part(folder / name, *_named_class(folder, name, index[name]), *how)
+        if isinstance(loaded[name], torch.nn.Module):
+            loaded[name].requires_grad_(False)
     return {**loaded, **given}
 
 # %% ../nbs/10_loading.ipynb #df1ee67d
-def _check_names(folder, index, given, parts, settings):
-    "Every component is stored or given, and nothing else is given"
+def _check_parts(folder, index, given, parts):
+    "Every component is stored or given"
     missing = sorted(parts - set(index) - set(given))
     if missing:
         raise FoleyError(
             f"{folder}/model_index.json names no {', '.join(missing)}; "
             "give a folder that `SmoothFoleyPipeline.save_pretrained` wrote"
         )
-    extra = sorted(set(given) - parts - settings)
-    if extra:
-        raise FoleyError(f"from_pretrained knows no {', '.join(extra)}; components are {', '.join(sorted(parts))}")
 
 # %% ../nbs/10_loading.ipynb #517f71df
 def find_weights(
@@ -228,6 +266,7 @@ def find_weights(
     local_files_only: bool = False,  # Never download
     cache_dir=None,
     token=None,  # As in huggingface_hub
+    variant: str = None,  # Of the weights, where a component has it
 ) -> Path:  # Folder with a `model_index.json`
     "Find the weights, from the hub if need be"
     if name in (None, "mini"):
@@ -238,7 +277,7 @@ def find_weights(
         if folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2:
             raise FoleyError(f"{name}: no such folder, and no hub id (owner/name) either; check the name")
         hub = dict(revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
-        folder = _download(str(name), **hub)
+        folder = _download(str(name), variant, **hub)
     return _with_index(folder, "give a folder that `save_pretrained` wrote")
 
 # %% ../nbs/10_loading.ipynb #9deef1e8
@@ -249,12 +288,17 @@ def _with_index(folder, how):
     return folder
 
 
-def _download(name, **hub):
-    "Configs and safetensors of a hub repository"
+def _download(name, variant, **hub):
+    "Configs, card and one set of safetensors of a hub repository"
     from huggingface_hub import snapshot_download
 
+    files = ["*.json", "*.txt", "README.md", f"*.{variant}*.safetensors" if variant else "*.safetensors"]
+    plain = dict(ignore_patterns="*.*.safetensors")  # not the variants
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"], **hub))
+        folder = Path(snapshot_download(name, allow_patterns=files, **({} if variant else plain), **hub))
+        if variant and (lacking := [p.name for p in folder.iterdir() if p.is_dir() and not variants_of(p)]):
+            snapshot_download(name, allow_patterns=[f"{p}/*.safetensors" for p in lacking], **plain, **hub)
+        return folder
     except Exception as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         why = f"cannot be downloaded from the hub ({lines[0]}); check name, network and token, or give a local folder"

@@ -274,7 +274,7 @@ def check_output(
     if source is not None and os.path.exists(out) and os.path.samefile(out, source):
         raise FoleyError(f"{out}: is the input itself; give another name")
     if os.path.lexists(out) and not os.path.isdir(out) and not overwrite:
-        raise FoleyError(f"{out}: exists already; pass --overwrite (`overwrite=True`) or give another name")
+        raise FoleyError(f"{out}: exists already; pass `overwrite=True` or give another name")
     check_writable(out)
     return out
 

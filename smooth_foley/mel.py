@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import FoleyError
+from .core import FoleyError, own_folder
 
 # %% ../nbs/02_mel.ipynb #bed584dc
 @lru_cache(maxsize=8)
@@ -48,7 +48,7 @@ class ConfigOnly(ModelMixin, ConfigMixin):
         **kwargs,  # Other options of diffusers, without a meaning here
     ) -> None:
         "Write the configuration; there are no weights"
-        self.save_config(save_directory)
+        self.save_config(own_folder(save_directory))
 
     @classmethod
     def from_pretrained(

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from diffusers.utils import BaseOutput
+from fastcore.basics import patch
 from torch import Tensor
 
 from .core import atomic_path, printable
 from .media import Clip
 from .mel import plot_mel
+from .players import LONGEST, as_html, card, figure_image, match_loudness, player, side_by_side
 from .temporal_condition import plot_condition
 
 # %% ../nbs/11a_output.ipynb #1bf30b40
@@ -33,6 +35,7 @@ class FoleyOutput(BaseOutput):
     proposals: list  # Labels proposed by CLIP with their scores, best first, where none was given; else None
     latents: Tensor  # What the UNet made, `(b, c, h, w)`
     mels: Tensor | None = None  # Natural-log mel, `(b, n_mels, n_cols)`; columns past the clip's end are not played
+    clips: list | None = None  # `Clip` of each, None for text alone
 
 # %% ../nbs/11a_output.ipynb #852fbe7d
 def plot_foley(
@@ -71,3 +74,57 @@ def _plot_frames(clip, n, ax):
         k = np.searchsorted(clip.times, (start + end) / 2, side="right") - 1
         ax.imshow(clip.frames[k], extent=(start, start + 0.97 * (end - start), 0, 1), aspect="auto")
     ax.set(ylim=(0, 1), yticks=[])
+
+# %% ../nbs/11a_output.ipynb #out00002
+def _film(output, i, audio):
+    "The player of a take: film or sound"
+    if not output.clips:
+        return player(None, [], output.durations[i], audio, output.sample_rate)
+    clip = output.clips[i]
+    return player(clip.frames, clip.times, clip.duration, audio, output.sample_rate)
+
+# %% ../nbs/11a_output.ipynb #out00003
+def _figure(output, i):
+    "The picture of a take, without its title; the log-mel alone where there is no clip"
+    if output.clips:
+        fig = plot_foley(output.clips[i], output, i)
+        fig.axes[0].set_title("")
+        return figure_image(fig, "frames, condition and log-mel over time")
+    if output.mels is None:
+        return None
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(8, 2.4), dpi=80, layout="constrained")
+    plot_mel(output.mels[i], fig.subplots()).set_xlim(0, output.durations[i])
+    return figure_image(fig, "log-mel over time")
+
+# %% ../nbs/11a_output.ipynb #out00004
+def _facts(output, i):
+    "How a take was made, in one line"
+    facts = [f"{output.durations[i]:.2f} s at {output.sample_rate / 1000:g} kHz"]
+    if output.durations[i] > LONGEST:
+        facts.append(f"the first {LONGEST:g} s are played here")
+    if output.prompts[i] != output.labels[i]:
+        facts.append(f"prompt {output.prompts[i]!r}")
+    if output.conditions[i] is not None:
+        facts.append(output.conditions[i].describe())
+    if output.proposals[i]:
+        facts.append("CLIP sees " + ", ".join(f"{name} {score:.0%}" for name, score in output.proposals[i][:3]))
+    return "; ".join(facts)
+
+# %% ../nbs/11a_output.ipynb #out00005
+_TAKES = 4  # A notebook shows so many of a batch
+
+
+@patch
+def _repr_html_(self: FoleyOutput):
+    "Every take with its sound, its picture and a line of facts"
+    n = min(len(self.labels), _TAKES)
+    audios = [None] * n if self.audios is None else match_loudness(self.audios[:n], self.sample_rate)
+    cards = []
+    for i in range(n):
+        name = f"{self.clips[i].name}: " if self.clips else ""
+        title = name + (self.labels[i] or self.prompts[i] or "no prompt")
+        cards.append(card(title, _film(self, i, audios[i]), _figure(self, i), facts=_facts(self, i)))
+    more = len(self.labels) - n
+    return as_html(side_by_side(cards, f"and {more} more" if more else ""))

@@ -17,11 +17,14 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, SpeechT5HifiGan
 
 from .arguments import check_number, per_clip_conditions, per_clip_texts
+from .backbone import PatchAutoencoder
+from .callbacks import step_callback
 from .clip import FrameEncoder, rank_labels
 from .core import FoleyError
 from .frame_adapter import FrameAdapter
 from .frame_cache import EmbeddingCache
-from .loading import load_parts, quiet
+from .load_options import check_keywords, load_options
+from .loading import load_parts
 from .media import Clip, read_clip, seconds_to_samples
 from .mel import MelTransform
 from .output import FoleyOutput
@@ -37,7 +40,7 @@ class SmoothFoleyPipeline(TextToAudio):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | PatchAutoencoder,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
@@ -102,13 +105,16 @@ def __call__(
     seed: int = 0,  # Same seed and file name, same sound
     guidance_rescale: float = 0.0,  # Share of the unguided spread to restore, 0 to 1
     output_type: str = "audio",  # "audio", "mel" (no vocoder) or "latent" (no VAE either)
-    callback_on_step_end: Callable = None,  # diffusers' `callback(pipe, step, t, {"latents": z})`, for each group
+    callback_on_step_end: Callable = None,  # diffusers' `callback(pipe, step, t, tensors)`, for each group
+    callback_on_step_end_tensor_inputs=("latents",),  # What it reads: "latents", "prompt_embeds"
     latents: Tensor | None = None,  # Unit noise, `(b, c, h, w)`, instead of `seed`
     reuse: bool = None,  # Compute once what stays the same; None for `pipe.reuse`
     frame_batch_size: int = 32,  # Frames CLIP sees at once
     frame_guidance_scale: float = None,  # Guidance of the frames alone, a third prediction; None for `guidance_scale`
+    return_dict: bool = True,  # False gives a tuple of what `output_type` names
 ) -> FoleyOutput:
     "The sound of silent videos"
+    on_step = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
     guidance = self._guidance(
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
@@ -135,8 +141,8 @@ def __call__(
     with self.stage("text"):
         guidance = replace(guidance, text=self._text(decided["prompts"], negative_prompt))
     with self.stage("denoise"):
-        z = self._denoise_groups(guidance, generators, steps, callback_on_step_end, latents, reuse)
-    return self._play(z, [c.duration for c in clips], output_type, **decided)
+        z = self._denoise_groups(guidance, generators, steps, on_step, latents, reuse)
+    return self._play(z, [c.duration for c in clips], output_type, return_dict, clips=clips, **decided)
 
 # %% ../nbs/12_pipeline.ipynb #e90ecbcf
 @patch(cls_method=True)
@@ -287,11 +293,9 @@ def _denoise_groups(self: SmoothFoleyPipeline, guidance, generators, steps, call
     self.scheduler.set_timesteps(steps)
     bar = self.progress_bar(total=len(groups) * len(self.scheduler.timesteps))
 
-    def on_step(i, t, z):
+    def on_step(pipe, i, t, z, g):
         bar.update()
-        if callback is None:
-            return z
-        return (callback(self, i, t, {"latents": z}) or {}).get("latents", z)
+        return (z, g) if callback is None else callback(pipe, i, t, z, g)
 
     with bar, self.frame_adapter.installed(self.unet, guidance.frame_scale):
         for clips in groups:
@@ -309,24 +313,23 @@ def _denoise_groups(self: SmoothFoleyPipeline, guidance, generators, steps, call
 def from_pretrained(
     cls: SmoothFoleyPipeline,
     name=None,  # Folder, hub id, "full" for the published weights, or None for the small model inside the package
-    torch_dtype=torch.float32,  # Type of the weights; `torch.bfloat16` is fast on new CPUs and GPUs
+    dtype=None,  # Type of the weights or its name, or one for each component; "bfloat16" is fast on new CPUs and GPUs
+    torch_dtype=None,  # The same under its older name
+    variant: str = None,  # Of the weights, e.g. "fp16", where a component has it
     revision: str = None,  # Hub revision
     local_files_only: bool = False,  # Never download
     cache_dir=None,
     token=None,  # As in huggingface_hub
+    use_safetensors: bool = None,  # Never False
+    low_cpu_mem_usage: bool = None,  # As in diffusers
+    device_map=None,  # Name of the device it goes to
     **kwargs,  # Components or settings to use instead of the stored ones, e.g. `scheduler=...`, `frame_scale=...`
-) -> SmoothFoleyPipeline:  # Frozen, in evaluation mode, on the CPU
+) -> SmoothFoleyPipeline:  # Frozen, in evaluation mode
     "Load a pipeline; weights that do not fit are refused by name"
-    folder = resolve_weights(name, revision, local_files_only, cache_dir, token)
-    return cls(**load_parts(folder, cls, kwargs, torch_dtype))
-
-
-@patch
-def save_pretrained(
-    self: SmoothFoleyPipeline,
-    save_directory,  # Folder, made if needed
-    **kwargs,  # As in diffusers: `safe_serialization`, `variant`, `push_to_hub`, ...
-) -> None:
-    "Write every component and `model_index.json`"
-    with quiet():
-        super(SmoothFoleyPipeline, self).save_pretrained(save_directory, **kwargs)
+    parts, settings = (sorted(set(names) - {"self"}) for names in cls._get_signature_keys(cls))
+    kwargs = check_keywords(kwargs, [*parts, *settings])
+    options = load_options(parts, dtype, torch_dtype, variant, use_safetensors, low_cpu_mem_usage, device_map)
+    folder = resolve_weights(name, revision, local_files_only, cache_dir, token, variant)
+    pipe = cls(**load_parts(folder, cls, kwargs, options))
+    pipe.register_to_config(_name_or_path=str(folder))
+    return pipe if options.device is None else pipe.to(options.device)

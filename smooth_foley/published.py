@@ -21,11 +21,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from .clip import CONFIG_FILE, WEIGHTS_FILE, FrameEncoder
-from .core import FoleyError, expand, progress
+from .core import FoleyError, expand, progress, say
 from .hub import REPOSITORIES, NotHere, check_room, download, plan, show_plan
 from .layout import OPTIONAL, locate
+from .load_options import as_dtype
 from .loading import find_weights
+from .model_card import write_model_card
 from .published_parts import Part, read_parts
+from .saving import add_pipeline_code
 
 # %% ../nbs/11_published.ipynb #96c4fe71
 def _free_name(out, overwrite):
@@ -56,7 +59,7 @@ def new_folder(
     try:
         tmp.mkdir(parents=True)
         yield tmp
-        if out.exists():
+        if os.path.lexists(out):
             out.rename(old)
         tmp.rename(out)
     except Exception as e:
@@ -65,8 +68,10 @@ def new_folder(
             raise refused from e
         raise
     finally:
-        if old.exists() and not out.exists():
+        if os.path.lexists(old) and not os.path.lexists(out):
             old.rename(out)
+        if old.is_symlink():
+            old.unlink()
         for folder in (tmp, old):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -162,9 +167,6 @@ def _origin(file):
     return [dict(file=f.name, bytes=f.stat().st_size, commit=_commit(f)) for f in files]
 
 # %% ../nbs/11_published.ipynb #f72231e4
-_DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
-
-
 def _write_json(path, values, **kw):
     path.write_text(json.dumps(values, indent=2, **kw) + "\n")
 
@@ -179,9 +181,7 @@ def convert(
     readers: dict = None,  # As in `read_parts`
 ) -> Path:  # `out`
     "Rewrite published checkpoints as one folder that `SmoothFoleyPipeline.from_pretrained` loads"
-    dtype = _DTYPES.get(dtype, dtype)
-    if dtype not in _DTYPES.values():
-        raise FoleyError("`dtype`: use float32, float16 or bfloat16")
+    dtype = as_dtype(dtype)
     out = _free_name(out, overwrite)
     found = locate(sources)
     parts = read_parts(found, configs, readers)
@@ -194,6 +194,8 @@ def convert(
             write_part(parts.pop(name), tmp / name, dtype)
         _write_json(tmp / "sources.json", dict(dtype=str(dtype).removeprefix("torch."), files=files, **(about or {})))
         _write_json(tmp / "model_index.json", index, sort_keys=True)
+        add_pipeline_code(tmp)
+        write_model_card(tmp)
     return out
 
 # %% ../nbs/11_published.ipynb #61ee4bb7
@@ -220,13 +222,14 @@ def fetch(
     sources: Sequence = REPOSITORIES,  # What to bring from the hub
     configs: dict = None,  # As in `read_parts`
     overwrite: bool = False,  # Replace `out`
-    say: Callable = print,  # Called with each line that says what is done
+    say: Callable = say,  # Called with each line that says what is done
     readers: dict = None,  # As in `read_parts`
     **hub,  # `cache_dir`, `token`, `local_files_only`, as in `download`
 ) -> Path:  # `out`
     "Bring the published weights and make `full` of them"
     out = expand(out) if out else full_path()
-    say(show_plan(plan(sources)) if folders is None else _show_found(locate(folders)))
+    for line in (show_plan(plan(sources)) if folders is None else _show_found(locate(folders))).split("\n"):
+        say(line)
     if dry_run:
         return out
     _free_name(out, overwrite)
@@ -256,7 +259,7 @@ def _say_nothing(text):
 
 
 def _say_to_stderr(text):
-    print(text, file=sys.stderr)
+    say(text, file=sys.stderr)
 
 # %% ../nbs/11_published.ipynb #0070df9e
 def resolve_full(
@@ -291,7 +294,8 @@ def resolve_weights(
     local_files_only: bool = False,  # Never download
     cache_dir=None,
     token=None,  # As in huggingface_hub
+    variant: str = None,  # Of the weights, where a component has it
 ) -> Path:  # Folder with a `model_index.json`
     "Find the weights, from the hub if need be; `full` is made where it is missing"
     hub = dict(revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
-    return resolve_full(**hub) if name == "full" else find_weights(name, **hub)
+    return resolve_full(**hub) if name == "full" else find_weights(name, variant=variant, **hub)

@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor
@@ -19,10 +18,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .clip import CONFIG_FILE, FrameEncoder
 from .clip_names import OPENAI, clip_config_from_transformers, clip_from_transformers, refuse_misfits
-from .core import FoleyError
+from .core import FoleyError, refuse_code
 from .frame_adapter import FrameAdapter, cross_attentions
 from .loading import read_weights
 from .mel import MelTransform
+from .schedule import scheduler_class
 from .temporal_condition import LabelProjection
 from .vocoder import from_hifigan
 
@@ -121,12 +121,7 @@ def _text_part(file):
 def _scheduler_part(file):
     "The sampler that the configuration names"
     cfg = _read_json(file)
-    name = cfg.get("_class_name")
-    cls = getattr(diffusers, str(name), None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
-        raise FoleyError(
-            f"{file}: names the scheduler {name!r}, which diffusers does not have; give a scheduler_config.json"
-        )
+    cls = scheduler_class(cfg.get("_class_name"), file)
     return Part(cls, cls.from_config(cfg))
 
 # %% ../nbs/10e_published_parts.ipynb #501d0fec
@@ -136,7 +131,10 @@ def _tokenizer_part(file):
     if not (folder / "merges.txt").is_file():
         raise FoleyError(f"{folder}/merges.txt: no such file; it belongs to vocab.json, fetch it too")
     try:
-        return Part(CLIPTokenizer, CLIPTokenizer.from_pretrained(folder))
+        refuse_code(folder)
+        return Part(CLIPTokenizer, CLIPTokenizer.from_pretrained(folder, trust_remote_code=False))
+    except FoleyError:
+        raise
     except Exception as e:
         why = f"holds no CLIP tokenizer ({type(e).__name__}); fetch vocab.json and merges.txt again"
         raise FoleyError(f"{folder}: {why}") from e
@@ -227,7 +225,8 @@ def _clip_tokenizer(folder, vocab_size):
             f"{folder}: no tokenizer.json or vocab.json; "
             f"a text tower with {vocab_size} tokens needs its tokenizer beside it"
         )
-    return CLIPTokenizer.from_pretrained(folder)
+    refuse_code(folder)
+    return CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 # %% ../nbs/10e_published_parts.ipynb #d259c57e
 def _tower_file(path):

@@ -6,6 +6,7 @@
 __all__ = ['Running', 'onednn_linear', 'fast_linear', 'StageTime']
 
 # %% ../nbs/11b_running.ipynb #289b1454
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from fastcore.basics import patch
 from torch.nn.functional import conv2d, group_norm, layer_norm, scaled_dot_product_attention
 
 from .core import FoleyError, default_device
+from .load_options import as_dtype
 from .reuse import borrowed
 
 # %% ../nbs/11b_running.ipynb #d9c180ab
@@ -88,6 +90,28 @@ def disable_model_cpu_offload(self: Running) -> None:
     self._bring(None)
     self._stage_device = None
 
+# %% ../nbs/11b_running.ipynb #run0to01
+def _names_layers(record):
+    "Whether a warning about layers to keep in float32 names any"
+    return "float32: []" not in record.getMessage()
+
+
+@patch
+def to(
+    self: Running,
+    *args,  # Device, type, or both
+    **kwargs,  # `device`, `dtype` (a type or its name), `silence_dtype_warnings`, as in diffusers
+):
+    "Move or convert every part"
+    if isinstance(kwargs.get("dtype"), str):
+        kwargs["dtype"] = as_dtype(kwargs["dtype"])
+    log = logging.getLogger("diffusers.models.modeling_utils")
+    log.addFilter(_names_layers)
+    try:
+        return super(Running, self).to(*args, **{"silence_dtype_warnings": True, **kwargs})
+    finally:
+        log.removeFilter(_names_layers)
+
 # %% ../nbs/11b_running.ipynb #d2d3eadd
 @lru_cache
 def _computes(dtype, kind):
@@ -109,7 +133,7 @@ def check_dtype(self: Running) -> None:
     kind = (self._stage_device or self.unet.device).type
     if not _computes(self.unet.dtype, kind):
         raise FoleyError(
-            f"`torch_dtype` is {self.unet.dtype}, which this {kind} cannot compute in: "
+            f"`dtype` is {self.unet.dtype}, which this {kind} cannot compute in: "
             "load with torch.bfloat16 or torch.float32"
         )
 

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import FoleyError
+from .players import as_html, card, figure_image
 
 # %% ../nbs/07_temporal_condition.ipynb #dba59121
 class LabelProjection(ModelMixin, ConfigMixin):
@@ -63,7 +64,7 @@ def _logged_calibration(low, high):
     return low, high
 
 # %% ../nbs/07_temporal_condition.ipynb #823ae9b0
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TemporalCondition:
     "When the labelled thing sounds: one answer per frame, in seconds"
 
@@ -211,3 +212,27 @@ def plot_condition(
         ax.set_yticks([])
     ax.set(xlim=(0, cond.duration), xlabel="time (s)")
     return ax
+
+# %% ../nbs/07_temporal_condition.ipynb #tcr00002
+@patch
+def describe(self: TemporalCondition) -> str:
+    "How long it sounds, and when, in one line"
+    spans = self.intervals()
+    total = sum(end - start for start, end in spans)
+    first = ", ".join(f"{start:.2f}-{end:.2f}" for start, end in spans[:6]) + (", ..." if len(spans) > 6 else "")
+    measured = f"; cosine of at least {self.threshold:g}" if np.isfinite(self.similarity).any() else ""
+    return f"sounds {total:.2f} of {self.duration:.2f} s" + (f" ({first} s)" if spans else "") + measured
+
+
+@patch
+def __repr__(self: TemporalCondition):
+    return f"TemporalCondition({self.describe()})"
+
+
+@patch
+def _repr_html_(self: TemporalCondition):
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(8, 1.8), dpi=80, layout="constrained")
+    plot_condition(self, fig.subplots())
+    return as_html(card("Temporal condition", figure_image(fig, "similarity over time"), facts=self.describe()))

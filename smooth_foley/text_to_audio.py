@@ -17,19 +17,23 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .arguments import check_number, per_clip, per_clip_texts
-from .backbone import decode_latents, encode_prompt, vae_factor
+from .autoencoder import decode_latents, vae_factor
+from .backbone import encode_prompt
+from .callbacks import StepState, step_callback
 from .core import FoleyError, derive_generator
 from .guidance import Guidance, guide
+from .lora import LoraWeights
 from .media import SR, seconds_to_samples
 from .output import FoleyOutput
 from .reuse import reuse as remember
 from .running import Running
+from .saving import SavedPipeline
 from .schedule import noise_like
 from .temporal_adapter import residuals
 from .vocoder import vocode
 
 # %% ../nbs/11d_text_to_audio.ipynb #ce669ce0
-class TextToAudio(Running, DiffusionPipeline):
+class TextToAudio(Running, StepState, LoraWeights, SavedPipeline, DiffusionPipeline):
     "Frozen text-to-audio model with adapters; a subclass registers the components"
 
     reuse = True  # what is constant over the steps is computed once
@@ -72,7 +76,7 @@ def denoise(
     guidance: Guidance,  # Text, frames and condition of clips with equal numbers of tokens, and their scales
     generators: list,  # One per clip
     num_inference_steps: int = 25,
-    on_step: Callable = None,  # Called as `on_step(i, t, z)` after each step; may return other latents
+    on_step: Callable = None,  # `on_step(self, i, t, z, guidance)` gives latents and guidance for the next step
     latents: Tensor | None = None,  # Unit noise to begin with, `(b, c, h, w)`, instead of the generators'
     reuse: bool = None,  # Compute once what is constant over the steps; None for `pipe.reuse`
 ) -> Tensor:  # Latents, `(b, c, h, w)`, float32
@@ -81,16 +85,26 @@ def denoise(
     scheduler.set_timesteps(num_inference_steps, device=net.device)
     draw = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     noise = noise_like((len(generators), *self.latent_shape), generators) if latents is None else latents.float()
-    z = noise.to(net.device) * scheduler.init_noise_sigma
-    with self._predictor(g, reuse) as predict:
-        for i, t in enumerate(scheduler.timesteps):
-            eps = predict(scheduler.scale_model_input(z, t).to(net.dtype), t).float()
-            if g.guided:
-                eps = guide(eps, g.guidance_scale, g.guidance_rescale, g.w_f)
-            z = scheduler.step(eps, t, z, **draw).prev_sample
-            if on_step is not None:
-                z = on_step(i, t, z)
+    z, i = noise.to(net.device) * scheduler.init_noise_sigma, 0
+    self._guidance_scale, self._num_timesteps = g.guidance_scale, len(scheduler.timesteps)
+    while i < self.num_timesteps and not self.interrupt:
+        with self._predictor(g, reuse) as predict:
+            known = g
+            while i < self.num_timesteps and not self.interrupt and _reads_the_same(g, known):
+                t = scheduler.timesteps[i]
+                eps = predict(scheduler.scale_model_input(z, t).to(net.dtype), t).float()
+                if g.guided:
+                    eps = guide(eps, g.guidance_scale, g.guidance_rescale, g.w_f)
+                z = scheduler.step(eps, t, z, **draw).prev_sample
+                if on_step is not None:
+                    z, g = on_step(self, i, t, z, g)
+                i += 1
     return z
+
+
+def _reads_the_same(guidance, known):
+    "Whether the networks read the same text, as often, under either guidance"
+    return guidance.text is known.text and guidance.guided == known.guided
 
 # %% ../nbs/11d_text_to_audio.ipynb #1c793cc4
 @patch
@@ -135,7 +149,7 @@ def _repeat(x, n):
 
 # %% ../nbs/11d_text_to_audio.ipynb #ce8fd5f5
 @patch
-def _play(self: TextToAudio, z, durations, output_type, **decided):
+def _play(self: TextToAudio, z, durations, output_type, return_dict, **decided):
     "Latents to log-mel to sound, cut to each clip's length"
     sr, mels, audios = self.mel.config.sample_rate, None, None
     if output_type != "latent":
@@ -146,15 +160,18 @@ def _play(self: TextToAudio, z, durations, output_type, **decided):
             sounds = vocode(self.vocoder, mels)
             audios = [a[: seconds_to_samples(d, sr)].cpu().numpy() for a, d in zip(sounds, durations)]
     self._bring(None)
+    if not return_dict:
+        return (dict(audio=audios, mel=mels, latent=z)[output_type],)
     return FoleyOutput(audios=audios, sample_rate=sr, durations=list(durations), latents=z, mels=mels, **decided)
 
 # %% ../nbs/11d_text_to_audio.ipynb #6bcdc6b7
 @patch
 def _check(self: TextToAudio, num_inference_steps, output_type):
-    "Number of steps; refuse outputs and types that there are not"
+    "Number of steps of a new call; refuse outputs and types that there are not"
     if output_type not in ("audio", "mel", "latent"):
         raise FoleyError(f"`output_type` is {output_type!r}: use 'audio', 'mel' or 'latent'")
     self.check_dtype()
+    self._interrupt = False
     steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
     return check_number("num_inference_steps", steps, 1, whole=True)
 
@@ -196,8 +213,12 @@ def text_to_audio(
     name: str = "clip",  # Clip name the noise is derived from
     output_type: str = "audio",  # "audio", "mel" or "latent"
     latents: Tensor | None = None,  # Unit noise, `(b, c, h, w)`, instead of `seed`
+    callback_on_step_end: Callable = None,  # As in `step_callback`
+    callback_on_step_end_tensor_inputs=("latents",),  # Tensors it reads
+    return_dict: bool = True,  # False gives a tuple of what `output_type` names
 ) -> FoleyOutput:
     "The frozen text-to-audio model, without adapters"
+    on_step = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
     guidance = self._guidance(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
     steps = self._check(num_inference_steps, output_type)
     prompts = per_clip_texts("prompt", prompt, len(prompt) if isinstance(prompt, (list, tuple)) else 1)
@@ -210,6 +231,6 @@ def text_to_audio(
     with self.stage("text"):
         guidance = replace(guidance, text=self._text(prompts, negatives))
     with self.stage("denoise"):
-        z = self.denoise(guidance, generators, steps, latents=latents)
+        z = self.denoise(guidance, generators, steps, on_step, latents)
     decided = dict(labels=[None] * n, prompts=prompts, conditions=[None] * n, proposals=[None] * n)
-    return self._play(z, [duration] * n, output_type, **decided)
+    return self._play(z, [duration] * n, output_type, return_dict, **decided)

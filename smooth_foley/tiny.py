@@ -8,7 +8,8 @@ __all__ = ['tiny_parts']
 # %% ../nbs/11c_tiny.ipynb #563c60b1
 import torch
 
-from .backbone import make_text_encoder, make_unet, make_vae
+from .autoencoder import make_vae
+from .backbone import make_text_encoder, make_unet
 from .clip import FrameEncoder, build_tokenizer, mini_clip_cfg
 from .frame_adapter import FrameAdapter
 from .mel import MelTransform

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from smooth_foley.backbone import decode_latents, encode_latents, encode_prompt
+from smooth_foley.autoencoder import decode_latents, encode_latents
+from smooth_foley.backbone import encode_prompt
 from smooth_foley.compare.foleycrafter import TimeDetector
 from smooth_foley.guidance import Guidance
 from smooth_foley.media import write_wav

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+from launch import terminal
 
 from smooth_foley.app import cli
 from smooth_foley.app.main import main
@@ -148,6 +150,12 @@ WRONG = {  # name: (words, what the line must say)
     "counterfactual of a folder": (["evaluate", "--counterfactual", "--split", "nothing"], "nothing"),
     "half a counterfactual": (["evaluate", "--counterfactual", "--only", "measure"], "does not go with --only"),
     "no command for data": (["data"], "WHAT"),
+    "no command for listen": (["listen"], "WHAT"),
+    "answers that are not there": (["listen", "score", "none.json"], "none.json: no such file"),
+    "a listening test into a file": (
+        ["listen", "make", "--systems", "ours", "--split", "passby", "--out", "text.mp4"],
+        "exists",
+    ),
     "shards into a file": (["data", "shards", "passby:0-1", "--out", "text.mp4/x"], "text.mp4"),
 }
 
@@ -161,6 +169,9 @@ OUTSIDE = {
 }  # in a process of their own; the rest share this one
 
 
+PYTHON = re.compile(r"=True|=False|_pretrained|`\w+=|\w\(\)")  # Words that a person at the shell has no use for
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input(name, inputs, inside):
     words, says = WRONG[name]
@@ -168,6 +179,7 @@ def test_wrong_input(name, inputs, inside):
     r = (smooth_foley if name in OUTSIDE else inside)(*words, cwd=inputs)
     assert (r.returncode, r.stdout) == (2, ""), r.stderr
     assert r.stderr.startswith("smooth-foley: error: ") and r.stderr.count("\n") == 1 and says in r.stderr, r.stderr
+    assert not PYTHON.search(r.stderr), r.stderr
     assert tree(inputs) == before
 
 
@@ -387,19 +399,17 @@ def test_weights_that_do_not_fit_are_named(video, tmp_path, inside):
 @needs_mini
 def test_a_kill_leaves_nothing(video, tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "CI")}
-    p = subprocess.Popen(
-        [*COMMAND, "generate", str(video), "-o", str(tmp_path / "out.mp4"), "--steps", "1000"],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    ours, theirs = terminal()
+    words = ["generate", str(video), "-o", str(tmp_path / "out.mp4"), "--steps", "1000"]
+    p = subprocess.Popen([*COMMAND, *words], env=env, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
     said = b""
     while b"1/1000" not in said:  # the bar tells that it has begun
-        said += (more := p.stderr.read1(200))
+        said += (more := os.read(ours, 200))
         assert more, said
     p.send_signal(signal.SIGTERM)
-    p.communicate(timeout=60)
-    assert p.returncode == 143
+    assert p.wait(60) == 143
+    os.close(ours)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,8 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_file
 
-from smooth_foley.backbone import PatchAutoencoder, load_backbone, make_unet
+from smooth_foley.autoencoder import PatchAutoencoder
+from smooth_foley.backbone import load_backbone, make_unet
 from smooth_foley.core import FoleyError
 from smooth_foley.frame_adapter import is_installed
 from smooth_foley.media import Clip, write_video

@@ -3,6 +3,10 @@
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -58,7 +62,7 @@ def test_export(tmp_path):
         code("#| echo: false\nprint(1)", {"output_type": "stream", "name": "stdout", "text": "said\n"}),
         code("x = 1\nx", shown(**{"text/plain": "1"})),
         code("plot()", shown(**{"image/png": "aGk=", "text/plain": "<Figure>"})),
-        code("table()", shown(**{"text/markdown": "|a|\n|-|", "text/plain": "a"})),
+        code("table()", shown(**{"text/markdown": "|[a](06_a.ipynb)|\n|-|", "text/plain": "a"})),
         code("noise()", {"output_type": "stream", "name": "stderr", "text": "warning"}),
     )
     md, files = nbs.readme_export(path)
@@ -88,7 +92,7 @@ plot()
 table()
 ```
 
-|a|
+|[a](nbs/06_a.ipynb)|
 |-|
 
 ```python
@@ -113,7 +117,8 @@ def test_python_of_the_readme_compiles():
 
 
 PAGES = sorted(p for p in (ROOT / "nbs").rglob("[!_.]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-CARDS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "data_cards").glob("*.md"))]
+CARDS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "results" / "README.md"]
+CARDS += sorted((ROOT / "data_cards").glob("*.md"))
 
 
 def prose_of(path):
@@ -136,3 +141,47 @@ def test_links_are_moved_to_the_root():
     page = "[a](06_a.ipynb), [b](../LICENSE), [c](app/91_c.ipynb#d), [d](#e), [e](https://f.g/h)"
     moved = "[a](nbs/06_a.ipynb), [b](LICENSE), [c](nbs/app/91_c.ipynb#d), [d](#e), [e](https://f.g/h)"
     assert nbs.from_the_root(page) == moved
+
+
+def index_cells():
+    return json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def git_url():
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini")
+    return ini["DEFAULT"]["git_url"]
+
+
+@pytest.mark.parametrize("in_colab", [True, False])
+def test_the_front_page_installs_the_package_in_colab_only(in_colab, monkeypatch):
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda words, check: asked.append(words))
+    if in_colab:
+        monkeypatch.setitem(sys.modules, "google.colab", sys)
+    cell = next("".join(c["source"]) for c in index_cells() if "google.colab" in "".join(c["source"]))
+    exec(cell, {})
+    assert asked == [[sys.executable, "-m", "pip", "install", "-q", f"git+{git_url()}"]] * in_colab
+
+
+def test_the_colab_link_opens_the_front_page():
+    md = (ROOT / "README.md").read_text(encoding="utf-8")
+    place = git_url().removeprefix("https://github.com/")
+    assert f"](https://colab.research.google.com/github/{place}/blob/main/nbs/index.ipynb)" in md
+
+
+def test_the_front_page_runs_without_a_checkout(tmp_path, monkeypatch):
+    "As in Colab: the notebook alone, and the package installed"
+    nbclient = pytest.importorskip("nbclient")
+    import nbformat
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    shutil.copy(ROOT / "nbs" / "index.ipynb", tmp_path)
+    book = nbformat.read(tmp_path / "index.ipynb", 4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(book, timeout=600, kernel_name="python3", resources=resources).execute()
+    assert (tmp_path / "sample_foley.mp4").stat().st_size > 10_000
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 1400

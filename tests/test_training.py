@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smooth_foley.app import main, train_command
-from smooth_foley.backbone import PatchAutoencoder, make_text_encoder, make_unet, make_vae, tokenize_prompt
+from smooth_foley.autoencoder import PatchAutoencoder, make_vae
+from smooth_foley.backbone import make_text_encoder, make_unet, tokenize_prompt
 from smooth_foley.clip import build_tokenizer
 from smooth_foley.core import FoleyError, only_writer
 from smooth_foley.frame_adapter import FrameAdapter
@@ -200,7 +201,7 @@ RECORDED = {
 def tiny_recipe(**change):
     "Five steps on eight scenes"
     sizes = dict(n_scenes=8, n_picture_scenes=8, n_feature_scenes=8)
-    r = replace(Recipe(), **sizes, autoencoder="patch", latent_channels=16, focus=0.5)
+    r = replace(Recipe(), **sizes, autoencoder="patch", latent_channels=16, focus=0.5, adapter_focus=0.5)
     r = replace(r, frame_position="residual", frame_motion=True)
     change = (
         dict(max_train_steps=5, lr_cycles=1, lr_warmup_steps=2, log_steps=1, train_batch_size=2, mixed_precision="no")

@@ -48,7 +48,7 @@ def output_md(out, files):
         files[name] = base64.b64decode(text_of(data["image/png"]))
         return f"![]({name})"
     if "text/markdown" in data:
-        return text_of(data["text/markdown"]).strip()
+        return from_the_root(text_of(data["text/markdown"]).strip())
     plain = text_of(data.get("text/plain", "")).rstrip()
     if not plain or re.match(r"^<(IPython|Axes|Figure|matplotlib)", plain):
         return ""

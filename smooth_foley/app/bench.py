@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .meter import DTYPES, Meter, machine_card, machine_peak
-from ..backbone import decode_latents, encode_prompt
+from ..autoencoder import decode_latents
+from ..backbone import encode_prompt
 from ..core import FoleyError, default_device, derive_generator
 from ..frame_adapter import FrameAdapter
 from ..full_size import build_full, build_full_parts, fill_random

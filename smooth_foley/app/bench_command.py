@@ -10,8 +10,19 @@ import json
 from pathlib import Path
 
 from .cli import LONGEST
-from .options import OVERWRITE, SWITCH, YES_NO, Command, Group, check_device, number
-from ..core import atomic_path
+from smooth_foley.app.options import (
+    JSON,
+    OVERWRITE,
+    SWITCH,
+    YES_NO,
+    Command,
+    Group,
+    check_device,
+    number,
+    output,
+    print_json,
+)
+from ..core import atomic_path, say
 from ..media import check_output
 
 # %% ../../nbs/app/93a_bench_command.ipynb #f1b34455
@@ -128,12 +139,17 @@ def save_plot(
     return Path(path)
 
 # %% ../../nbs/app/93a_bench_command.ipynb #bcm00009
+def _unsaid(line):
+    "A note that is not printed"
+
+
 def _bench(args):
     "Measure, print, write, draw"
     for path, suffix in ((args.out, ".json"), (args.plot, ".png")):
         if path:
             check_output(path, args.overwrite, (suffix,))
     device = check_device(args.device)
+    note = _unsaid if args.json or args.quiet else print
     from smooth_foley.app.bench import bench
 
     result = bench(
@@ -148,13 +164,13 @@ def _bench(args):
         reuse=args.reuse,
         reference=args.reference,
         batch_size=args.batch,
-        tell=print,
+        tell=note,
     )
-    print(bench_summary(result))
+    print_json(result) if args.json else say(*bench_summary(result).split("\n"))
     if args.out:
-        print(f"wrote {write_bench(result, args.out)}")
+        note(f"wrote {write_bench(result, args.out)}")
     if args.plot:
-        print(f"wrote {save_plot(result, args.plot)}")
+        note(f"wrote {save_plot(result, args.plot)}")
 
 # %% ../../nbs/app/93a_bench_command.ipynb #bcm00010
 _OPTIONS = (
@@ -169,16 +185,20 @@ _OPTIONS = (
     ("--compile", SWITCH, "torch.compile the large networks"),
     ("--reuse", YES_NO, "compute once what stays the same over the steps", True),
     ("--reference", SWITCH, "do the same work as FoleyCrafter's script does it, too, and compare"),
-    ("--out", "FILE.json", "write the numbers"),
-    ("--plot", "FILE.png", "draw time by stage"),
+    ("--out", output("FILE.json"), "write the numbers"),
+    ("--plot", output("FILE.png"), "draw time by stage"),
+    JSON,
     OVERWRITE,
 )
-_EXAMPLE = """example:
+_EXAMPLES = """examples:
+  smooth-foley bench
+  smooth-foley bench --steps 10 --seconds 4 --json
   smooth-foley bench --scale full --random-weights --dtype bf16 --reference --out bench.json --plot bench.png"""
 BENCH = Command(
     "bench",
     _bench,
     "Time, memory and arithmetic of every stage.",
     (Group(_OPTIONS),),
-    _EXAMPLE,
+    _EXAMPLES,
+    prints=True,
 )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .. import __version__
 from smooth_foley.app.options import (
+    JSON,
     MEMORY_OPTIONS,
     MODEL_OPTIONS,
     OVERWRITE,
@@ -24,13 +25,17 @@ from smooth_foley.app.options import (
     Command,
     Group,
     check_device,
+    in_package,
+    input_file,
     load_pipeline,
     local_model,
     number,
+    output,
     parse,
     parse_condition,
+    print_json,
 )
-from ..core import FoleyError, PartlyDone, mini_path, printable, progress, suggest
+from ..core import FoleyError, PartlyDone, mini_path, progress, say, suggest
 from smooth_foley.media import (
     check_length,
     check_output,
@@ -109,6 +114,14 @@ def _check_place(out, many):
     raise FoleyError(f"{out}: no such folder; {what}")
 
 
+def _beside(videos, name):
+    "A path in the folder of each video"
+    packed = next((v for v in videos if in_package(v)), None)
+    if packed:
+        raise FoleyError(f"{packed}: is inside the installed package; say with -o where the result goes")
+    return [v.with_name(name(v)) for v in videos]
+
+
 def _output_paths(
     videos: list,  # Inputs
     out: str,  # `-o` or `--plot`: a file, an existing folder, or None for "beside the input"
@@ -122,7 +135,7 @@ def _output_paths(
 
     _check_place(out, len(videos) > 1 if many is None else many)
     if out is None:
-        paths = [v.with_name(name(v)) for v in videos]
+        paths = _beside(videos, name)
     elif Path(out).is_dir():
         paths = [Path(out) / name(v) for v in videos]
     else:
@@ -172,7 +185,7 @@ def _without_done(jobs):
     "Jobs of a folder that an earlier run has not done; a picture that it left is kept"
     left = [(video, out, plot) for video, out, plot in jobs if not out.is_file()]
     if len(left) < len(jobs):
-        print(f"{len(jobs) - len(left)} of them have their sound already; --overwrite makes it again")
+        say(f"{len(jobs) - len(left)} of them have their sound already; --overwrite makes it again")
     return [(video, out, None if plot and plot.is_file() else plot) for video, out, plot in left]
 
 # %% ../../nbs/app/91_cli.ipynb #cli00003
@@ -186,7 +199,7 @@ def _try_each(items, work, failed):
             if failed is None:
                 raise
             failed.append(item)
-            print(printable(f"failed: {e}"), file=sys.stderr)
+            say(f"failed: {e}", file=sys.stderr)
     return done
 
 
@@ -219,9 +232,9 @@ def check_generate(
 # %% ../../nbs/app/91_cli.ipynb #468fe606
 def _proposals(name, ranked, n=5):
     "The first of the ranked labels `(label, score)`, and the one taken"
-    lines = [f"{printable(name)}: no --label given; CLIP sees"]
+    lines = [f"{name}: no --label given; CLIP sees"]
     lines += [f"  {score:6.1%}  {label}" for label, score in ranked[:n]]
-    return "\n".join([*lines, f"  taken: {ranked[0][0]!r}; choose another one with --label"])
+    return [*lines, f"  taken: {ranked[0][0]!r}; choose another one with --label"]
 
 # %% ../../nbs/app/91_cli.ipynb #2a3b56a6
 def _call_options(args):
@@ -251,22 +264,18 @@ def _make_sound(pipe, clip, label, args):
 
         output = pipe(clip, label=label, callback_on_step_end=advance, **_call_options(args))
     if output.proposals[0]:
-        print(_proposals(clip.name, output.proposals[0]))
+        say(*_proposals(clip.name, output.proposals[0]))
     return output
 
 # %% ../../nbs/app/91_cli.ipynb #7cc4a3da
-def _say(note):
-    print(printable(note))
-
-
 def _save_sound(clip, output, out, args):
     "Write the sound, or the video with it"
     audio, sr = output.audios[0], output.sample_rate
     if out.suffix.lower() == ".wav":
         write_wav(out, audio, sr)
     else:
-        mux(clip.path, audio, sr, out, keep_original=args.keep_original, overwrite=args.overwrite, tell=_say)
-    print(f"wrote {printable(out)} ({len(audio) / sr:.2f} s of {output.labels[0]!r})")
+        mux(clip.path, audio, sr, out, keep_original=args.keep_original, overwrite=args.overwrite, tell=say)
+    say(f"wrote {out} ({len(audio) / sr:.2f} s of {output.labels[0]!r})")
 
 
 def _save_plot(clip, output, plot):
@@ -274,7 +283,7 @@ def _save_plot(clip, output, plot):
     from smooth_foley.output import plot_foley
 
     plot_foley(clip, output, 0, plot)
-    print(f"wrote {printable(plot)}")
+    say(f"wrote {plot}")
 
 # %% ../../nbs/app/91_cli.ipynb #cli00004
 def _one(pipe, job, label, args):
@@ -305,12 +314,12 @@ def generate(
 
 # %% ../../nbs/app/91_cli.ipynb #d525b0a5
 _INPUT = (
-    ("videos", dict(nargs="+", metavar="VIDEO"), "a video, several, or a folder of them"),
-    ("-o --out", "OUT", ".mp4, .mov, .mkv or .wav, or an existing folder; default VIDEO_foley.mp4"),
+    ("videos", dict(nargs="+", type=input_file, metavar="VIDEO"), "a video, several, or a folder of them"),
+    ("-o --out", output("OUT"), ".mp4, .mov, .mkv or .wav, or an existing folder; default VIDEO_foley.mp4"),
     ("--label", "LABEL", "what sounds, as in `smooth-foley labels`; default: what CLIP sees"),
     ("--prompt", dict(type=str, metavar="PROMPT"), "more words for the text encoder; default: the label"),
     ("--negative-prompt", dict(type=str, metavar="PROMPT"), "what it should not sound like", ""),
-    ("--plot", "FILE.png", "draw frames, similarity, condition and spectrogram on one time axis"),
+    ("--plot", output("FILE.png"), "draw frames, similarity, condition and spectrogram on one time axis"),
     ("--keep-original", SWITCH, "keep the sound that is there as a second track"),
     OVERWRITE,
 )
@@ -327,12 +336,21 @@ _SOUND = (
 )
 
 # %% ../../nbs/app/91_cli.ipynb #9985d70a
+_GENERATE_EXAMPLES = """examples:
+  smooth-foley generate plane.mp4 --label "airplane flyby"            # writes plane_foley.mp4
+  smooth-foley generate plane.mp4 --seed 3 -o take3.wav --plot take3.png
+  smooth-foley generate clips/ -o sounds/                             # a folder; CLIP proposes the labels
+  smooth-foley generate plane.mp4 --label "airplane flyby" --condition "0.5-2.0,3-4.5" --frame-scale 0.5
+  smooth-foley generate plane.mp4 --label "airplane flyby" --model full --dtype bfloat16
+
+The picture is copied, never encoded again; a sound that is there is replaced, or kept with --keep-original."""
 _SOUND_OPTIONS = Group(_SOUND, "sound", "What is left out is as the model sets it: `smooth-foley info`.")
 GENERATE = Command(
     "generate",
     generate,
     "Give videos their sound.",
     (Group(_INPUT), _SOUND_OPTIONS, MODEL_OPTIONS, MEMORY_OPTIONS),
+    _GENERATE_EXAMPLES,
 )
 
 # %% ../../nbs/app/91_cli.ipynb #76abd301
@@ -349,7 +367,9 @@ def sample_video(
 
 
 def _demo(args, load=load_pipeline):
-    "Run `generate` on the sample, with a plot"
+    "Run `generate` on the sample, with a plot; or write a gallery"
+    if args.gallery is not None:
+        return _gallery(args, load)
     plot = args.out if Path(args.out).is_dir() else Path(args.out).with_suffix(".png")
     with tempfile.TemporaryDirectory() as folder:
         words = [sample_video(folder), "--plot", plot]
@@ -358,8 +378,31 @@ def _demo(args, load=load_pipeline):
         generate(full, load)
 
 
+_GALLERY_OPTIONS = ("gallery", "seed", "steps", "overwrite", "model", "device", "quiet", "run", "command")
+
+
+def _gallery(args, load):
+    "Write the page with the six scenes"
+    usual = vars(parse(DEMO, []))
+    changed = [k for k, v in usual.items() if getattr(args, k) != v and k not in _GALLERY_OPTIONS]
+    if changed:
+        option = "--" + changed[0].replace("_", "-")
+        raise FoleyError(f"{option}: does not go with --gallery, which takes --seed, --steps, --model and --device")
+    from smooth_foley.compare.systems import Loaded, load_with_folder
+    from smooth_foley.paper.gallery import check_gallery, write_gallery
+
+    folder = check_gallery(args.gallery, args.overwrite)
+    weights = None if args.model == "mini" else str(local_model(args.model))
+    pipe = load(args.model, check_device(args.device))
+    loaded = Loaded(load_with_folder(pipe, device=pipe.device).pipe, weights)
+    page = write_gallery(folder, loaded, args.seed, args.steps, args.overwrite)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    say(f"wrote {page} and its films ({size / 1e6:.1f} MB); open it in a browser")
+
+
 _DEMO_OUTPUT = (
-    ("-o --out", "OUT", "default demo.mp4; the plot is written beside it", "demo.mp4"),
+    ("-o --out", output("OUT"), "default demo.mp4; the plot is written beside it", "demo.mp4"),
+    ("--gallery", output("DIR"), "write a page instead: six scenes with the true sound, FoleyCrafter's and ours"),
     OVERWRITE,
 )
 DEMO = Command(
@@ -367,27 +410,45 @@ DEMO = Command(
     _demo,
     "Give a sample video its sound: demo.mp4 and demo.png.",
     (Group(_DEMO_OUTPUT), _SOUND_OPTIONS, MODEL_OPTIONS, MEMORY_OPTIONS),
+    """examples:
+  smooth-foley demo
+  smooth-foley demo --seed 1 -o another.mp4
+  smooth-foley demo --condition always --overwrite
+  smooth-foley demo --gallery gallery""",
 )
 
 # %% ../../nbs/app/91_cli.ipynb #c70b632e
-def _labels(args, load=load_pipeline):
-    "List the labels, or rank them for a video"
-    if args.video is None:
-        print("\n".join(_known_labels(args.model)))
-        return
+def _ranked_labels(args, load):
+    "Labels `(label, score)` for a video, the likeliest first"
     probe(args.video)
     pipe = load(args.model, check_device(args.device))
     clip = read_clip(args.video, fps=pipe.config.fps, size=pipe.frame_encoder.image_size)
-    for label, score in pipe.propose(pipe.frame_encoder.encode_frames(clip.frames)):
-        print(f"{score:6.1%}  {label}")
+    return pipe.propose(pipe.frame_encoder.encode_frames(clip.frames))
 
 
-_VIDEO = (("video", dict(nargs="?", metavar="VIDEO"), "rank the labels by what CLIP sees in it"),)
+def _labels(args, load=load_pipeline):
+    "List the labels, or rank them for a video"
+    if args.video is None:
+        names = _known_labels(args.model)
+        return print_json(names) if args.json else say(*names)
+    ranked = _ranked_labels(args, load)
+    if args.json:
+        return print_json([dict(label=label, score=score) for label, score in ranked])
+    for label, score in ranked:
+        say(f"{score:6.1%}  {label}")
+
+
+_VIDEO = (("video", dict(nargs="?", type=input_file, metavar="VIDEO"), "rank the labels by what CLIP sees in it"), JSON)
 SHOW_LABELS = Command(
     "labels",
     _labels,
     "List the labels, or rank them for a video.",
     (MODEL_OPTIONS, Group(_VIDEO)),
+    """examples:
+  smooth-foley labels
+  smooth-foley labels plane.mp4
+  smooth-foley labels plane.mp4 --json""",
+    prints=True,
 )
 
 # %% ../../nbs/app/91_cli.ipynb #9bbe2509
@@ -436,19 +497,45 @@ def _size_line(name, kind, parameters, size):
     return f"  {name:<17}{kind:<29}{parameters / 1e6:8.2f} M parameters {size / 1e6:8.1f} MB"
 
 
-def _info(args):
-    "Show the model, the sizes of its parts, the device, the licences"
+def _facts(args):
+    "What `info` shows, as plain values"
     from smooth_foley.loading import read_index
 
     folder, device = local_model(args.model), check_device(args.device)
     index = read_index(folder)
-    print(f"smooth-foley {__version__}\nmodel    {args.model}\ndevice   {device}")
-    print("defaults " + ", ".join(f"{k} {v:g}" for k, v in index.items() if k in _DEFAULTS))
     rows = weight_sizes(folder)
-    for row in rows:
-        print(_size_line(*row))
-    print(_size_line("together", "", sum(r[2] for r in rows), sum(r[3] for r in rows)))
-    print(f"licence  {'Apache-2.0, code and weights' if args.model == 'mini' else _OTHER_LICENCE}")
+    return dict(
+        version=__version__,
+        model=args.model,
+        device=device,
+        defaults={k: v for k, v in index.items() if k in _DEFAULTS},
+        parts=[dict(zip(("name", "class", "parameters", "bytes"), row)) for row in rows],
+        parameters=sum(r[2] for r in rows),
+        bytes=sum(r[3] for r in rows),
+        licence="Apache-2.0, code and weights" if args.model == "mini" else _OTHER_LICENCE,
+    )
 
 
-INFO = Command("info", _info, "Show the model, the sizes of its parts, the device, the licences.", (MODEL_OPTIONS,))
+def _info(args):
+    "Show the model, the sizes of its parts, the device, the licences"
+    facts = _facts(args)
+    if args.json:
+        return print_json(facts)
+    say(f"smooth-foley {facts['version']}", f"model    {facts['model']}", f"device   {facts['device']}")
+    say("defaults " + ", ".join(f"{k} {v:g}" for k, v in facts["defaults"].items()))
+    for part in facts["parts"]:
+        say(_size_line(*part.values()))
+    say(_size_line("together", "", facts["parameters"], facts["bytes"]))
+    say(f"licence  {facts['licence']}")
+
+
+INFO = Command(
+    "info",
+    _info,
+    "Show the model, the sizes of its parts, the device, the licences.",
+    (MODEL_OPTIONS, Group((JSON,))),
+    """examples:
+  smooth-foley info
+  smooth-foley info --model full --json""",
+    prints=True,
+)

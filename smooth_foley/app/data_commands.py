@@ -6,19 +6,18 @@
 __all__ = ['GROUNDING', 'CONTINUOUS', 'SHARDS', 'DATA']
 
 # %% ../../nbs/app/92_data_commands.ipynb #88e23705
-import csv
 import sys
 import warnings
 from pathlib import Path
 
 from .list_commands import AUDIOSET, AUDIT, VGGSOUND, count_reasons
-from .options import SWITCH, Command, Group, check_device, local_model, number
-from ..core import FoleyError, PartlyDone, progress
+from .options import SWITCH, Command, Group, check_device, input_file, local_model, number, output
+from ..core import FoleyError, PartlyDone, progress, say
 from ..media import check_output
 
 # %% ../../nbs/app/92_data_commands.ipynb #0085171f
 _GROUNDING_OPTIONS = (
-    ("paths", dict(nargs="*", metavar="FILE"), "audio or video files"),
+    ("paths", dict(nargs="*", type=input_file, metavar="FILE"), "audio or video files"),
     ("--label", "LABEL", "label of all files, in VGGSound's spelling; its phrases are listened for"),
     (
         "--phrase",
@@ -31,8 +30,8 @@ _GROUNDING_OPTIONS = (
     ("--device", "DEVICE", "cpu, cuda, cuda:N or mps (default: the best there is)"),
     ("--threshold", number(0, 1), "a frame above it counts (default 0.5)", 0.5),
     ("--window", number(1, 1001, int), "median over so many frames, odd (default 1: none)", 1),
-    ("--csv", "FILE", "write the table"),
-    ("--plot", "PNG", "draw the curves (of the first 12 files)"),
+    ("--csv", output("FILE"), "write the table"),
+    ("--plot", output("FILE.png"), "draw the curves (of the first 12 files)"),
     ("--words", SWITCH, "show the phrases of all labels and the words the model does not know"),
 )
 
@@ -71,9 +70,9 @@ def _note_unknown_words(model, phrases):
             try:
                 model.read_phrases(model.known_phrases(group))
             except FoleyError as e:
-                print(f"note: {e}", file=sys.stderr)
+                say(f"note: {e}", file=sys.stderr)
         for warning in caught:
-            print(f"note: {warning.message}", file=sys.stderr)
+            say(f"note: {warning.message}", file=sys.stderr)
 
 
 def _ground(model, files, labels, args):
@@ -82,7 +81,8 @@ def _ground(model, files, labels, args):
     from smooth_foley.listen.phrases import phrases_of
 
     phrases = [args.phrase or phrases_of(label) for label in labels]
-    _note_unknown_words(model, phrases)
+    if not args.quiet:
+        _note_unknown_words(model, phrases)
     curves = {}
     found = ground_files(model, files, phrases, labels, args.threshold, args.window, curves)
     with warnings.catch_warnings():
@@ -110,14 +110,14 @@ def _grounding(args):
 
     model = _load_listener(args)
     if args.words:
-        return print(show_vocabulary(model))
+        return say(*show_vocabulary(model).split("\n"))
     files, labels = _listed_files(args) if args.listing or args.clips else _given_files(args)
     curves, rows = _ground(model, files, labels, args)
-    print(show_table(rows))
+    say(*show_table(rows).split("\n"))
     if args.csv:
-        print(f"wrote {write_table(rows, args.csv)}")
+        say(f"wrote {write_table(rows, args.csv)}")
     if args.plot and curves:
-        print(f"wrote {plot_files(curves, args.plot, args.threshold, args.window)}")
+        say(f"wrote {plot_files(curves, args.plot, args.threshold, args.window)}")
     bad = [str(r["file"]) for r in rows if r["problem"]]
     if len(bad) == len(rows):
         raise FoleyError(f"none of the {len(rows)} files could be grounded; the table above has the reasons")
@@ -125,15 +125,14 @@ def _grounding(args):
         raise PartlyDone(f"{len(bad)} of {len(rows)} files could not be grounded: {', '.join(bad)}")
 
 # %% ../../nbs/app/92_data_commands.ipynb #dat00014
-_GROUNDING_EXAMPLES = """\
-When is the sound of a label heard? One probability per 40 ms, and the stretches above a threshold.
-
+_GROUNDING_EXAMPLES = """examples:
   smooth-foley data grounding clips/*.mp4 --label "police car (siren)"
   smooth-foley data grounding --list passby/vggsound.csv --clips passby/video --csv grounded.csv
   smooth-foley data grounding recording.wav --phrase "a train horn" --phrase "a train passes" \\
       --model full --plot curves.png
   smooth-foley data grounding --words --model full
 
+The result is a probability per 40 ms, and the stretches above a threshold.
 mini, the model in the package, knows the sounds of Passby and no others. --model full is the published model, which
 `smooth-foley fetch grounding` downloads; or give the folder of its files.
 The folder passby is made by `smooth-foley data vggsound --passby 24 --out passby`."""
@@ -143,6 +142,7 @@ GROUNDING = Command(
     "When is the sound of a label heard?",
     (Group(_GROUNDING_OPTIONS),),
     _GROUNDING_EXAMPLES,
+    prints=True,
 )
 
 # %% ../../nbs/app/92_data_commands.ipynb #dat00015
@@ -150,10 +150,10 @@ _STEP_OPTIONS = (
     ("action", ("select", "filter", "sweep", "split"), "the step"),
     ("folder", dict(nargs="?", metavar="FOLDER"), "holds vggsound.csv and clips (select: not needed)"),
     ("--csv", "FILE", "the list of clips (default: FOLDER/vggsound.csv)"),
-    ("--out", "FOLDER", "where results go (default: FOLDER/continuous)"),
+    ("--out", output("FOLDER"), "where results go (default: FOLDER/continuous)"),
     ("--tiers", "TIERS", 'comma-separated: core, extended, "not continuous" (default: core)', "core"),
     ("--label", "LABEL", "select: show what was decided about one label"),
-    ("--plot", "FILE.png", "sweep: draw it; select, split: draw Figure 3"),
+    ("--plot", output("FILE.png"), "sweep: draw it; select, split: draw Figure 3"),
 )
 _MODEL_OPTIONS = (
     (
@@ -188,19 +188,18 @@ def _continuous(args):
 
     if args.device != "cpu":
         args.device = check_device(args.device)
-    print(run_command(args))
+    say(*run_command(args).split("\n"))
 
 # %% ../../nbs/app/92_data_commands.ipynb #6251e8f3
-_CONTINUOUS_EXAMPLES = """\
-The paper's filtered data set, step by step, for a folder in VGGSound's layout (vggsound.csv and the clips, anywhere
-below it), here one that `smooth-foley data vggsound --passby 24 --out passby` makes.
+_CONTINUOUS_EXAMPLES = """examples:
+  smooth-foley data continuous select                          # labels and published numbers of clips
+  smooth-foley data continuous select --label "sea waves"      # why a label is in or out
+  smooth-foley data continuous filter passby --processes 2     # listen to every clip once, then decide
+  smooth-foley data continuous sweep passby --plot sweep.png   # what each threshold keeps; nothing is listened to again
+  smooth-foley data continuous split passby --n 95             # look at candidates, pick the hardest, write both lists
 
-  smooth-foley data continuous select                          labels and published numbers of clips
-  smooth-foley data continuous select --label "sea waves"      why a label is in or out
-  smooth-foley data continuous filter passby --processes 2     listen to every clip once, then decide
-  smooth-foley data continuous sweep passby --plot sweep.png   what each threshold keeps; nothing is listened to again
-  smooth-foley data continuous split passby --n 95             look at candidates, pick the hardest, write both lists
-
+FOLDER is in VGGSound's layout: vggsound.csv and the clips, anywhere below it; here one that
+`smooth-foley data vggsound --passby 24 --out passby` makes.
 Results go to FOLDER/continuous (--out): filter.csv, faults.csv, sweep.csv, challenge.csv,
 vggsound_continuous_train.csv, vggsound_continuous_test.csv. An interrupted run goes on when the same command is given
 again. Without --grounding and --clip the models that come with the package listen and look, and these know Passby only;
@@ -216,6 +215,7 @@ CONTINUOUS = Command(
         Group(_TEST_OPTIONS, "the test split"),
     ),
     _CONTINUOUS_EXAMPLES,
+    prints=True,
 )
 
 # %% ../../nbs/app/92_data_commands.ipynb #07192237
@@ -225,7 +225,7 @@ _SOURCE = (
 )
 _SHARD_OPTIONS = (
     ("source", dict(nargs="?"), _SOURCE),
-    ("--out", "FOLDER", "where the shards go"),
+    ("--out", output("FOLDER"), "where the shards go"),
     ("--verify", "FOLDER", "check shards that are there; writes nothing but --report"),
 )
 _CLIP_OPTIONS = (
@@ -253,7 +253,7 @@ _WORK_OPTIONS = (
     ("--processes", number(1, 1024, int), "how many write at once (default 1)", 1),
     ("--part", "K/N", "make every N-th shard from the K-th on, counted from 0", "0/1"),
     ("--device", "DEVICE", "cpu (default), cuda, cuda:1, mps", "cpu"),
-    ("--report", "FAULTS.csv", "write everything that could not be used: id, path, reason, detail"),
+    ("--report", output("FAULTS.csv"), "write everything that could not be used: id, path, reason, detail"),
     ("--overwrite", SWITCH, "replace shards of another plan, and the report"),
 )
 
@@ -263,13 +263,13 @@ def _tell_faults(faults, path, shown=10):
     from smooth_foley.data.tables import FAULT_COLUMNS, write_rows
 
     for f in faults[:shown]:
-        print(f"  {f['reason']:<10} {f['id'] or f['path']}  {f['detail']}")
+        say(f"  {f['reason']:<10} {f['id'] or f['path']}  {f['detail']}")
     if len(faults) > shown:
-        print(f"  ... and {len(faults) - shown} more")
-    print(f"{len(faults)} faults{count_reasons(faults)}")
+        say(f"  ... and {len(faults) - shown} more")
+    say(f"{len(faults)} faults{count_reasons(faults)}")
     if path:
         write_rows(path, faults, FAULT_COLUMNS)
-        print(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 def _verify_shards(args):
@@ -317,6 +317,7 @@ def _shard_config(args):
 def _write_shards(args):
     "Pack clips into shards"
     from smooth_foley.data.shards import write_shards
+    from smooth_foley.data.tables import FAULT_COLUMNS, read_rows
 
     if not (args.source and args.out):
         raise FoleyError("source and --out: both are needed, e.g. smooth-foley data shards passby:0-99 --out shards")
@@ -325,12 +326,11 @@ def _write_shards(args):
     device = check_device(args.device)
     index = write_shards(items, args.out, config, args.processes, device, part, args.overwrite)
     if index is None:
-        print(f"part {part[0]} of {part[1]} is written; the others are not yet")
+        say(f"part {part[0]} of {part[1]} is written; the others are not yet")
         return _tell_faults(wrong, args.report)
     size = f"{len(index['shards'])} shards, {index['bytes'] / 1e6:.1f} MB"
-    print(f"{index['clips']} of {len(items)} clips in {size}: {args.out}")
-    with open(Path(args.out) / "faults.csv", newline="", encoding="utf-8") as f:
-        _tell_faults(wrong + list(csv.DictReader(f)), args.report)
+    say(f"{index['clips']} of {len(items)} clips in {size}: {args.out}")
+    _tell_faults(wrong + read_rows(Path(args.out) / "faults.csv", FAULT_COLUMNS), args.report)
 
 
 def _shards(args):
@@ -343,9 +343,7 @@ def _shards(args):
         _write_shards(args)
 
 # %% ../../nbs/app/92_data_commands.ipynb #dat00017
-_SHARDS_EXAMPLES = """\
-Compute once what training reads of every clip, and pack it into tar files that are whole or not there.
-
+_SHARDS_EXAMPLES = """examples:
   smooth-foley data shards passby:0-99 --out shards --processes 2
   smooth-foley data shards passby/vggsound.csv --clips passby/video --seconds 4 --out packed --content clip,latent
   smooth-foley data shards passby/audioset_strong.tsv --names passby/mid_to_display_name.tsv \\
@@ -353,6 +351,7 @@ Compute once what training reads of every clip, and pack it into tar files that 
   smooth-foley data shards passby/vggsound.csv --clips passby/video --seconds 4 --heard passby/continuous --out heard
   smooth-foley data shards --verify shards
 
+Training reads of each clip what is computed here once, from tar files that are whole or not there.
 --heard packs the timelines that grounding heard; --verify checks every byte against its checksum.
 
 A killed run goes on when the same command is given again. Nodes of a cluster each take their part with --part 0/4, 1/4,
@@ -368,6 +367,7 @@ SHARDS = Command(
         Group(_WORK_OPTIONS, "how"),
     ),
     _SHARDS_EXAMPLES,
+    prints=True,
 )
 
 # %% ../../nbs/app/92_data_commands.ipynb #ead1592e

@@ -6,8 +6,8 @@
 __all__ = ['EVALUATE']
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #evl00004
-from .options import MODEL_OPTIONS, SWITCH, Command, Group, check_device, number
-from ..core import PartlyDone
+from .options import MODEL_OPTIONS, SWITCH, Command, Group, check_device, number, output
+from ..core import PartlyDone, say
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #2f726670
 _COMPARE = (
@@ -46,7 +46,11 @@ _FOLDERS = (
     ("--weights", "FILE", "published weights of the embedder"),
     ("--metrics", "M,M,...", "fad, fad_inf, kid, is, kl, activity, centroid (default: all that apply)"),
 )
-_OUT = ("--out", "FOLDER", "where results go (default evaluation; not written for folders of wavs unless given)")
+_OUT = (
+    "--out",
+    output("FOLDER"),
+    "where results go (default evaluation; not written for folders of wavs unless given)",
+)
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #evl00009
 def _evaluate(args):
@@ -59,15 +63,14 @@ def _evaluate(args):
 
     if not (args.generated or args.reference):
         args.device = check_device(args.device)
-    print(run_command(args))
+    say(*run_command(args).split("\n"))
     if args.counterfactual or args.generated or args.only == "measure":
         return
     if missing := left_out(args.out or "evaluation"):
         raise PartlyDone(f"{len(missing)} clips could not be used and were left out: {', '.join(missing)}")
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #evl00010
-_EXAMPLES = """Compare systems on the same clips with the same noise, or score a folder of wavs against another.
-
+_EXAMPLES = """examples:
   smooth-foley evaluate --systems ours,ours-clipwise,foleycrafter --split passby,passby_continuous --n 200 \\
       --out results/evaluate
   smooth-foley evaluate --systems ours,window=ours:frame_adapter=trained/window --split my_videos --out compared
@@ -87,4 +90,5 @@ EVALUATE = Command(
         MODEL_OPTIONS,
     ),
     _EXAMPLES,
+    prints=True,
 )

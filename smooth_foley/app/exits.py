@@ -14,7 +14,7 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 
-from ..core import FoleyError, PartlyDone, printable
+from ..core import FoleyError, PartlyDone, printable, say
 
 # %% ../../nbs/app/90a_exits.ipynb #c13e0007
 _MEMORY = "memory is used up; close other programs, or give shorter or smaller clips"
@@ -72,7 +72,7 @@ def _empty(stream):
 
 def _say(line):
     with suppress(OSError, ValueError):
-        print(printable(f"smooth-foley: {line}"), file=sys.stderr)
+        say(f"smooth-foley: {printable(line)}", file=sys.stderr)
 
 # %% ../../nbs/app/90a_exits.ipynb #c13e0012
 @contextmanager

@@ -6,8 +6,8 @@
 __all__ = ['FETCH']
 
 # %% ../../nbs/app/91c_fetch_command.ipynb #ftc00004
-from .options import SWITCH, Command, Group
-from ..core import FoleyError
+from .options import SWITCH, Command, Group, output
+from ..core import FoleyError, say
 
 # %% ../../nbs/app/91c_fetch_command.ipynb #f6590b9e
 def _given_sources(words):
@@ -34,9 +34,9 @@ def _fetch_full(args):
     folders = _given_sources(args.folders) if args.folders else None
     out = published.fetch(args.out, args.dry_run, args.dtype, folders, overwrite=args.overwrite, readers=READERS)
     if args.dry_run:
-        print(f"would become {out}")
+        say(f"would become {out}")
     else:
-        print(f"wrote {out}; use it with --model {out if args.out else 'full'}")
+        say(f"wrote {out}; use it with --model {out if args.out else 'full'}")
 
 
 def _fetch_metrics(args):
@@ -47,10 +47,10 @@ def _fetch_metrics(args):
 
     rows = metric_files()
     for r in rows:
-        print(f"~{r.size / 1e6:8.1f} MB  {r.licence:<12}{r.of:<12}{r.url}")
-    print(f"together ~{sum(r.size for r in rows) / 1e9:.1f} GB")
+        say(f"~{r.size / 1e6:8.1f} MB  {r.licence:<12}{r.of:<12}{r.url}")
+    say(f"together ~{sum(r.size for r in rows) / 1e9:.1f} GB")
     if not args.dry_run:
-        print(f"wrote {len(download_metrics(args.out))} files")
+        say(f"wrote {len(download_metrics(args.out))} files")
 
 
 def _fetch_grounding(args):
@@ -60,10 +60,10 @@ def _fetch_grounding(args):
     out = args.out or grounding.grounding_path()
     if args.dry_run:
         hub = grounding.HUB
-        print(f"{hub['repo']}: {', '.join(hub['files'])}; {hub['licence']}\nwould become {out}")
+        say(f"{hub['repo']}: {', '.join(hub['files'])}; {hub['licence']}", f"would become {out}")
     else:
         done = grounding.download_grounding(out, args.overwrite)
-        print(f"wrote {done}; use it with --model full, or --grounding full")
+        say(f"wrote {done}; use it with --model full, or --grounding full")
 
 # %% ../../nbs/app/91c_fetch_command.ipynb #ftc00009
 _FETCHED = dict(full=_fetch_full, metrics=_fetch_metrics, grounding=_fetch_grounding)
@@ -82,7 +82,7 @@ _FROM = "full: use published files that are here already: folders to search, or 
 _OPTIONS = (
     ("what", tuple(_FETCHED), _WHAT),
     ("--dry-run", SWITCH, "list hub ids, files, sizes and licences; download nothing"),
-    ("--out", "FOLDER", "where the result goes; default: where --model full, or the metrics, look for it"),
+    ("--out", output("FOLDER"), "where the result goes; default: where --model full, or the metrics, look for it"),
     ("--dtype", ("float32", "float16", "bfloat16"), "full: type of the written weights (default float32)", "float32"),
     ("--from", dict(dest="folders", nargs="+", metavar="FOLDER"), _FROM),
     ("--overwrite", SWITCH, "full, grounding: replace a folder that exists"),
@@ -99,4 +99,5 @@ FETCH = Command(
     "Fetch published weights; --dry-run lists files, sizes and licences first.",
     (Group(_OPTIONS),),
     _EXAMPLES,
+    prints=True,
 )

@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+from ..core import say
+
 # %% ../../nbs/app/96_filter_commands.ipynb #162dda3c
 _PROG = "python -m smooth_foley.app.filter_commands"
 
@@ -17,7 +19,7 @@ _PROG = "python -m smooth_foley.app.filter_commands"
 def _train(args):
     from smooth_foley.listen.grounding_training import train_grounding
 
-    print(train_grounding(args.out, args.scenes, args.steps))
+    say(train_grounding(args.out, args.scenes, args.steps))
 
 
 def _train_options(p):
@@ -33,7 +35,8 @@ def _prove(args):
     from smooth_foley.paper.filter_proof import prove_filter
 
     command = f"{_PROG} prove --out results/continuous --n {args.n} --scenes {args.scenes}"
-    print(json.dumps(prove_filter(args.out, args.n, args.scenes, command=command), indent=1))
+    found = prove_filter(args.out, args.n, args.scenes, command=command)
+    say(*json.dumps(found, indent=1).split("\n"))
 
 
 def _prove_options(p):
@@ -43,17 +46,23 @@ def _prove_options(p):
     p.set_defaults(run=_prove)
 
 # %% ../../nbs/app/96_filter_commands.ipynb #251637cc
-def main(argv=None):
-    "Run `train` or `prove`"
+def _parser():
     p = argparse.ArgumentParser(
         prog=_PROG, description="Train the mini grounding model, or measure the filter with it."
     )
     commands = p.add_subparsers(dest="command", required=True)
     train = "train the mini grounding model on Passby's sounds"
     prove = "measure filter and challenging split where the truth is known"
-    _train_options(commands.add_parser("train", help=train, description=train))
-    _prove_options(commands.add_parser("prove", help=prove, description=prove))
-    args = p.parse_args(argv)
+    example = f"example: {_PROG} train --out grounding"
+    _train_options(commands.add_parser("train", help=train, description=train, epilog=example))
+    example = f"example: {_PROG} prove --n 200 --scenes 200 --out proof"
+    _prove_options(commands.add_parser("prove", help=prove, description=prove, epilog=example))
+    return p
+
+
+def main(argv=None):
+    "Run `train` or `prove`"
+    args = _parser().parse_args(argv)
     args.run(args)
 
 

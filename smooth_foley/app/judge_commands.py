@@ -9,6 +9,7 @@ __all__ = ['main']
 import argparse
 from pathlib import Path
 
+from ..core import say
 from ..listen.judges import KINDS, train_judge
 
 # %% ../../nbs/app/94_judge_commands.ipynb #e7940006
@@ -17,7 +18,7 @@ def _parser():
         prog="python -m smooth_foley.app.judge_commands",
         description="Train the judges on Passby audio of their own seeds.",
     )
-    q = p.add_subparsers(dest="what", required=True).add_parser("train")
+    q = p.add_subparsers(dest="what", required=True).add_parser("train", epilog=f"example: {p.prog} train --out judges")
     q.add_argument("--out", type=Path, required=True, help="folder; judge NAME goes to OUT/NAME/weights")
     q.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     q.add_argument("--steps", type=int)
@@ -29,7 +30,7 @@ def main(argv=None):
     "`python -m smooth_foley.app.judge_commands train --out FOLDER`"
     args = _parser().parse_args(argv)
     for kind in args.kinds:
-        print(train_judge(args.out / kind, args.scenes, args.steps, kind=kind, cache=args.out / "cache"))
+        say(train_judge(args.out / kind, args.scenes, args.steps, kind=kind, cache=args.out / "cache"))
 
 # %% ../../nbs/app/94_judge_commands.ipynb #e7940008
 if __name__ == "__main__" and "__file__" in globals():

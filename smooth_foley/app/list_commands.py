@@ -6,12 +6,11 @@
 __all__ = ['VGGSOUND', 'AUDIT', 'AUDIOSET', 'count_reasons']
 
 # %% ../../nbs/app/91d_list_commands.ipynb #lst00004
-import csv
 from collections import Counter
 from pathlib import Path
 
-from .options import OVERWRITE, SWITCH, Command, Group, byte_rate, number
-from ..core import FoleyError, atomic_path, suggest
+from .options import OVERWRITE, SWITCH, Command, Group, byte_rate, number, output
+from ..core import FoleyError, atomic_path, say, suggest
 from ..media import check_output
 
 # %% ../../nbs/app/91d_list_commands.ipynb #dat00002
@@ -30,7 +29,7 @@ def count_reasons(
 _LIST_OPTIONS = (
     ("--csv", "FILE", "vggsound.csv, or the two-column train.csv or test.csv"),
     ("--clips", "FOLDER", "where the clips are, or go; subfolders and both kinds of file names are looked at"),
-    ("--out", "FOLDER", "write present.csv, missing.csv and faults.csv; with --passby: the folder to make"),
+    ("--out", output("FOLDER"), "write present.csv, missing.csv and faults.csv; with --passby: the folder to make"),
     ("--split", ("train", "val", "test"), "only this split"),
     ("--label", dict(action="append"), "only this label; may be given several times", []),
     ("--n", number(1, 10**9, int), "at most so many clips of the list"),
@@ -66,7 +65,7 @@ def _make_passby(args):
         raise FoleyError("--passby: say with --out which folder to make")
     out = passby_folder(args.out, args.passby, args.seed, args.seconds or 4.0, wrong=args.wrong)
     tables = "vggsound.csv, audioset_strong.tsv, mid_to_display_name.tsv and truth.csv"
-    print(f"wrote {args.passby} clips to {out}/video, with {tables}")
+    say(f"wrote {args.passby} clips to {out}/video, with {tables}")
 
 
 def _download(items, args):
@@ -77,7 +76,7 @@ def _download(items, args):
     report = download(items, args.clips, how, args.workers, again=args.again)
     log = f"{args.clips}/download.csv"
     reasons = f"; reasons in {log}" if report.failed else ""
-    print(f"fetched {report.downloaded}{_by_reason(report.failed.most_common())}{reasons}")
+    say(f"fetched {report.downloaded}{_by_reason(report.failed.most_common())}{reasons}")
     if report.left:
         raise FoleyError(
             f"stopped after several refusals in a row, {report.left} clips not tried; "
@@ -92,14 +91,14 @@ def _read_list(args):
     faults = []
     items = select_items(read_vggsound(args.csv, faults, duration=args.seconds or 10.0), args.split, args.label, args.n)
     for fault in faults[:5]:
-        print(f"{args.csv} line {fault['line']}: {fault['reason']}")
+        say(f"{args.csv} line {fault['line']}: {fault['reason']}")
     if len(faults) > 5:
         hint = "" if args.out else "; --out writes them all down"
-        print(f"... and {len(faults) - 5} more lines that cannot be used{hint}")
+        say(f"... and {len(faults) - 5} more lines that cannot be used{hint}")
     splits = Counter(i.split for i in items)
     counts = ", ".join(f"{splits[s]} {s}" for s in ("train", "val", "test"))
     labels = len({i.label for i in items})
-    print(f"listed   {len(items)} clips, {labels} labels, {counts}; {len(faults)} lines unusable")
+    say(f"listed   {len(items)} clips, {labels} labels, {counts}; {len(faults)} lines unusable")
     return items, faults
 
 
@@ -128,13 +127,14 @@ def _vggsound(args):
     if not args.clips:
         return
     joined = _join(items, args)
-    print(f"present  {len(joined.present)}\nmissing  {len(joined.missing)}\nsurplus  {len(joined.surplus)}")
+    counts = dict(present=joined.present, missing=joined.missing, surplus=joined.surplus)
+    say(*(f"{what}  {len(clips)}" for what, clips in counts.items()))
     if args.out:
-        print(f"wrote {write_state(joined, args.out, faults)}/present.csv, missing.csv, faults.csv")
+        say(f"wrote {write_state(joined, args.out, faults)}/present.csv, missing.csv, faults.csv")
 
 # %% ../../nbs/app/91d_list_commands.ipynb #fbbd64ab
 _VGGSOUND_EXAMPLES = """examples:
-  smooth-foley data vggsound --passby 24 --out passby                      make a small folder to try things on
+  smooth-foley data vggsound --passby 24 --out passby          # a small folder to try things on
   smooth-foley data vggsound --csv passby/vggsound.csv --clips passby/video --seconds 4 --out state
   smooth-foley data vggsound --csv vggsound.csv --clips videos --label "car passing by" --split test \\
       --download --cookies cookies.txt --rate 2M --pause 2"""
@@ -145,13 +145,14 @@ VGGSOUND = Command(
     "Join VGGSound's list with a folder of clips, and fetch what is missing.",
     (Group(_LIST_OPTIONS), Group(_DOWNLOAD_OPTIONS, "download", _YT_DLP), Group(_PASSBY_OPTIONS, "try-out")),
     _VGGSOUND_EXAMPLES,
+    prints=True,
 )
 
 # %% ../../nbs/app/91d_list_commands.ipynb #dat00006
 _AUDIT_OPTIONS = (
     ("--clips", dict(required=True, metavar="FOLDER"), "where the clips are"),
     ("--csv", "FILE", "vggsound.csv; without it the command checks every video of the folder, of any length"),
-    ("--out", dict(required=True, metavar="FOLDER"), "tables and log"),
+    ("--out", dict(required=True, **output("FOLDER")), "tables and log"),
     ("--seconds", number(0.1, 3600), "length that a clip should have (default: 10 with --csv, else any)"),
     ("--workers", number(1, 1024, int), "processes (default: one per core)"),
 )
@@ -174,7 +175,7 @@ def _audit_items(args):
     items = join_clips(read_vggsound(args.csv, faults, duration=args.seconds or 10.0), args.clips)
     if faults:
         first = f"the first is line {faults[0]['line']}: {faults[0]['reason']}"
-        print(f"{args.csv}: {len(faults)} lines cannot be used, {first}")
+        say(f"{args.csv}: {len(faults)} lines cannot be used, {first}")
     return items
 
 
@@ -185,15 +186,15 @@ def _audit(args):
 
     limits = Limits(args.max_deviation, args.max_offset, args.silence, args.still)
     report = audit(_audit_items(args), args.out, args.workers, limits, args.time_limit)
-    print(f"{report.clips} clips, {report.clean} without a fault")
+    say(f"{report.clips} clips, {report.clean} without a fault")
     for reason, n in report.faults.most_common():
-        print(f"  {n:>8} {reason}")
-    print(f"wrote {report.folder}/audit.csv, faults.csv, clean.csv")
+        say(f"  {n:>8} {reason}")
+    say(f"wrote {report.folder}/audit.csv, faults.csv, clean.csv")
 
 # %% ../../nbs/app/91d_list_commands.ipynb #7ffea970
 _AUDIT_EXAMPLES = """examples:
   smooth-foley data audit --csv passby/vggsound.csv --clips passby/video --seconds 4 --out audit
-  smooth-foley data audit --clips videos --out audit                any folder, without a list
+  smooth-foley data audit --clips videos --out audit           # any folder, without a list
 
 audit.csv has all numbers, faults.csv a line per fault with its reason, clean.csv the list without faulty clips.
 An interrupted audit goes on when the same command is given again."""
@@ -203,6 +204,7 @@ AUDIT = Command(
     "Find broken, silent, still, mistimed and doubled clips.",
     (Group(_AUDIT_OPTIONS), Group(_FAULT_OPTIONS, "when a number is a fault")),
     _AUDIT_EXAMPLES,
+    prints=True,
 )
 
 # %% ../../nbs/app/91d_list_commands.ipynb #dat00008
@@ -214,9 +216,9 @@ _AUDIOSET_OPTIONS = (
     ("--clips", "FOLDER", "folder of clips: count those that are there"),
     ("--seconds", number(0.1, 60), "length of a clip (default 10)", 10.0),
     ("--top", number(1, 10**6, int), "labels to list (default 20)", 20),
-    ("--out", "LABELS.csv", "write all labels with their clips, events and seconds"),
-    ("--report", "FAULTS.csv", "write every line that cannot be used: file, line, id, reason, detail"),
-    ("--plot", "FILE.png", "draw the timeline of a clip"),
+    ("--out", output("LABELS.csv"), "write all labels with their clips, events and seconds"),
+    ("--report", output("FAULTS.csv"), "write every line that cannot be used: file, line, id, reason, detail"),
+    ("--plot", output("FILE.png"), "draw the timeline of a clip"),
     ("--segment", "ID_MS", "which clip to draw, e.g. --segment=b0RFKhbpFJA_30000 (default: the first)"),
     OVERWRITE,
 )
@@ -224,11 +226,11 @@ _AUDIOSET_OPTIONS = (
 # %% ../../nbs/app/91d_list_commands.ipynb #dat00009
 def _print_labels(items, rows, top):
     "How many clips and events there are, and the most common labels"
-    print(f"{len(items)} clips, {sum(len(i.events) for i in items)} events, {len(rows)} labels")
+    say(f"{len(items)} clips, {sum(len(i.events) for i in items)} events, {len(rows)} labels")
     for r in rows[:top]:
-        print(f"{r['seconds']:10.1f} s in {r['clips']:6} clips, {r['events']:6} events  {r['label']}")
+        say(f"{r['seconds']:10.1f} s in {r['clips']:6} clips, {r['events']:6} events  {r['label']}")
     if len(rows) > top:
-        print(f"  ... and {len(rows) - top} more; --out writes all")
+        say(f"  ... and {len(rows) - top} more; --out writes all")
 
 
 def _print_present(items, clips):
@@ -236,7 +238,7 @@ def _print_present(items, clips):
     from smooth_foley.data.vggsound import join_clips
 
     there = join_clips(items, clips)
-    print(
+    say(
         f"{len(there.present)} of the clips are there, {len(there.missing)} are missing, "
         f"{len(there.surplus)} other files"
     )
@@ -253,16 +255,15 @@ def _print_framed(items, framed):
         return spans(known[segment], name) if segment in known else None
 
     counts = sorted(score_framed(framed, when).items())
-    print("framed answers: " + ", ".join(f"{n} {what}" for what, n in counts))
+    say("framed answers: " + ", ".join(f"{n} {what}" for what, n in counts))
 
 # %% ../../nbs/app/91d_list_commands.ipynb #dat00010
 def _write_table(path, rows, columns):
     "A CSV file"
-    with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
+    from smooth_foley.data.tables import write_rows
+
+    write_rows(path, rows, columns)
+    say(f"wrote {path}")
 
 
 def _plot_segment(items, args):
@@ -279,7 +280,7 @@ def _plot_segment(items, args):
         raise FoleyError(f"--plot: {args.table} has no clip to draw")
     with atomic_path(args.plot) as tmp:
         plot_timeline(found[args.segment] if args.segment else items[0]).figure.savefig(tmp)
-    print(f"wrote {args.plot}")
+    say(f"wrote {args.plot}")
 
 # %% ../../nbs/app/91d_list_commands.ipynb #13a1f5a3
 def _audioset(args):
@@ -299,7 +300,7 @@ def _audioset(args):
     if args.framed:
         _print_framed(items, read_framed(args.framed, names, wrong["framed"], args.seconds))
     faults = [dict(file=file, **fault) for file, found in wrong.items() for fault in found]
-    print(f"{len(faults)} faulty lines{count_reasons(faults)}")
+    say(f"{len(faults)} faulty lines{count_reasons(faults)}")
     if args.out:
         _write_table(args.out, rows, ("label", "clips", "events", "seconds"))
     if args.report:
@@ -308,7 +309,7 @@ def _audioset(args):
         _plot_segment(items, args)
 
 # %% ../../nbs/app/91d_list_commands.ipynb #df3a088a
-_AUDIOSET_EXAMPLES = """example:
+_AUDIOSET_EXAMPLES = """examples:
   smooth-foley data audioset passby/audioset_strong.tsv --names passby/mid_to_display_name.tsv \\
       --clips passby/video --seconds 4 --report faults.csv"""
 AUDIOSET = Command(
@@ -317,4 +318,5 @@ AUDIOSET = Command(
     "Read AudioSet's strong labels: clips, labels, faulty lines.",
     (Group(_AUDIOSET_OPTIONS),),
     _AUDIOSET_EXAMPLES,
+    prints=True,
 )

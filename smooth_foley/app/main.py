@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import nullcontext
 
 from .. import __version__
 from .bench_command import BENCH
@@ -19,25 +20,53 @@ from .data_commands import DATA
 from .evaluate_command import EVALUATE
 from .exits import exit_code
 from .fetch_command import FETCH
-from .options import Parser, add_command
+from .listen_command import LISTEN
+from .options import Parser, add_command, in_shell_words, quietly
 from .train_command import TRAIN
+from ..core import FoleyError, PartlyDone
 
 # %% ../../nbs/app/99_main.ipynb #3afe9a27
 _COMMANDS = (GENERATE, DEMO, SHOW_LABELS, TRAIN, FETCH, BENCH, EVALUATE)
 _DATA = "Data sets: lists, clips, audits, grounding, filters, shards."
+_EXAMPLES = """examples:
+  smooth-foley demo
+  smooth-foley generate plane.mp4 --label "airplane flyby" --plot plane.png
+  smooth-foley labels
+  smooth-foley info
+
+Each command has examples of its own: smooth-foley generate --help"""
+_DATA_EXAMPLES = """examples:
+  smooth-foley data vggsound --passby 24 --out passby
+  smooth-foley data audit --csv passby/vggsound.csv --clips passby/video --seconds 4 --out audit
+  smooth-foley data continuous filter passby
+
+Each command has examples of its own: smooth-foley data shards --help"""
+_LISTEN = "Listening tests: make a folder for listeners, score their answers."
+_LISTEN_EXAMPLES = """examples:
+  smooth-foley listen make --systems ours,foleycrafter --split passby_continuous --n 10 --out test
+  smooth-foley listen score test/*.json
+
+Each command has examples of its own: smooth-foley listen make --help"""
+_GROUPS = (  # Word, its commands, what they are about, examples
+    ("data", DATA, _DATA, _DATA_EXAMPLES),
+    ("listen", LISTEN, _LISTEN, _LISTEN_EXAMPLES),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     "The command line with all its commands"
-    parser = Parser("smooth-foley", description="Continuous, synchronised sound for silent video.")
+    raw = argparse.RawDescriptionHelpFormatter
+    about = "Continuous, synchronised sound for silent video."
+    parser = Parser("smooth-foley", description=about, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"smooth-foley {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         add_command(commands, command)
-    data = commands.add_parser("data", help=_DATA, description=_DATA)
-    below = data.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for command in DATA:
-        add_command(below, command)
+    for word, group, text, examples in _GROUPS:
+        group_parser = commands.add_parser(word, help=text, description=text, epilog=examples, formatter_class=raw)
+        below = group_parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+        for command in group:
+            add_command(below, command)
     add_command(commands, INFO)
     return parser
 
@@ -46,13 +75,28 @@ def _stop(signal_number, frame):
     sys.exit(128 + signal_number)
 
 
+def _complete(parser):
+    "Answer the shell where it asks what may come next"
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
 def _run(words):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     if words is None:
         os.environ["MPLBACKEND"] = "Agg"  # Figures go into files, whatever windows there may be
-    args = build_parser().parse_args(words)
-    args.run(args)
+    parser = build_parser()
+    _complete(parser)
+    args = parser.parse_args(words)
+    try:
+        with quietly(args.prints) if args.quiet else nullcontext():
+            args.run(args)
+    except FoleyError as e:
+        kind = PartlyDone if isinstance(e, PartlyDone) else FoleyError
+        raise kind(in_shell_words(str(e), args.options)) from e
 
 
 def main(

@@ -6,10 +6,18 @@
 __all__ = ['main']
 
 # %% ../../nbs/app/95_paper_commands.ipynb #e7950004
-from ..core import FoleyError
+from ..core import FoleyError, say
 from ..paper import tables
+from ..paper.listening_scores import score, table_3
+from ..paper.ratings import find_answers, find_key, read_ratings
 
 # %% ../../nbs/app/95_paper_commands.ipynb #e7950006
+def _table_3(folder):
+    "Table III from listeners' answers, if there are any"
+    files = find_answers([folder]) if folder.is_dir() else []
+    return table_3(score(read_ratings(files, find_key(files))) if files else None)
+
+
 def main():
     "Print the tables from stored results"
     try:
@@ -19,13 +27,14 @@ def main():
     parts = {
         "Table I": tables.paper_table(folder, tables.TABLE_1),
         "Table II": tables.paper_table(folder, tables.TABLE_2),
+        "Table III": _table_3(folder.parent / "listening" / "answers"),
         "Timing and pitch": tables.timing_table(folder),
         "Physics": tables.timing_table(folder, tables.PHYSICS),
         "Turned films": tables.films_results(folder),
         "Claims": tables.claims_table(tables.claims(folder)),
     }
     for title, text in parts.items():
-        print(f"{title}\n\n{text}\n")
+        say(title, "", *text.split("\n"), "")
 
 # %% ../../nbs/app/95_paper_commands.ipynb #e7950008
 if __name__ == "__main__" and "__file__" in globals():

@@ -6,13 +6,14 @@
 __all__ = ['Reviewer', 'review']
 
 # %% ../../nbs/app/97_review.ipynb #ddb43c2b
+import html
 import importlib
 import io
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import FoleyError
+from ..core import FoleyError, escaped
 from ..data.challenge import REVIEW_COLUMNS
 from ..data.continuous import read_heard, row_name
 from ..data.tables import read_rows, whole_number, write_rows
@@ -41,6 +42,11 @@ def _png(heard, threshold):
     return buffer.getvalue()
 
 # %% ../../nbs/app/97_review.ipynb #335dd747
+def _as_html(text):
+    "Text from files as HTML that shows it: no tag in it counts"
+    return html.escape(escaped(text))
+
+
 def _widgets():
     try:
         return importlib.import_module("ipywidgets")
@@ -94,7 +100,8 @@ def _build(self: Reviewer):
     self.drop.on_click(lambda _: self.decide("drop"))
     self.back.on_click(lambda _: self.go(self.at - 1))
     buttons = w.HBox([self.reason, self.keep, self.drop, self.back])
-    self.box = w.VBox([self.title, w.HBox([self.video, self.curve]), buttons])
+    shown = w.HBox([self.video, self.curve], layout=w.Layout(align_items="center"))
+    self.box = w.VBox([self.title, shown, buttons])
 
 # %% ../../nbs/app/97_review.ipynb #7b171142
 @patch
@@ -114,13 +121,19 @@ def go(
         self._show(self.items[self.at])
 
 # %% ../../nbs/app/97_review.ipynb #ca164c56
+def _fill(widget, content):
+    "Show a picture or a video; an empty one is not shown"
+    widget.value = content
+    widget.layout.display = None if content else "none"
+
+
 @patch
 def _show_end(self: Reviewer):
     "Say that all clips are reviewed"
     done = sum(i.name in self.decisions for i in self.items)
-    self.title.value = f"{done} of {len(self.items)} reviewed; {self.path.name} holds the decisions"
-    self.video.value = b""
-    self.curve.value = b""
+    self.title.value = _as_html(f"{done} of {len(self.items)} reviewed; {self.path.name} holds the decisions")
+    _fill(self.video, b"")
+    _fill(self.curve, b"")
     self.reason.value = ""
 
 # %% ../../nbs/app/97_review.ipynb #ffc6250a
@@ -131,11 +144,11 @@ def _show(self: Reviewer, item):
     place = f"{self.at + 1} of {len(self.items)}"
     so_far = f"so far: {decided['decision']}" if decided else ""
     parts = (place, item.name, item.label, self.notes.get(item.name, ""), so_far)
-    self.title.value = " · ".join(part for part in parts if part)
+    self.title.value = " · ".join(_as_html(part) for part in parts if part)
     self.reason.value = decided.get("reason", "")
-    self.video.value = item.path.read_bytes() if item.path and item.path.exists() else b""
+    _fill(self.video, item.path.read_bytes() if item.path and item.path.exists() else b"")
     heard = read_heard(item, self.out) if self.out else None
-    self.curve.value = _png(heard, self.threshold) if heard else b""
+    _fill(self.curve, _png(heard, self.threshold) if heard else b"")
 
 # %% ../../nbs/app/97_review.ipynb #cd53f6a3
 @patch

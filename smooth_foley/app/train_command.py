@@ -6,7 +6,8 @@
 __all__ = ['RECIPE_OPTIONS', 'STAGE_OPTIONS', 'TRAIN', 'sample_measures']
 
 # %% ../../nbs/app/91a_train_command.ipynb #trn00004
-from .options import YES_NO, Command, Group, number
+from .options import YES_NO, Command, Group, number, output
+from ..core import say
 
 # %% ../../nbs/app/91a_train_command.ipynb #c4b59e76
 _POSITIONS = ("none", "sinusoidal", "window", "residual")
@@ -17,9 +18,11 @@ RECIPE_OPTIONS = (
     ("--n-feature-scenes", number(1, 10**6, int), "scenes whose frames train the adapters; at most --n-scenes"),
     ("--first-seed", number(0, 10**6, int), "first scene"),
     ("--seed", number(0, 2**63 - 1, int), "of initial weights, batches and noise"),
-    ("--autoencoder", ("kl", "patch"), "learned, or principal components of patches"),
-    ("--latent-channels", number(1, 256, int), "of the autoencoder"),
-    ("--focus", number(0, 1), "share of noise levels near a signal-to-noise ratio of 1"),
+    ("--autoencoder", ("kl", "patch", "residual"), "learned, principal components of patches, or both"),
+    ("--latent-channels", number(1, 256, int), "that are learned, or with 'patch' fitted"),
+    ("--n-details", number(1, 256, int), "channels that 'residual' adds"),
+    ("--focus", number(0, 1), "share of the base's noise levels near a signal-to-noise ratio of 1"),
+    ("--adapter-focus", number(0, 1), "the same for the adapters"),
     ("--channel-power", number(0, 4), "the adapters' loss weighs latent channels by their deviation to this power"),
     ("--fps", number(0.2, 100), "frames per second"),
     ("--frame-position", _POSITIONS, "how the frame adapter knows when a frame was seen"),
@@ -113,7 +116,7 @@ def _train(args):
     if args.stages:
         stages = tuple(s.strip() for s in args.stages.split(","))
     done = recipes.train_mini(args.out, stages, args.resume, args.max_steps, sample_measures, **_given(args))
-    print(f"trained: {done}")
+    say(f"trained: {done}")
 
 # %% ../../nbs/app/91a_train_command.ipynb #e6dd699b
 _EXAMPLES = """examples:
@@ -126,7 +129,7 @@ A run that was stopped goes on when the same command is given again.
 The folder keeps its recipe in recipe.json and refuses another one."""
 _RUN = (
     ("recipe", ("mini",), "what to train"),
-    ("--out", dict(required=True, metavar="FOLDER"), "checkpoints, logs and the finished model"),
+    ("--out", dict(required=True, **output("FOLDER")), "checkpoints, logs and the finished model"),
     ("--stages", "STAGES", "comma-separated part of the recipe, in order (default: all)"),
     ("--resume", YES_NO, "go on from checkpoints, or start the stages again", True),
     ("--max-steps", _STEPS, "cap every chosen stage, for a try-out"),

@@ -153,13 +153,14 @@ def test_clips(
     n: int = None,  # Clips of each; None: 200 of Passby, all of a folder
     fps: float = 15.0,
     size: int = 64,
+    max_duration: float = 10.24,  # Longest clip of a folder, s
 ) -> list[TestClip]:
     "The clips of one or several test sets"
     if n is not None and n < 1:
         raise FoleyError(f"n is {n}: give the number of clips per split, 1 or more")
     clips = []
     for name in [s.strip() for s in str(split).split(",") if s.strip()]:
-        clips += _named_apart(clips, _clips_of(name, n, fps, size), name)
+        clips += _named_apart(clips, _clips_of(name, n, fps, size, max_duration), name)
     if not clips:
         raise FoleyError("split is empty: give passby, passby_continuous, or a folder with videos and labels.csv")
     if twice := _repeated(clips):
@@ -177,12 +178,12 @@ def _named_apart(before, clips, folder):
 test_clips.__test__ = False  # pytest would take the function for a test
 
 
-def _clips_of(name, n, fps, size):
+def _clips_of(name, n, fps, size, max_duration):
     "The clips of one test set"
     if name in passby.SPLITS:
         return passby_clips(name, n or 200, fps, size)
     if Path(name).is_dir():
-        return folder_clips(name, n, fps, size)
+        return folder_clips(name, n, fps, size, max_duration)
     raise FoleyError(
         f"split {name!r}: is no folder, and no split of Passby ({', '.join(passby.SPLITS)}); check the name"
     )

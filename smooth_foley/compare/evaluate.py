@@ -20,7 +20,7 @@ from smooth_foley.compare.folders import (
     has_truth,
     judges_mark,
     measure_missing,
-    read_arrays,
+    stored_arrays,
     student_clip,
     summarise,
 )
@@ -45,8 +45,8 @@ def _mean_seconds(folders) -> dict:  # Name of the folder -> s
     "Mean of the seconds that the files of each folder carry"
     means = {}
     for folder in sorted(folders):
-        arrays = [read_arrays(p) for p in folder.glob("[!.]*.npz")]
-        seconds = [z["seconds"] for z in arrays if z and "seconds" in z]
+        arrays = [stored_arrays(p, ("seconds",), also=None) for p in folder.glob("[!.]*.npz")]
+        seconds = [z["seconds"] for z in arrays if z]
         if seconds:
             means[folder.name] = round(float(np.mean(seconds)), 3)
     return means

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..backbone import decode_latents, encode_latents
+from ..autoencoder import decode_latents, encode_latents
 from .clips import Take
 from ..core import FoleyError, mini_path, suggest
 from ..loading import fingerprint, load_part

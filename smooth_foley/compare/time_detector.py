@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D
 from torchvision.transforms import functional as pictures
 
-from ..core import FoleyError, mini_path, progress
+from ..core import FoleyError, mini_path, own_file, own_folder, progress
 from ..media import Clip
 from ..temporal_condition import TemporalCondition
 from ..train.loop import TrainConfig, hardware, train
@@ -300,7 +300,7 @@ def impact_cache(
     folder.mkdir(parents=True, exist_ok=True)
 
     def array(name, dtype, shape):
-        path = folder / f"{name}.npy"
+        path = own_file(folder / f"{name}.npy")
         return np.lib.format.open_memmap(path, "r+" if path.exists() else "w+", dtype, shape)
 
     a = dict(
@@ -371,7 +371,7 @@ def train_detector(
 
     train(_DetectorStage(detector), rows, n_scenes, cfg, out / "run")
     detector = nn.Module.to(detector.eval(), torch.float16)
-    detector.save_pretrained(out / "time_detector")
+    detector.save_pretrained(own_folder(out / "time_detector"))
     shutil.copy(out / "run" / "log.csv", out / "time_detector" / "log.csv")
     about = dict(
         recipe=dict(n_scenes=n_scenes, first_seed=first_seed, labels=IMPACTS, **dials),

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 
 from ..core import FoleyError, atomic_path, progress, unseen_interrupts
 from .inspection import Limits, find_faults, inspect_clip
-from .tables import CLIP_FAULT_COLUMNS, RowLog, make_folder
+from .tables import CLIP_FAULT_COLUMNS, RowLog, make_folder, plain_row, sheet_cell
 
 # %% ../../nbs/data/51_audit.ipynb #6248397f
 def _serve(
@@ -303,7 +303,7 @@ class AuditReport:
     def rows(self) -> list:
         "The table of faults"
         with open(self.folder / "faults.csv", newline="", encoding="utf-8") as f:
-            return list(csv.DictReader(f))
+            return [plain_row(row) for row in csv.DictReader(f)]
 
 # %% ../../nbs/data/51_audit.ipynb #aaa3bddd
 def _table_writer(stack, path):
@@ -325,14 +325,14 @@ def _write_report(out, items, facts, limits, surplus):
             start = f"{item.start:g}"
             about = [item.id, start, item.label, item.split]
             reasons = " ".join(r for r, _ in faults)
-            every.writerow([*about, item.path, reasons, *(x.get(k) for k in _FACT_COLUMNS)])
-            bad.writerows([item.id, start, item.split, item.path, *fault] for fault in faults)
+            every.writerow(map(sheet_cell, [*about, item.path, reasons, *(x.get(k) for k in _FACT_COLUMNS)]))
+            bad.writerows(map(sheet_cell, (item.id, start, item.split, item.path, *fault)) for fault in faults)
             if not faults:
-                clean.writerow(about)
+                clean.writerow(map(sheet_cell, about))
                 report.clean += 1
             report.faults.update({r for r, _ in faults})
         for f in surplus:
-            bad.writerow(["", "", "", f, "surplus", "not on the list"])
+            bad.writerow(["", "", "", sheet_cell(f), "surplus", "not on the list"])
             report.faults["surplus"] += 1
         for file in files:
             file.flush()  # A full disk shows before any table is replaced

@@ -21,10 +21,10 @@ import numpy as np
 from fastcore.basics import patch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..core import FoleyError, progress
+from ..core import FoleyError, own_file, progress
 from .shard_index import read_shard_index
 from .shards import CONTENT
-from .tables import FAULT_COLUMNS, fault_row, read_json, write_rows
+from .tables import FAULT_COLUMNS, fault_row, read_json, sheet_cell, write_rows
 
 # %% ../../nbs/data/57a_shard_reader.ipynb #d8e144a8
 def _refused(m):
@@ -210,7 +210,7 @@ class Shards(Dataset):
         report=None,  # `.csv` to which every member that cannot be used is added, by all processes that read
     ):
         self.folder = Path(folder)
-        self.report = report and Path(report)
+        self.report = report and own_file(report)
         self.faults = []
         if self.report and not self.report.exists():
             write_rows(self.report, [], FAULT_COLUMNS)
@@ -263,7 +263,9 @@ def note(self: Shards, e: BadMember):
     self.faults.append(e.fault)
     if self.report:
         with open(self.report, "a", newline="", encoding="utf-8") as f:
-            csv.DictWriter(f, FAULT_COLUMNS, lineterminator="\n").writerow(e.fault)
+            csv.DictWriter(f, FAULT_COLUMNS, lineterminator="\n").writerow(
+                {k: sheet_cell(v) for k, v in e.fault.items()}
+            )
 
 # %% ../../nbs/data/57a_shard_reader.ipynb #3b7bba13
 @patch

@@ -167,7 +167,7 @@ def _float16(x):
 # %% ../../nbs/data/57_shards.ipynb #1c8cac7d
 def _sound_members(audio, item, cfg, net, device):
     "Mel and latents of a waveform"
-    from smooth_foley.backbone import encode_latents
+    from smooth_foley.autoencoder import encode_latents
     from smooth_foley.mel import peak_normalize
 
     wave = torch.from_numpy(audio)[None].to(device)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import FoleyError, progress, suggest
+from ..core import FoleyError, own_file, progress, suggest
 from .embedders import Clap, Melception, VGGish, Wav2CLIP, cnn14_16k, cnn14_32k
 from .judges import load_judge
 from ..vocoder import load_checked
@@ -112,7 +112,7 @@ def download(
 ) -> Path:
     "Download a file; an interrupted download resumes, and only a complete file gets its name"
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = own_file(path.with_name(path.name + ".part"))
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = _receive(url, part)
     if whole and part.stat().st_size < whole:

@@ -417,9 +417,9 @@ class Clap(nn.Module):
     @torch.no_grad()
     def embed_text(self, texts: list) -> Tensor:
         "Texts -> `(n, 512)`, length 1"
-        from transformers import AutoTokenizer
+        from transformers import RobertaTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        tokenizer = RobertaTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         tokens = tokenizer(list(texts), padding=True, return_tensors="pt").to(self.model.device)
         return _unit(self.model.get_text_features(**tokens))
 

@@ -6,10 +6,10 @@
 __all__ = ['FILE_COLUMNS', 'ground_files', 'write_table', 'show_table', 'plot_files']
 
 # %% ../../nbs/listen/40a_ground_files.ipynb #40d1eaed
-import csv
 from pathlib import Path
 
-from ..core import FoleyError, atomic_path, printable
+from ..core import FoleyError, atomic_path, escaped, printable
+from ..data.tables import write_cells
 from .curves import active_time, longest_run, plot_grounding, segments
 from .grounding import GroundingModel, ground
 from ..media import read_audio
@@ -68,10 +68,7 @@ def write_table(
     path,  # CSV to write
 ) -> Path:
     "Rows as CSV, stretches with two decimals"
-    with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        w = csv.writer(f)
-        w.writerow(FILE_COLUMNS)
-        w.writerows([_cell(r[c]) for c in FILE_COLUMNS] for r in rows)
+    write_cells(path, ([_cell(r[c]) for c in FILE_COLUMNS] for r in rows), FILE_COLUMNS)
     return Path(path)
 
 # %% ../../nbs/listen/40a_ground_files.ipynb #9da3d569
@@ -80,7 +77,7 @@ def _line(row):
     if row["problem"]:
         return f"{'-':>7} {'-':>7} {'-':>5} {'-':>5}  {row['problem']}"
     numbers = f"{row['active']:6.2f}s {row['longest']:6.2f}s {row['mean']:5.2f} {row['peak']:5.2f}"
-    return f"{numbers}  {Path(row['file']).name} ({row['phrases']})"
+    return escaped(f"{numbers}  {Path(row['file']).name} ({row['phrases']})")
 
 
 def show_table(

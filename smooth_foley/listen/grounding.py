@@ -416,7 +416,7 @@ def convert_grounding(
     "Convert the published files to a folder that `GroundingModel.from_pretrained` reads"
     out = Path(out)
     if (out / "config.json").exists() and not overwrite:
-        raise FoleyError(f"{out}: holds a model already; pass overwrite=True or choose another folder")
+        raise FoleyError(f"{out}: holds a model already; pass `overwrite=True` or choose another folder")
     read_published(folder).save_pretrained(out)
     return out
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import atomic_path, progress
+from ..core import atomic_path, own_folder, progress
+from ..data.arrays import read_array, write_array
 from .grounding import PAD, UNKNOWN, GroundingModel
 from .phrases import phrases_of, words_of
 from ..media import fit_duration, read_audio, write_video
@@ -94,9 +95,9 @@ def passby_sounds(
             audio = np.lib.format.open_memmap(tmp, "w+", np.int16, (n, round(passby.DURATION * passby.SR)))
             sounding, label = _render(audio, first_seed)
             audio.flush()
-            np.save(names["sounding"], sounding)
-            np.save(names["label"], label)
-    return {k: np.load(p, mmap_mode="r") for k, p in names.items()}
+            write_array(names["sounding"], sounding)
+            write_array(names["label"], label)
+    return {k: read_array(p) for k, p in names.items()}
 
 # %% ../../nbs/listen/40b_grounding_training.ipynb #ac5bba07
 def _disturb(
@@ -158,7 +159,7 @@ def _save_grounding(model, out, cfg, n_scenes) -> Path:
     "Half-precision weights with their log and recipe"
     from smooth_foley.train.loop import hardware
 
-    weights = Path(out) / "weights"
+    weights = own_folder(Path(out) / "weights")
     nn.Module.to(model.eval(), torch.float16).save_pretrained(weights)
     shutil.copy(Path(out) / "log.csv", weights / "log.csv")
     about = dict(n_scenes=n_scenes, first_seed=0, config=asdict(cfg), hardware=hardware())

@@ -25,7 +25,8 @@ from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import FoleyError, mini_path, progress, suggest
+from ..core import FoleyError, mini_path, own_folder, progress, suggest
+from ..data.arrays import read_arrays, write_arrays
 from .grounding_training import hearing_config
 from ..mel import MelTransform
 from ..train.loop import hardware, train
@@ -357,14 +358,12 @@ def judge_scene(
     return passby.scene(seed, "passby_continuous" if seed % 2 else "passby", **kw)
 
 
-def _cached(path, make) -> dict:
+def _cached(path, names, make) -> dict:
     "Read an npz, or make it and write it whole"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(".part.npz")
-        np.savez(tmp, **make())
-        tmp.replace(path)
-    return dict(np.load(path))
+        write_arrays(path, **make())
+    return read_arrays(path, names)
 
 
 def judge_mels(
@@ -374,6 +373,7 @@ def judge_mels(
 ) -> dict:  # mel `(n, 128, 1024)` float16, sounding `(n, 1024)` bool, distance `(n, 1024)` float16 log2 m, label `(n,)`
     "Log-mels of real audio, without the floor that `mini` gives them, so that they can be amplified"
     mel = MelTransform.mini(log_min=math.log(1e-7))
+    names = ("mel", "sounding", "distance", "label")
 
     def make():
         rows = []
@@ -382,9 +382,9 @@ def judge_mels(
             log_mel = mel.log_mel(torch.from_numpy(s.audio)[None])[0].half().numpy()
             distance = np.log2(s.truth["distance"]).astype(np.float16)
             rows.append((log_mel, s.truth["sounding"], distance, passby.LABELS.index(s.label)))
-        return {k: np.stack(v) for k, v in zip(("mel", "sounding", "distance", "label"), zip(*rows))}
+        return {k: np.stack(v) for k, v in zip(names, zip(*rows))}
 
-    return _cached(Path(folder) / f"judge_{first_seed}_{n_scenes}.npz", make)
+    return _cached(Path(folder) / f"judge_{first_seed}_{n_scenes}.npz", names, make)
 
 
 def _judge_pictures(
@@ -401,7 +401,7 @@ def _judge_pictures(
             rows.append(frame_encoder.encode_frames(frames).half().numpy())
         return dict(frame_emb=np.stack(rows))
 
-    return _cached(Path(folder) / f"pictures_{JUDGES}_{n_scenes}_3.npz", make)
+    return _cached(Path(folder) / f"pictures_{JUDGES}_{n_scenes}_3.npz", ("frame_emb",), make)
 
 # %% ../../nbs/listen/41_judges.ipynb #8d0e2634
 _RECIPES = dict(
@@ -449,7 +449,7 @@ def train_judge(
 
     torch.manual_seed(seed)
     stage = train(recipe["stage"](KINDS[kind]().train()), rows, n_scenes, cfg, out)
-    weights = out / "weights"
+    weights = own_folder(out / "weights")
     nn.Module.to(stage.model.eval(), torch.float16).save_pretrained(weights)
     shutil.copy(out / "log.csv", weights / "log.csv")
     about.update(config=asdict(cfg), hardware=hardware())

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..core import mini_path, progress
+from ..data.tables import write_rows
 from .judges import HELD_OUT, judge_path, judge_scene, load_judges
 from ..mel import MelTransform
 from ..metrics.clip_score import clip_score
@@ -165,10 +166,7 @@ def save_validation(rows, path) -> Path:
     "Rows as CSV"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as f:
-        w = csv.DictWriter(f, ["metric", "sound", "value", "n"])
-        w.writeheader()
-        w.writerows(rows)
+    write_rows(path, rows, ["metric", "sound", "value", "n"])
     return path
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..backbone import PatchAutoencoder, decode_latents, encode_latents
+from ..autoencoder import PatchAutoencoder, decode_latents, encode_latents
 from ..compare.clips import TEST
 from ..compare.folders import read_results, write_results
 from ..compare.measure import hear

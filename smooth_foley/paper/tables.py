@@ -27,7 +27,7 @@ ROWS = {  # Of the paper and ours -> system
     "DF": None,
     "ours (frame-wise)": "paper",
     "ours (w/o frame-wise)": "ours-clipwise",
-    "ours (frame-wise, window)": "ours",
+    "ours (frame-wise, in time)": "ours",
     "true sound through the vocoder": "truth-vocoded",
     "true sound through the VAE": "truth-vae",
     "true sound of another scene": "other",
@@ -180,12 +180,15 @@ paper ours-clipwise activity IoU | frame-wise is better timed than clip-wise
 paper ours-clipwise f0 adherence | frame-wise follows the Doppler shift better than clip-wise
 foleycrafter foleycrafter-noprompt MKL | the prompt helps FoleyCrafter (MKL)
 foleycrafter foleycrafter-noprompt recognised | the prompt helps FoleyCrafter to be recognised
-ours ours-clipwise activity IoU | ours: the window is better timed than clip-wise
-ours ours-clipwise f0 adherence | ours: the window follows the Doppler shift better than clip-wise
-ours paper f0 adherence | ours: the window follows the Doppler shift better than order-free frames
+ours ours-clipwise activity IoU | ours: frames in time order are better timed than clip-wise
+ours ours-clipwise f0 adherence | ours: frames in time order follow the Doppler shift better than clip-wise
+ours paper f0 adherence | ours: frames in time order follow the Doppler shift better than order-free frames
 ours ours-clipwise centroid correlation | ours: brightness follows the passage better than clip-wise
 ours paper centroid correlation | ours: brightness follows the passage better than with order-free frames
-ours other f0 adherence | ours: the window follows the Doppler shift better than the sound of another scene
+ours ours-clipwise level adherence | ours: loudness follows the passage better than clip-wise
+ours paper level adherence | ours: loudness follows the passage better than with order-free frames
+ours other level adherence | ours: loudness follows the passage better than the sound of another scene
+ours other f0 adherence | ours: frames in time order follow the Doppler shift better than the sound of another scene
 """  # System, against, measure | what is claimed
 
 

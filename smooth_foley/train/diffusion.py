@@ -22,6 +22,7 @@ from smooth_foley.backbone import (
     make_unet,
     tokenize_prompt,
 )
+from ..core import own_folder
 from ..mel import MelTransform
 from ..schedule import add_noise, alphas_cumprod, make_scheduler
 from .encoding import feature_arrays, load_autoencoder, stored_latents
@@ -115,29 +116,61 @@ def _diffusion_rows(arrays, z, tokenizer, text_encoder):
 
     return rows
 
+# %% ../../nbs/train/38_diffusion.ipynb #dif00030
+@torch.no_grad()
+def _widened(unet, channels):
+    "The UNet with more latent channels: it hardly sees the new ones and does not predict them yet"
+    wide = UNet2DConditionModel.from_config(dict(unet.config, in_channels=channels, out_channels=channels))
+    state = wide.state_dict()
+    for name, old in unet.state_dict().items():
+        new = state[name]
+        if name == "conv_in.weight":
+            new.mul_(0.3)[:, : old.shape[1]] = old
+        elif name.startswith("conv_out."):
+            new.zero_()[: len(old)] = old
+        else:
+            new.copy_(old)
+    return wide.to(memory_format=torch.channels_last)
+
 # %% ../../nbs/train/38_diffusion.ipynb #dif00012
+def _start_base(run, channels):
+    "UNet and text encoder: those of the stage `coarse` with more channels, or random ones"
+    if run.name == "base" and run.recipe.autoencoder == "residual":
+        coarse = load_base(run.runs, "coarse")
+        return dict(coarse, unet=_widened(coarse["unet"], channels))
+    tok = make_mini_clip(run.recipe.seed).tokenizer
+    text = make_text_encoder(tok)
+    return dict(unet=make_unet(channels, block_out_channels=(64, 96, 128)), text_encoder=text)
+
+
 def train_base(run: StageRun) -> None:
-    "Train the text-to-audio base"
+    "Train the text-to-audio base, as the stage `base` or `coarse`"
     r = run.recipe
     torch.manual_seed(r.seed)
     tok = make_mini_clip(r.seed).tokenizer
-    text = make_text_encoder(tok).train()
-    unet = make_unet(r.latent_channels, block_out_channels=(64, 96, 128)).train()
     z = stored_latents(run.runs, run.cache, r)
-    stage = DiffusionStage(dict(unet=unet, text_encoder=text), {}, tok, make_scheduler(), focus=r.focus)
+    if run.name == "coarse":
+        z = z[:, : r.latent_channels]
+    parts = {name: part.train() for name, part in _start_base(run, z.shape[1]).items()}
+    text = parts["text_encoder"]
+    focus = 0.0 if run.name == "coarse" else r.focus
+    stage = DiffusionStage(parts, {}, tok, make_scheduler(), focus=focus)
     rows = partial(_diffusion_rows, tokenizer=tok, text_encoder=text)
     looks = diffusion_looks(run.out, run.cfg, run.val, rows)
     train(stage, rows(sound_arrays(run.cache, r), z), len(z), run.cfg, run.out, **looks)
     for name, module in stage.trained.items():
         save_trained(module, run.weights() / name)
     if is_main():
-        make_scheduler().save_pretrained(run.weights() / "scheduler")
-        tok.save_pretrained(run.weights() / "tokenizer")
+        make_scheduler().save_pretrained(own_folder(run.weights() / "scheduler"))
+        tok.save_pretrained(own_folder(run.weights() / "tokenizer"))
 
 
-def load_base(runs) -> dict:
+def load_base(
+    runs,  # Run folder
+    stage: str = "base",  # Or 'coarse'
+) -> dict:  # `unet` and `text_encoder`
     "The trained base of a run folder"
-    folder = Path(runs) / "base" / "weights"
+    folder = Path(runs) / stage / "weights"
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").to(memory_format=torch.channels_last)
     return dict(unet=unet, text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"))
 
@@ -177,7 +210,7 @@ def train_temporal_adapter(run: StageRun) -> None:
     net = make_temporal_adapter(base["unet"], mel.config.fold**2, (8, 16, 32))
     net = net.to(memory_format=torch.channels_last).train()
     weight = _channel_weight(run.runs, r)
-    how = dict(focus=r.focus, channel_weight=weight)
+    how = dict(focus=r.adapter_focus, channel_weight=weight)
     stage = TemporalStage(dict(controlnet=net), dict(base, mel=mel), tok, make_scheduler(), **how)
     rows = partial(_diffusion_rows, tokenizer=tok, text_encoder=base["text_encoder"])
     batch_of = rows(sound_arrays(run.cache, r), z)
@@ -237,7 +270,7 @@ def train_frame_adapter(run: StageRun) -> None:
     z = stored_latents(run.runs, run.cache, r)[: r.n_feature_scenes]
     dim = features["emb"].shape[-1]
     adapter = FrameAdapter.from_unet(base["unet"], dim, frame_position=r.frame_position, motion=r.frame_motion)
-    how = dict(frame_wise=r.frame_wise, focus=r.focus, channel_weight=_channel_weight(run.runs, r))
+    how = dict(frame_wise=r.frame_wise, focus=r.adapter_focus, channel_weight=_channel_weight(run.runs, r))
     stage = FrameStage(dict(adapter=adapter), base, tok, make_scheduler(), **how)
     adapter.install(base["unet"]).requires_grad_(True).train()
     plain = partial(_diffusion_rows, tokenizer=tok, text_encoder=base["text_encoder"])

@@ -26,13 +26,15 @@ _READ_BY = dict(
     n_scenes=("scenes",),
     n_picture_scenes=("pictures",),
     n_pictures=("pictures",),
-    autoencoder=("components", "vae"),
+    autoencoder=("components", "vae", "details"),
     latent_channels=("components", "vae"),
-    focus=("base", "temporal_adapter", "frame_adapter"),
+    n_details=("details",),
+    focus=("base",),
+    adapter_focus=("temporal_adapter", "frame_adapter"),
     channel_power=("temporal_adapter", "frame_adapter"),
     n_feature_scenes=("features",),
     first_seed=("scenes", "pictures", "features"),
-    seed=("components", "vae", "base", "vocoder", "clip", "temporal_adapter", "frame_adapter"),
+    seed=("components", "vae", "coarse", "base", "vocoder", "clip", "temporal_adapter", "frame_adapter"),
     fps=("features",),
     frame_position=("frame_adapter",),
     frame_motion=("frame_adapter",),
@@ -171,7 +173,7 @@ def _start_again(runs, stage):
     for name in _CACHED.get(stage, ()):
         for folder in (runs / "cache", runs / "cache" / "val"):
             (folder / f"{name}.npy").unlink(missing_ok=True)
-    if stage in ("scenes", "components", "vae"):
+    if stage in ("scenes", "components", "vae", "details"):
         (runs / "latents.npy").unlink(missing_ok=True)
 
 # %% ../../nbs/train/32a_folder.ipynb #fld00018

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbone import decode_latents
-from ..core import derive_generator
+from ..autoencoder import decode_latents
+from ..core import derive_generator, own_folder
 from ..media import write_wav
 from ..mel import MelTransform
 from ..schedule import noise_like
@@ -189,7 +189,7 @@ class SampleSheets:
         with torch.autocast("cpu", enabled=False):
             made = MelTransform.mini().from_image(decode_latents(self.vae, z))
             audio = vocode(PhaseVocoder(), made).numpy()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        own_folder(self.folder)
         plot_sheet(self.true, made, self.captions).savefig(self.folder / f"step-{step}.png")
         return [self._row(step, k, made[k], audio[k]) for k in range(len(made))]
 

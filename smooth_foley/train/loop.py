@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import FoleyError, derive_seed, progress
+from ..core import FoleyError, derive_seed, own_folder, progress
+from .checkpoints import StepCounter, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from .ending import broken_off, told_to_end
-from .records import CsvLog, StepCounter, averaged, latest_checkpoint, save_average, save_checkpoint
+from .records import CsvLog, averaged, save_average
 
 # %% ../../nbs/train/31_loop.ipynb #e432cc8a
 class Draw:
@@ -234,7 +235,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     run = _prepare(stage, cfg, out)
     if resume and (checkpoint := latest_checkpoint(out)):
-        run.acc.load_state(str(checkpoint))
+        load_checkpoint(checkpoint, run.state, run.acc.process_index)
     if cfg.report_to:
         run.acc.init_trackers("smooth_foley", config={k: str(v) for k, v in asdict(cfg).items()})
     watchers = _watchers(run, validate, sample)
@@ -257,6 +258,12 @@ class _Run:
     out: Path  # Folder of the stage
     count: StepCounter
 
+    @property
+    def state(self):
+        "What a checkpoint holds"
+        stage = self.acc.unwrap_model(self.model)
+        return TrainState(stage, self.opt.optimizer, self.emas, self.count, self.acc.scaler)
+
 
 def _prepare(stage, cfg, out):
     "Stage, optimiser and averages on the device where they are trained"
@@ -268,9 +275,7 @@ def _prepare(stage, cfg, out):
     params = [p for p in stage.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, betas=(0.9, 0.99))
     model, opt = acc.prepare(stage, opt)
-    run = _Run(acc, model, params, opt, _averages(params, cfg), cfg, out, StepCounter())
-    acc.register_for_checkpointing(*run.emas, run.count)
-    return run
+    return _Run(acc, model, params, opt, _averages(params, cfg), cfg, out, StepCounter())
 
 # %% ../../nbs/train/31_loop.ipynb #5b2e3883
 def _accelerator(cfg, out):
@@ -398,7 +403,7 @@ def _save(run, last):
     if kept:
         _save_averages(run, step)
     if kept or step % cfg.checkpointing_steps == 0 or step == last:
-        save_checkpoint(run.acc, run.out, step, keep_at=cfg.keep_checkpoints_at)
+        save_checkpoint(run.acc, run.out, run.state, keep_at=cfg.keep_checkpoints_at)
 
 
 def _save_averages(run, step=None, first=0):
@@ -496,4 +501,4 @@ def wait_for_all() -> None:
 def save_trained(model, folder) -> None:
     "Save a trained part, on the first process"
     if is_main():
-        model.eval().save_pretrained(folder)
+        model.eval().save_pretrained(own_folder(folder))

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..backbone import AutoencoderKL, PatchAutoencoder, encode_latents, make_vae, set_latent_stats
+from ..autoencoder import PatchAutoencoder, encode_latents, make_vae, set_latent_stats
+from ..backbone import AutoencoderKL
 from ..clip import FrameEncoder, build_tokenizer, mini_clip_cfg
 from ..mel import MelTransform
 from .captions import PICTURE_CAPTIONS, tokenizer_texts
@@ -133,7 +134,8 @@ def train_vae(run: StageRun) -> None:
     "Train the autoencoder, or the correction of its components"
     r, mel = run.recipe, MelTransform.mini()
     torch.manual_seed(r.seed)
-    if r.autoencoder == "kl":
+    learned = r.autoencoder != "patch"
+    if learned:
         vae = make_vae(latent_channels=r.latent_channels, block_out_channels=(64, 96, 128))
         stage = VaeStage(vae.to(memory_format=torch.channels_last).train())
     else:
@@ -142,7 +144,7 @@ def train_vae(run: StageRun) -> None:
     validate = steady_loss(_mel_rows(run.val.sounds(), mel)) if run.cfg.validation_steps else None
     arrays = sound_arrays(run.cache, r)
     train(stage, _mel_rows(arrays, mel), r.n_scenes, run.cfg, run.out, validate=validate)
-    if r.autoencoder == "kl":
+    if learned:
         _standardize(vae, arrays, mel, r.n_scenes)
     save_trained(vae, run.weights())
 

@@ -16,6 +16,8 @@ STAGES = (
     "scenes",
     "components",
     "vae",
+    "details",
+    "coarse",
     "base",
     "vocoder",
     "pictures",
@@ -30,7 +32,14 @@ STAGES = (
 # %% ../../nbs/train/32_recipe.ipynb #c04f9f8d
 def _stage_configs():
     "How each trained stage runs"
-    adapter = dict(train_batch_size=16, learning_rate=8e-4, ema_decay=0.998, mixed_precision="no")
+    adapter = dict(train_batch_size=16, learning_rate=1.5e-3, ema_decay=0.998, mixed_precision="no")
+    base = dict(
+        train_batch_size=16,
+        lr_warmup_steps=200,
+        ema_decay=0.999,
+        mixed_precision="no",
+        checkpointing_steps=500,
+    )
     return dict(
         clip=TrainConfig(
             max_train_steps=1200,
@@ -51,15 +60,8 @@ def _stage_configs():
             ema_decay=0.998,
             mixed_precision="no",
         ),
-        base=TrainConfig(
-            max_train_steps=3200,
-            train_batch_size=16,
-            learning_rate=1e-3,
-            lr_warmup_steps=200,
-            ema_decay=0.999,
-            mixed_precision="no",
-            checkpointing_steps=500,
-        ),
+        coarse=TrainConfig(max_train_steps=3200, learning_rate=1e-3, **base),
+        base=TrainConfig(max_train_steps=6000, learning_rate=7e-4, lr_cycles=2, **base),
         projection=TrainConfig(
             max_train_steps=1000,
             train_batch_size=32,
@@ -77,19 +79,23 @@ def _stage_configs():
 class Recipe:
     "All that decides what `mini` becomes"
 
-    n_scenes: int = 6000  # Scenes whose sound trains the autoencoder, vocoder and base
+    n_scenes: int = 5000  # Scenes whose sound trains the autoencoder, vocoder and base
     n_picture_scenes: int = 6000  # Scenes whose pictures train CLIP
     n_pictures: int = 8  # Pictures of each of them
-    autoencoder: str = "kl"  # 'kl' trains an `AutoencoderKL`; 'patch' keeps principal components of mel patches
-    latent_channels: int = 8  # Channels of the latents
-    focus: float = 0.0  # Share of noise levels near a signal-to-noise ratio of 1; the others are uniform
+    autoencoder: str = (
+        "residual"  # 'kl' learns one, 'patch' fits components, 'residual' adds components to a learned one
+    )
+    latent_channels: int = 8  # Channels that are learned, or with 'patch' fitted
+    n_details: int = 16  # Channels that 'residual' adds
+    focus: float = 0.3  # Share of the base's noise levels near a signal-to-noise ratio of 1; the others are uniform
+    adapter_focus: float = 0.0  # The same for the adapters
     channel_power: float = 0.0  # The adapters' loss weighs latent channels by their standard deviation to this power
-    n_feature_scenes: int = 3000  # Of these scenes all frames are encoded, for the adapters
+    n_feature_scenes: int = 2500  # Of these scenes all frames are encoded, for the adapters
     first_seed: int = 0  # Of the scenes, in Passby's training seeds
     seed: int = 0  # Of initial weights; batches and noise have the seeds of the stages
     fps: float = 15.0  # Frames per second
-    frame_position: str = "window"  # 'none' is the paper's Eq. 2; all others know when a frame was seen
-    frame_motion: bool = False  # Append to each frame's embedding how fast it changes
+    frame_position: str = "residual"  # 'none' is the paper's Eq. 2; all others know when a frame was seen
+    frame_motion: bool = True  # Append to each frame's embedding how fast it changes
     frame_wise: bool = True  # One token group per frame; False is FoleyCrafter's clip-wise adapter, "w/o frame-wise"
     vocoder: str = "phase"  # 'phase' plays by rule, 'hifigan' trains a small HiFi-GAN
     guidance_scale: float = 2.0  # Defaults of the assembled pipeline, chosen on validation seeds
@@ -107,13 +113,16 @@ _RANGES = (
     ("n_pictures", 1, float("inf"), "1 or more"),
     ("n_feature_scenes", 1, float("inf"), "1 or more"),
     ("latent_channels", 1, 256, "1 to 256, since a patch has 256 components"),
+    ("n_details", 1, 256, "1 to 256, since a patch has 256 components"),
     ("channel_power", 0, 4, "0 (all channels alike) to 4"),
     ("focus", 0, 1, "the share of noise levels near log-SNR 0, from 0 to 1"),
+    ("adapter_focus", 0, 1, "the share of noise levels near log-SNR 0, from 0 to 1"),
     ("fps", 0.2, 100, "frames per second, from 0.2 to 100"),
     ("guidance_scale", 0, 100, "a number from 0 to 100"),
     ("frame_scale", 0, 100, "a number from 0 to 100"),
     ("temporal_scale", 0, 100, "a number from 0 to 100"),
 )
+_AUTOENCODERS = ("kl", "patch", "residual")
 _POSITIONS = ("none", "sinusoidal", "window", "residual")
 
 # %% ../../nbs/train/32_recipe.ipynb #5082a9df
@@ -145,8 +154,8 @@ def _check_scenes(r):
 
 def _check_names(r):
     "Refuse unknown words, and a time code for a token without a time"
-    if r.autoencoder not in ("kl", "patch"):
-        raise FoleyError(f"autoencoder is {r.autoencoder!r}: choose 'kl' or 'patch'")
+    if r.autoencoder not in _AUTOENCODERS:
+        raise FoleyError(f"autoencoder is {r.autoencoder!r}: choose from {', '.join(_AUTOENCODERS)}")
     if r.vocoder not in ("phase", "hifigan"):
         raise FoleyError(f"vocoder is {r.vocoder!r}: choose 'phase' or 'hifigan'")
     if r.frame_position not in _POSITIONS:

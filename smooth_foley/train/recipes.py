@@ -7,10 +7,9 @@ __all__ = ['run_stage', 'train_mini', 'assemble', 'plot_training', 'read_log', '
 
 # %% ../../nbs/train/39_recipes.ipynb #cd2d9376
 import json
-import os
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,8 @@ from ..clip import FrameEncoder
 from ..core import FoleyError, only_writer
 from ..data.tables import make_folder, write_json
 from ..mel import MelTransform
+from ..model_card import write_model_card
+from ..published import new_folder
 from ..schedule import make_scheduler
 from smooth_foley.train.diffusion import (
     load_base,
@@ -29,7 +30,7 @@ from smooth_foley.train.diffusion import (
     train_frame_adapter,
     train_temporal_adapter,
 )
-from .encoding import encode_features, fit_components, load_autoencoder
+from .encoding import encode_features, fit_components, fit_details, load_autoencoder
 from .folder import StageRun, claim_folder
 from .looks import ValidationSet
 from .loop import hardware, is_main, wait_for_all
@@ -44,6 +45,7 @@ _TRAINERS = dict(
     clip=train_clip,
     vae=train_vae,
     vocoder=train_vocoder,
+    coarse=train_base,
     base=train_base,
     projection=train_projection,
     temporal_adapter=train_temporal_adapter,
@@ -59,14 +61,21 @@ def _make(run):
         render_pictures(run.cache, run.recipe)
     elif run.name == "features":
         encode_features(run.cache, run.weights("clip"), run.recipe)
+    elif run.name == "details":
+        fit_details(run.out, run.runs, run.recipe)
     else:
         fit_components(run.out, run.cache, run.recipe)
 
 # %% ../../nbs/train/39_recipes.ipynb #rcs00002
 def _is_needed(name, r):
     "Does a recipe need a stage?"
-    skipped = dict(vocoder=r.vocoder == "phase", components=r.autoencoder == "kl")
-    return not skipped.get(name, False)
+    needed = dict(
+        vocoder=r.vocoder == "hifigan",
+        components=r.autoencoder == "patch",
+        details=r.autoencoder == "residual",
+        coarse=r.autoencoder == "residual",
+    )
+    return needed.get(name, True)
 
 
 def run_stage(
@@ -76,7 +85,7 @@ def run_stage(
     measure=None,  # As in `ValidationSet`
 ) -> None:
     "Run one stage, unless it is done or not needed"
-    run = StageRun(name, runs, r, ValidationSet(runs, r, measure))
+    run = StageRun(name, runs, r, ValidationSet(runs, _validated_as(name, r), measure))
     if (run.out / "done.json").exists() or not _is_needed(name, r):
         return
     run.out.mkdir(parents=True, exist_ok=True)
@@ -89,6 +98,11 @@ def run_stage(
     if is_main():
         _mark_done(run, time.time() - start)
     wait_for_all()
+
+
+def _validated_as(name, r):
+    "The recipe whose latents a stage is validated on: `coarse` makes those of the learned autoencoder alone"
+    return replace(r, autoencoder="kl") if name == "coarse" else r
 
 
 def _mark_done(run, seconds):
@@ -170,13 +184,11 @@ def assemble(
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part, torch.float16)
-    tmp = dest.with_name(f".{dest.name}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    pipe.save_pretrained(tmp)
-    _forget_origin(tmp)
-    _copy_records(runs, tmp / "training", r)
-    shutil.rmtree(dest, ignore_errors=True)
-    os.replace(tmp, dest)
+    with new_folder(dest, overwrite=True) as tmp:
+        pipe.save_pretrained(tmp)
+        _forget_origin(tmp)
+        _copy_records(runs, tmp / "training", r)
+        write_model_card(tmp)
 
 # %% ../../nbs/train/39_recipes.ipynb #rcs00007
 def _forget_origin(folder):
@@ -210,7 +222,7 @@ def plot_training(
 
     stages = [s for s in STAGES if (Path(folder) / "training" / f"{s}.csv").exists()]
     if axes is None:
-        _, axes = plt.subplots(2, 4, figsize=(8, 3.4), dpi=80, layout="constrained")
+        _, axes = plt.subplots(2, -(-len(stages) // 2), figsize=(8, 3.4), dpi=80, layout="constrained")
     for ax in axes.flat[len(stages) :]:
         ax.set_axis_off()
     for ax, stage in zip(axes.flat, stages):

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import torch
 
-from ..core import FoleyError, progress, worker_pool
+from ..core import FoleyError, own_file, progress, worker_pool
 from ..media import clip_resize
 from ..mel import MelTransform
 from .captions import PICTURE_CAPTIONS, is_high, picture_truth, sound_caption
@@ -39,6 +39,7 @@ def open_arrays(
             path.unlink(missing_ok=True)
     arrays = {}
     for name, path in paths.items():
+        path = path if mode == "r" else own_file(path)
         how = "r" if mode == "r" else "r+" if path.exists() else "w+"
         arrays[name] = _mapped(path, how, *spec[name])
         if arrays[name] is None:

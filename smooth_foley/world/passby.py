@@ -9,9 +9,11 @@ __all__ = ['Scene', 'truth_of', 'scene', 'MixedScene']
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import FoleyError
 from ..media import SR
+from ..players import as_html, card, figure_image, player
 from smooth_foley.world.dials import (  # noqa: F401  (the world's names, all at one address)
     ALWAYS,
     CONTINUOUS,
@@ -32,7 +34,7 @@ from .looks import FOCAL, project, render_frames, render_mixed_frames
 from .sounds import gate, pitch, render_audio, with_ambience
 
 # %% ../../nbs/world/20_passby.ipynb #4d3cdc53
-@dataclass
+@dataclass(repr=False)
 class Scene:
     "A clip and everything that is true about it"
 
@@ -126,7 +128,7 @@ def scene(
     return s
 
 # %% ../../nbs/world/20_passby.ipynb #b8d2f002
-@dataclass
+@dataclass(repr=False)
 class MixedScene(Scene):
     "Two sources in one picture"
 
@@ -182,3 +184,54 @@ def _mixed_truths(both, paths, size):
     clock = np.arange(int(both[0].duration * RATE)) / RATE
     yaw = clock, project(both[0], paths[0], clock)[3]
     return {d.label: truth_of(d, m, size, yaw) for d, m in zip(both, paths)}
+
+# %% ../../nbs/world/20_passby.ipynb #psh00002
+def _plot_truth(s, fig):
+    "Level (full) and distance (dotted) of each source, and the pitch where there is one"
+    truths = getattr(s, "truths", None) or {s.label: s.truth}
+    pitched = any(np.isfinite(truth["f0"]).any() for truth in truths.values())
+    axes = fig.subplots(1 + pitched, 1, sharex=True, squeeze=False)[:, 0]
+    metres = axes[0].twinx()
+    for colour, (label, truth) in zip(("tab:blue", "tab:orange"), truths.items()):
+        axes[0].plot(truth["t"], truth["level"], color=colour, label=label)
+        metres.plot(truth["t"], truth["distance"], ":", color=colour)
+        if pitched:
+            axes[1].plot(truth["t"], truth["f0"], color=colour)
+    axes[0].set(ylabel="level (dB)", xlim=(0, s.duration))
+    metres.set_ylabel("distance (m),\ndotted")
+    if len(truths) > 1:
+        axes[0].legend(fontsize=8)
+    axes[-1].set(xlabel="time (s)", ylabel="f0 (Hz)" if pitched else "level (dB)")
+
+# %% ../../nbs/world/20_passby.ipynb #psh00003
+def _remarks(s):
+    "Seed, time of sound, and what makes it hard, in one line"
+    d = s.dials
+    spans = ", ".join(f"{start:.2f}-{end:.2f}" for start, end in s.events[:6]) + (", ..." if len(s.events) > 6 else "")
+    remarks = [f"seed {s.seed}", f"{s.label} sounds {spans} s" if spans else f"{s.label} is silent"]
+    if d.shrink < 1:
+        remarks.append(f"drawn at {d.shrink:.0%} of its size")
+    if d.occluded:
+        remarks.append("hidden {:.1f}-{:.1f} s".format(*d.occluded))
+    if d.leaves:
+        remarks.append(f"leaves the picture from {d.leaves:.1f} s on")
+    if d.distractors:
+        remarks.append(f"silent in the picture: {', '.join(d.distractors)}")
+    return "; ".join(remarks)
+
+
+@patch
+def _repr_html_(self: Scene):
+    "Film, truth and facts"
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(8, 2.8), dpi=80, layout="constrained")
+    _plot_truth(self, fig)
+    film = player(self.frames, self.times, self.duration, self.audio, self.sr)
+    title = " and ".join(getattr(self, "truths", None) or [self.label])
+    return as_html(card(title, film, figure_image(fig, "level, distance and pitch over time"), facts=_remarks(self)))
+
+
+@patch
+def __repr__(self: Scene):
+    return f"{type(self).__name__}({_remarks(self)})"

@@ -1,0 +1,140 @@
+"Notebooks as a person meets them: JupyterLab in a real browser, started the way `make lab` starts it"
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+pytest.importorskip("jupyterlab", reason="no jupyterlab")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
+PICTURES = os.environ.get("SMOOTH_FOLEY_SCREENSHOTS")  # Folder for screenshots, to be looked at
+MINUTES = 8 * 60 * 1000  # Patience for a busy machine, milliseconds
+
+
+def lab_words():
+    "Options of `jupyter lab` in the Makefile"
+    line = re.search(r"/jupyter lab (.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    return shlex.split(line.replace("$(CURDIR)", "."))
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    "A copy of what the pages show and link to, so that nothing here is saved into"
+    folder = tmp_path_factory.mktemp("lab") / "smooth_foley"
+    folder.mkdir()
+    for name in ("nbs", "data_cards", "results"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "_proc"))
+    for path in [*ROOT.glob("*.md"), ROOT / "settings.ini", ROOT / "LICENSE"]:
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(checkout):
+    "The address of a JupyterLab"
+    port, token = 18000 + os.getpid() % 2000, "for-this-test"
+    quiet = ["--no-browser", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(checkout.parent / "config")}
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        quiet.append("--allow-root")
+    command = [sys.executable, "-m", "jupyterlab", *lab_words(), *quiet]
+    with open(checkout.parent / "lab.log", "w") as log:
+        server = subprocess.Popen(command, cwd=checkout, env=env, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, (checkout.parent / "lab.log").read_text()
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?reset&token={token}"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+def picture(page, name):
+    "Keep a screenshot if a person wants to look"
+    if PICTURES:
+        page.screenshot(path=Path(PICTURES) / f"{name}.png")
+
+
+@pytest.fixture
+def page(browser, request):
+    page = browser.new_page(viewport=dict(width=1200, height=1000))
+    page.set_default_timeout(MINUTES)
+    yield page
+    picture(page, f"{request.node.name}-end")
+    page.close()
+
+
+def errors(page):
+    return page.locator('[data-mime-type="application/vnd.jupyter.error"]').count()
+
+
+def run_all(page, address, wanted):
+    """Open a notebook and choose Run All Cells, as a person does, until an output is there.
+
+    A kernel whose connection breaks while it starts, as on a machine that is too busy, forgets what it was to run: no
+    cell is waiting then, and one asks again.
+    """
+    page.goto(address)
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    page.get_by_text("| Idle").first.wait_for()
+    patience = time.monotonic() + MINUTES / 1000
+    while time.monotonic() < patience and not errors(page):
+        if not page.locator(".jp-InputPrompt", has_text="*").count():
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        with contextlib.suppress(playwright.TimeoutError):
+            return wanted.wait_for(timeout=60_000)
+    raise AssertionError("the output did not come: " + page.locator(".jp-Notebook").inner_text()[-2000:])
+
+
+def test_the_reviewer_shows_its_buttons_after_run_all(page, lab):
+    box = page.locator(".jp-OutputArea-output .widget-vbox", has=page.get_by_role("button", name="keep"))
+    run_all(page, lab.format("nbs/app/97_review.ipynb"), box)
+    box.get_by_text("1 of 2").scroll_into_view_if_needed()
+    for name in ("keep", "drop", "back"):
+        assert box.get_by_role("button", name=name, exact=True).is_visible()
+    assert box.locator("video").is_visible() and box.locator("img").is_visible()
+    page.wait_for_function("() => [...document.querySelectorAll('video')].some(v => v.readyState > 1)")
+    picture(page, "reviewer")
+    assert not errors(page)
+    box.get_by_role("button", name="drop", exact=True).click()
+    box.get_by_text("2 of 2").wait_for()
+    box.get_by_role("button", name="keep", exact=True).click()
+    box.get_by_text("2 of 2 reviewed").wait_for()
+    assert not box.locator("video").is_visible() and not box.locator("img").is_visible()
+    picture(page, "reviewed")
+
+
+def test_lab_opens_at_the_root_so_that_links_work(page, lab):
+    page.goto(lab.format("nbs/index.ipynb"))
+    link = page.get_by_role("link", name="how to change one")
+    link.scroll_into_view_if_needed()
+    picture(page, "index")
+    link.click()
+    page.get_by_role("tab", name="CONTRIBUTING.md").wait_for()
+    page.get_by_text("How the repository is laid out").first.wait_for()
