@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['escaped', 'printable', 'FoleyError', 'PartlyDone', 'say', 'refuse_code', 'suggest', 'derive_seed', 'derive_generator',
            'default_device', 'mini_path', 'expand', 'check_writable', 'atomic_path', 'only_writer', 'own_file',
-           'own_folder', 'progress', 'die_with_parent', 'unseen_interrupts', 'worker_pool']
+           'own_folder', 'progress']
 
 # %% ../nbs/00_core.ipynb #32b9f55e
 import errno
@@ -14,10 +14,8 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import stat
 import sys
-import threading
 import time
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -325,69 +323,3 @@ def progress(
     quiet = any(os.environ.get(k) for k in ("IN_TEST", "CI", "TQDM_DISABLE"))
     disable = True if quiet else None  # None: tqdm looks whether it writes to a terminal
     return tqdm(it, desc=printable(desc), unit=unit, total=total, disable=disable, dynamic_ncols=True)
-
-# %% ../nbs/00_core.ipynb #e404f291
-def die_with_parent():
-    "In a worker process: end when the process that started it is gone"
-    from multiprocessing import parent_process
-
-    parent = parent_process()
-
-    def watch():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def unseen_interrupts():
-    "Processes that start within the block never see Ctrl-C; this one sees it after the block"
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave(number, frame):
-    "Give up the present work, which cleans up after itself, and take no other"
-    end = threading.Timer(1.0, os._exit, (1,))
-    end.daemon = True
-    end.start()
-    sys.exit(1)
-
-
-def _begin_worker(then, arguments):
-    "End with the parent; leave nothing half-written when told to stop"
-    die_with_parent()
-    signal.signal(signal.SIGTERM, _leave)
-    if then:
-        then(*arguments)
-
-
-@contextmanager
-def worker_pool(
-    n: int,  # Processes
-    then=None,  # Called first in each of them
-    arguments: tuple = (),  # Of `then`
-):  # `ProcessPoolExecutor`
-    "Processes that end with this one, and at once when the block fails"
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(n, get_context("spawn"), _begin_worker, (then, arguments)) as pool:
-        try:
-            with unseen_interrupts():
-                first = pool.submit(int)
-            first.result()
-            yield pool
-        except BaseException:
-            workers = list((pool._processes or {}).values())
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in workers:
-                worker.terminate()
-            raise

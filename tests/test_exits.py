@@ -87,7 +87,7 @@ SLOW = """
 import sys, time
 from concurrent.futures import wait
 from smooth_foley.app.exits import exit_code
-from smooth_foley.core import worker_pool
+from smooth_foley.data.workers import worker_pool
 
 def work():
     with worker_pool(2) as pool:

@@ -15,11 +15,12 @@ from contextlib import nullcontext
 
 from .. import __version__
 from .bench_command import BENCH
-from .cli import DEMO, GENERATE, INFO, SHOW_LABELS
+from .cli import DEMO, GENERATE, SHOW_LABELS
 from .data_commands import DATA
 from .evaluate_command import EVALUATE
 from .exits import exit_code
 from .fetch_command import FETCH
+from .info_command import INFO
 from .listen_command import LISTEN
 from .options import Parser, add_command, in_shell_words, quietly
 from .train_command import TRAIN

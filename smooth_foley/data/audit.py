@@ -21,9 +21,10 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import FoleyError, atomic_path, progress, unseen_interrupts
+from ..core import FoleyError, atomic_path, progress
 from .inspection import Limits, find_faults, inspect_clip
 from .tables import CLIP_FAULT_COLUMNS, RowLog, make_folder, plain_row, sheet_cell
+from .workers import unseen_interrupts
 
 # %% ../../nbs/data/51_audit.ipynb #6248397f
 def _serve(

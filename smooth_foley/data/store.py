@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import FoleyError, only_writer, progress, worker_pool
+from ..core import FoleyError, only_writer, progress
 from .arrays import read_arrays, write_arrays
 from .items import Item
 from .tables import fault_row, make_folder, read_json, write_json
+from .workers import worker_pool
 
 # %% ../../nbs/data/54_store.ipynb #03950a71
 _FACTS = ("size", "changed", "content")

@@ -16,7 +16,8 @@ import av
 import numpy as np
 import torch
 
-from ..core import FoleyError, own_file, progress, worker_pool
+from ..core import FoleyError, own_file, progress
+from ..data.workers import worker_pool
 from ..media import clip_resize
 from ..mel import MelTransform
 from .captions import PICTURE_CAPTIONS, is_high, picture_truth, sound_caption
