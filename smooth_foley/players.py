@@ -54,13 +54,13 @@ def mp3(
     sr: int,  # Hz
 ) -> bytes:
     "A sound, encoded small"
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp3") as out:
+    memory = io.BytesIO()
+    with av.open(memory, "w", format="mp3") as out:
         stream = out.add_stream("libmp3lame", rate=sr, layout="mono")
         stream.bit_rate = _SOUND_RATE
         for packet in encode_sound(stream, np.clip(audio, -1, 1), sr):
             out.mux(packet)
-    return file.getvalue()
+    return memory.getvalue()
 
 # %% ../nbs/01a_players.ipynb #ply00014
 def small_mp4(
@@ -76,8 +76,8 @@ def small_mp4(
     step = -(-max(frames.shape[1:3]) // widest)
     frames = frames[:, ::step, ::step]
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # halved colour needs even sides
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as out:
+    memory = io.BytesIO()
+    with av.open(memory, "w", format="mp4") as out:
         picture = add_picture(out, *frames.shape[1:3], max(1, round(len(frames) / duration)))
         picture.options = {"bf": "0", "crf": str(crf)}
         streams = [encode_picture(picture, frames, times, duration)]
@@ -87,7 +87,7 @@ def small_mp4(
             streams.append(encode_sound(sound, np.clip(audio, -1, 1), sr))
         for packet in by_time(*streams):
             out.mux(packet)
-    return file.getvalue()
+    return memory.getvalue()
 
 # %% ../nbs/01a_players.ipynb #ply00017
 def _uri(data, kind):

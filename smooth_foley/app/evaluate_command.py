@@ -14,10 +14,10 @@ _COMPARE = (
     (
         "--systems",
         "S,S,...",
-        "BASE or NAME=BASE:key=value:...; bases: ours, ours-clipwise, foleycrafter, foleycrafter-noprompt, text, "
-        "always, truth-vocoded, truth-vae, other; keys: weights, frame_adapter, temporal_adapter, label_projection, "
-        "... (a folder), or frame_scale, temporal_scale, guidance_scale, condition, prompt, frame_wise "
-        "(default: ours,ours-clipwise)",
+        "BASE or NAME=BASE:key=value:...; bases: ours, ours-clipwise, foleycrafter, foleycrafter-noprompt, diff-foley, "
+        "text, always, truth-vocoded, truth-vae, other; keys: weights, frame_adapter, temporal_adapter, "
+        "label_projection, ... (a folder), or frame_scale, temporal_scale, guidance_scale, condition, prompt, "
+        "frame_wise (default: ours,ours-clipwise)",
     ),
     (
         "--split",

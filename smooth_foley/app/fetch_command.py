@@ -65,8 +65,24 @@ def _fetch_grounding(args):
         done = grounding.download_grounding(out, args.overwrite)
         say(f"wrote {done}; use it with --model full, or --grounding full")
 
+
+def _fetch_diff_foley(args):
+    "The published Diff-Foley, or what it would be"
+    from smooth_foley.compare.diff_foley_files import fetch_diff_foley
+
+    out = fetch_diff_foley(args.out, args.dry_run, args.dtype, args.folders, args.overwrite)
+    if args.dry_run:
+        say(f"would become {out}")
+    else:
+        say(f"wrote {out}; use it with smooth-foley evaluate --systems diff=diff-foley:folder={out}")
+
 # %% ../../nbs/app/91c_fetch_command.ipynb #ftc00009
-_FETCHED = dict(full=_fetch_full, metrics=_fetch_metrics, grounding=_fetch_grounding)
+_FETCHED = {
+    "full": _fetch_full,
+    "metrics": _fetch_metrics,
+    "grounding": _fetch_grounding,
+    "diff-foley": _fetch_diff_foley,
+}
 
 
 def _fetch(args):
@@ -76,22 +92,31 @@ def _fetch(args):
 
 _WHAT = (
     "full: Auffusion, FoleyCrafter's adapters and CLIP ViT-H-14; metrics: the networks of the published metrics; "
-    "grounding: text-to-audio grounding"
+    "grounding: text-to-audio grounding; diff-foley: the baseline's networks"
 )
-_FROM = "full: use published files that are here already: folders to search, or PART=PATH where two have the same part"
+_FROM = (
+    "full, diff-foley: use published files that are here already: folders to search, "
+    "or (full) PART=PATH where two have the same part"
+)
 _OPTIONS = (
     ("what", tuple(_FETCHED), _WHAT),
     ("--dry-run", SWITCH, "list hub ids, files, sizes and licences; download nothing"),
     ("--out", output("FOLDER"), "where the result goes; default: where --model full, or the metrics, look for it"),
-    ("--dtype", ("float32", "float16", "bfloat16"), "full: type of the written weights (default float32)", "float32"),
+    (
+        "--dtype",
+        ("float32", "float16", "bfloat16"),
+        "full, diff-foley: type of the weights (default float32)",
+        "float32",
+    ),
     ("--from", dict(dest="folders", nargs="+", metavar="FOLDER"), _FROM),
-    ("--overwrite", SWITCH, "full, grounding: replace a folder that exists"),
+    ("--overwrite", SWITCH, "full, grounding, diff-foley: replace a folder that exists"),
 )
 
 # %% ../../nbs/app/91c_fetch_command.ipynb #ftc00010
 _EXAMPLES = """examples:
   smooth-foley fetch full --dry-run
   smooth-foley fetch full --dtype bfloat16
+  smooth-foley fetch diff-foley --dry-run
   smooth-foley fetch full --from checkpoints checkpoints/auffusion vit-h vocoder=checkpoints/vocoder"""
 FETCH = Command(
     "fetch",

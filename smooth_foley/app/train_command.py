@@ -109,7 +109,9 @@ def _given(args):
 
 
 def _train(args):
-    "Train the small model from nothing"
+    "Train the small model, or the baseline, from nothing"
+    if args.recipe == "diff-foley":
+        return _train_diff_foley(args)
     from smooth_foley.train import recipes
 
     stages = recipes.STAGES
@@ -118,17 +120,29 @@ def _train(args):
     done = recipes.train_mini(args.out, stages, args.resume, args.max_steps, sample_measures, **_given(args))
     say(f"trained: {done}")
 
+
+def _train_diff_foley(args):
+    "Train the baseline from nothing"
+    from smooth_foley.compare import diff_foley_training as baseline
+
+    stages = baseline.STAGES
+    if args.stages:
+        stages = tuple(s.strip() for s in args.stages.split(","))
+    done = baseline.train_diff_foley(args.out, stages, args.resume, args.max_steps, **_given(args))
+    say(f"trained: {done}; use it with smooth-foley evaluate --systems diff=diff-foley:folder={done}")
+
 # %% ../../nbs/app/91a_train_command.ipynb #e6dd699b
 _EXAMPLES = """examples:
   smooth-foley train mini --out runs/mini
   smooth-foley train mini --out runs/try --max-steps 20 --n-scenes 100
   smooth-foley train mini --out runs/mini --stages base --validation-steps 1000 --sample-steps 2000
+  smooth-foley train diff-foley --out runs/diff_foley
   smooth-foley train mini --out runs/none --frame-position none --learning-rate 4e-4 --stages frame_adapter,assemble
 
 A run that was stopped goes on when the same command is given again.
 The folder keeps its recipe in recipe.json and refuses another one."""
 _RUN = (
-    ("recipe", ("mini",), "what to train"),
+    ("recipe", ("mini", "diff-foley"), "what to train"),
     ("--out", dict(required=True, **output("FOLDER")), "checkpoints, logs and the finished model"),
     ("--stages", "STAGES", "comma-separated part of the recipe, in order (default: all)"),
     ("--resume", YES_NO, "go on from checkpoints, or start the stages again", True),
@@ -137,7 +151,7 @@ _RUN = (
 TRAIN = Command(
     "train",
     _train,
-    "Train the small model from nothing.",
+    "Train the small model, or the Diff-Foley baseline, from nothing.",
     (
         Group(_RUN),
         Group(RECIPE_OPTIONS, "recipe", "What is left out is as in the recipe."),

@@ -217,6 +217,27 @@ def _foleycrafter(loaded, **options):
 def _foleycrafter_noprompt(loaded, **options):
     return _foleycrafter_system(loaded, False, **options)
 
+# %% ../../nbs/compare/73_systems.ipynb #sysdf002
+@system("diff-foley", "Diff-Foley: the picture at 4 fps, no label and no condition; folder=FOLDER names its weights")
+def _diff_foley(loaded, folder=None, **options):
+    from smooth_foley.compare.diff_foley import DiffFoley
+
+    if bad := set(options) - {"num_inference_steps", "guidance_scale", "classifier_scale"}:
+        raise FoleyError(f"system diff-foley: takes no {', '.join(sorted(bad))}; it has no label and no adapters")
+    foley = DiffFoley.from_pretrained(folder or ("full" if loaded.folder == "full" else None)).to(loaded.pipe.device)
+    foley.set_progress_bar_config(disable=True)
+    key = fingerprint(dict(cavp=foley.cavp))
+
+    def sound(takes, seed, steps):
+        for t in takes:
+            if key not in t.memo:
+                t.memo[key] = foley.see(t.clip)
+        how = {"num_inference_steps": steps, **options}
+        out = foley([t.clip for t in takes], seed=seed, features=[t.memo[key] for t in takes], **how)
+        return out.audios, [None] * len(takes)
+
+    return Built(sound, {f"diff_foley.{k}": m for k, m in foley.components.items()})
+
 # %% ../../nbs/compare/73_systems.ipynb #2e20bdb3
 def _clip_by_clip(name, options, one):
     "A system that is no model: `one(take)` is its sound, and there is no condition"
@@ -283,7 +304,10 @@ _OPTIONS = dict(
     prompt=str,
     negative_prompt=str,
     frame_wise=_flag,
+    classifier_scale=float,
+    folder=str,
 )
+_OF_DIFF_FOLEY = ("classifier_scale", "folder")
 _COMPONENTS = (
     "weights",
     "frame_adapter",
@@ -336,6 +360,8 @@ def _with_pairs(spec, text, pairs):
     parts, options = {}, {}
     for pair in pairs:
         key, eq, value = pair.partition("=")
+        if key in _OF_DIFF_FOLEY and spec.base != "diff-foley":
+            raise FoleyError(f"system {text!r}: {key} belongs to diff-foley; leave it out")
         if eq and key in _OPTIONS:
             options[key] = _option_value(text, key, value)
         elif eq and key in _COMPONENTS:
