@@ -185,10 +185,10 @@ def _asked(spec):
     return (".".join(map(str, spec)) if isinstance(spec, list) else str(spec))[:80]
 
 
-def _named_class(folder, name, spec):
-    "Library and class that `model_index.json` names for a component"
+def _named_class(folder, name, spec, classes):
+    "Library and class that `model_index.json` names for a component, if it is one of `classes`"
     asked = _asked(spec)
-    known = _CLASSES.get(name, ())
+    known = classes.get(name, ())
     if asked not in known:
         some = ", ".join(known[:4]) or "given as an argument"
         raise FoleyError(f"{folder}/model_index.json: {name} is a {asked}, which is none of ours; it may be {some}")
@@ -231,7 +231,7 @@ def _wrong_entry(index):
 # %% ../nbs/10_loading.ipynb #f7fe8e40
 def load_parts(
     folder: Path,  # Folder with a `model_index.json`
-    cls: type,  # Pipeline, whose `__init__` says what it needs
+    cls: type,  # Pipeline: its `__init__` says what it needs, its `component_classes`, if any, of which classes
     given: dict,  # Components and settings to use instead of the stored ones
     options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen) Type, variant, ...
 ) -> dict:  # Name -> component or setting; modules frozen, in evaluation mode, on the CPU
@@ -242,9 +242,10 @@ def load_parts(
     loaded = {k: index[k] for k in settings if k in index}
     read = [name for name in index if name in parts and name not in given]
     variants = find_variants(folder, options.variant, read)
+    classes = {**_CLASSES, **getattr(cls, "component_classes", {})}
     for name in read:
         how = options.dtype_of(name), variants.get(name), options.low_cpu_mem_usage
-        loaded[name] = load_part(folder / name, *_named_class(folder, name, index[name]), *how)
+        loaded[name] = load_part(folder / name, *_named_class(folder, name, index[name], classes), *how)
         if isinstance(loaded[name], torch.nn.Module):
             loaded[name].requires_grad_(False)
     return {**loaded, **given}
@@ -255,8 +256,7 @@ def _check_parts(folder, index, given, parts):
     missing = sorted(parts - set(index) - set(given))
     if missing:
         raise FoleyError(
-            f"{folder}/model_index.json names no {', '.join(missing)}; "
-            "give a folder that `SmoothFoleyPipeline.save_pretrained` wrote"
+            f"{folder}/model_index.json names no {', '.join(missing)}; give the folder of a saved pipeline"
         )
 
 # %% ../nbs/10_loading.ipynb #517f71df
@@ -278,7 +278,7 @@ def find_weights(
             raise FoleyError(f"{name}: no such folder, and no hub id (owner/name) either; check the name")
         hub = dict(revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
         folder = _download(str(name), variant, **hub)
-    return _with_index(folder, "give a folder that `save_pretrained` wrote")
+    return _with_index(folder, "give the folder of a saved pipeline")
 
 # %% ../nbs/10_loading.ipynb #9deef1e8
 def _with_index(folder, how):

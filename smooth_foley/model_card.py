@@ -266,7 +266,7 @@ def model_card(
     folder = Path(folder)
     index, sources = _json(folder / "model_index.json"), _json(folder / "sources.json")
     if not index:
-        raise FoleyError(f"{folder}: no model_index.json in it; give a folder that `save_pretrained` wrote")
+        raise FoleyError(f"{folder}: no model_index.json in it; give the folder of a saved pipeline")
     recipe = _json(folder / "training" / "recipe.json")
     kind = "mini" if recipe else "full" if sources else "other"
     repositories, numbers = _published(sources), _numbers(results)

@@ -290,9 +290,9 @@ def denoise(s, emb="image_embeds", temporal_scale=None, steps=README["runs"]["st
     "Latents after each call of the scheduler"
     p, seen = s.pipe, []
 
-    def on_step(i, t, z):
+    def on_step(pipe, i, t, z, guidance):
         seen.append(z.clone())
-        return z
+        return z, guidance
 
     with p.frame_adapter.installed(p.unet, s.ip_scale):
         guidance = Guidance(

@@ -330,7 +330,7 @@ def test_claims_follow_the_numbers(tmp_path):
     assert words("better timed than clip-wise") == {"not shown"} and words(
         "the prompt helps FoleyCrafter to be recognised"
     ) == {"reversed"}
-    assert words("window follows the Doppler shift better than clip-wise") == {"holds"}
+    assert words("time order follow the Doppler shift better than clip-wise") == {"holds"}
     assert all(r["n"] == 12 for r in found.values())
 
 

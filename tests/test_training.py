@@ -486,7 +486,7 @@ def test_a_folder_of_another_recipe_is_refused_with_both_values(tmp_path):
     with pytest.raises(FoleyError, match="n_scenes 60 there and 70 now"):
         claim(tmp_path, n_scenes=70)
     begin(tmp_path, "base")
-    with pytest.raises(FoleyError, match=r"base.learning_rate 0.001 there and 0.0001 now"):
+    with pytest.raises(FoleyError, match=r"base.learning_rate 0.0007 there and 0.0001 now"):
         claim(tmp_path, n_scenes=60, learning_rate=1e-4)
     steps = Recipe().stages["base"].max_train_steps
     with pytest.raises(FoleyError, match=f"base.max_train_steps {steps} there and 8000 now"):
@@ -496,7 +496,7 @@ def test_a_folder_of_another_recipe_is_refused_with_both_values(tmp_path):
         claim(tmp_path, ("frame_adapter",), n_scenes=60, learning_rate=1e-4, frame_position="none")
         .stages["base"]
         .learning_rate
-        == 1e-3
+        == 7e-4
     )
     claim(tmp_path, resume=False, n_scenes=60, learning_rate=1e-4)
     assert not (tmp_path / "base").exists()
@@ -522,7 +522,7 @@ def test_a_folder_without_a_recipe_is_adopted_as_its_stages_say(tmp_path):
     }
     (tmp_path / "base" / "done.json").write_text(json.dumps(dict(config=done | dict(learning_rate=5e-4))))
     assert claim(tmp_path, ("frame_adapter",)).stages["base"].learning_rate == 5e-4
-    with pytest.raises(FoleyError, match="base.learning_rate 0.0005 there and 0.001 now"):
+    with pytest.raises(FoleyError, match="base.learning_rate 0.0005 there and 0.0007 now"):
         claim(tmp_path, ("base",))
     (tmp_path / "recipe.json").write_text("{")
     with pytest.raises(FoleyError, match="recipe.json: cannot be read"):

@@ -88,8 +88,15 @@ def _interrupts():
         seen.append(number)
         raise KeyboardInterrupt
 
+    def again():
+        if signal.getsignal(signal.SIGINT) is pressed:
+            _thread.interrupt_main()
+
     def swallowed(about):
-        _thread.interrupt_main() if issubclass(about.exc_type, KeyboardInterrupt) else hook(about)
+        if issubclass(about.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, again).start()  # Raised in here, it would be lost again
+        else:
+            hook(about)
 
     hook, sys.unraisablehook = sys.unraisablehook, swallowed
     before = signal.signal(signal.SIGINT, pressed)

@@ -21,6 +21,7 @@ from .diff_foley_ldm import AlignmentClassifier, ConditionStage, decode_spectrog
 from .diff_foley_mel import DiffFoleyMel
 from .diff_foley_sampler import AlignmentGuidance, dpm_solver, sample
 from ..core import FoleyError, derive_generator, derive_seed, mini_path, progress
+from ..load_options import LoadOptions, check_keywords
 from ..loading import load_parts, quiet
 from ..media import SR, Clip, read_clip, seconds_to_samples
 from ..output import FoleyOutput
@@ -32,6 +33,14 @@ AS_SHIPPED = dict(windows="whole", raw_context=True, null_as_trained=False)
 
 class DiffFoley(DiffusionPipeline):
     "Sound from the picture alone: contrastive features, latent diffusion, double guidance"
+
+    component_classes = {
+        "cavp": ("smooth_foley.compare.diff_foley_cavp.Cavp",),
+        "condition_stage": ("smooth_foley.compare.diff_foley_ldm.ConditionStage",),
+        "classifier": ("smooth_foley.compare.diff_foley_ldm.AlignmentClassifier",),
+        "mel": ("smooth_foley.compare.diff_foley_mel.DiffFoleyMel",),
+        "scheduler": ("smooth_foley.compare.diff_foley_sampler.UnroundedDPMSolver",),
+    }
 
     def __init__(
         self,
@@ -133,7 +142,10 @@ def from_pretrained(
     **kwargs,  # Components or settings to use instead of the stored ones
 ) -> DiffFoley:  # Frozen, in evaluation mode, on the CPU
     "Load it; weights that do not fit are refused by name"
-    return cls(**load_parts(find_diff_foley(name), cls, kwargs, torch_dtype))
+    parts, settings = (sorted(set(names) - {"self"}) for names in cls._get_signature_keys(cls))
+    kwargs = check_keywords(kwargs, [*parts, *settings])
+    options = LoadOptions(dict(default=torch_dtype))
+    return cls(**load_parts(find_diff_foley(name), cls, kwargs, options))
 
 
 @patch

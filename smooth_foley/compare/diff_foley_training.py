@@ -23,7 +23,7 @@ from .diff_foley_ldm import AlignmentClassifier, ConditionStage
 from .diff_foley_mel import DiffFoleyMel
 from .diff_foley_sampler import dpm_solver
 from .diff_foley_stages import AutoencoderStage, CavpStage, ClassifierStage, LdmStage
-from ..core import FoleyError, progress, suggest
+from ..core import FoleyError, own_file, progress, suggest
 from ..data.arrays import read_array, write_array
 from ..data.tables import write_json
 from ..train.loop import TrainConfig, check_config, hardware, is_main, save_trained, train, wait_for_all
@@ -306,7 +306,7 @@ def _keep_records(run, dest):
     for path in dest.rglob("config.json"):
         config = json.loads(path.read_text())
         if config.pop("_name_or_path", None):
-            path.write_text(json.dumps(config, indent=2) + "\n")
+            own_file(path).write_text(json.dumps(config, indent=2) + "\n")
     records = dest / "training"
     records.mkdir()
     for stage in STAGES:
