@@ -33,10 +33,11 @@ from smooth_foley.temporal_adapter import make_temporal_adapter
 from smooth_foley.temporal_condition import LabelProjection
 from smooth_foley.train import diffusion, folder, looks, parts, recipes
 from smooth_foley.train.captions import PICTURE_CAPTIONS
+from smooth_foley.train.checkpoints import latest_checkpoint
 from smooth_foley.train.encoding import feature_arrays, mel_images
 from smooth_foley.train.loop import Draw, TrainConfig, check_config, train
 from smooth_foley.train.recipe import Recipe, recipe_with
-from smooth_foley.train.records import CsvLog, latest_checkpoint
+from smooth_foley.train.records import CsvLog
 from smooth_foley.train.scenes import close_chunk, open_arrays, sound_arrays
 from smooth_foley.vocoder import make_vocoder
 
