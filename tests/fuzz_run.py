@@ -346,9 +346,9 @@ def caches(originals, tmp, rng):
     from smooth_foley.data.continuous import read_filter
     from smooth_foley.data.store import measure_clips, read_measurement
     from smooth_foley.frame_cache import EmbeddingCache
+    from smooth_foley.train.checkpoints import latest_checkpoint
     from smooth_foley.train.folder import claim_folder
     from smooth_foley.train.recipe import Recipe
-    from smooth_foley.train.checkpoints import latest_checkpoint
     from smooth_foley.train.records import CsvLog
 
     folder = shutil.copytree(originals.folder / "caches", tmp / "in")
