@@ -76,8 +76,9 @@ def _read(self: EmbeddingCache, key, n):
     try:
         z = load_file(file)["frames"]
     except Exception:
-        return None  # cut short: encode again
-    return z if len(z) == n else None
+        return None  # Damaged: encode again
+    whole = z.ndim == 2 and len(z) == n and z.is_floating_point() and bool(z.isfinite().all())
+    return z if whole else None
 
 # %% ../nbs/10a_frame_cache.ipynb #089693fc
 @patch

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from .clip import WEIGHTS_FILE
-from .core import FoleyError
+from .core import FoleyError, expand
 
 # %% ../nbs/10d_layout.ipynb #73bd3b40
 LAYOUT = dict(
@@ -45,7 +45,7 @@ def _named(part, path):
     "The file of a part that was named itself"
     if part == "frame_encoder" and isinstance(path, (tuple, list)):
         return tuple(Path(p) for p in path)
-    path, names = Path(path).expanduser(), [Path(name).name for name in LAYOUT[part]]
+    path, names = expand(path), [Path(name).name for name in LAYOUT[part]]
     file = path if path.is_file() else _inside(path, part) or _first_file(path, names)
     if file is None:
         raise FoleyError(f"{path}: no {part} there; looked for {' or '.join(names)}")
@@ -75,7 +75,7 @@ def locate(
     "Find every part, or say which are missing"
     given = _as_dict(sources)
     found = {k: _named(k, v) for k, v in given.items() if k in LAYOUT}
-    folders = [Path(v).expanduser() for k, v in given.items() if k not in LAYOUT]
+    folders = [expand(v) for k, v in given.items() if k not in LAYOUT]
     for folder in folders:
         if not folder.is_dir():
             raise FoleyError(f"{folder}: no such folder; give folders with the published files")

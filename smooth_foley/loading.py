@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .core import FoleyError, mini_path, refuse_code
+from .core import FoleyError, expand, mini_path, refuse_code
 from .load_options import LoadOptions, find_variants, variants_of
 from .schedule import SCHEDULERS
 
@@ -181,9 +181,13 @@ _CLASSES = dict(
 )
 
 
+def _asked(spec):
+    return (".".join(map(str, spec)) if isinstance(spec, list) else str(spec))[:80]
+
+
 def _named_class(folder, name, spec, classes):
     "Library and class that `model_index.json` names for a component, if it is one of `classes`"
-    asked = ".".join(map(str, spec)) if isinstance(spec, list) else str(spec)
+    asked = _asked(spec)
     known = classes.get(name, ())
     if asked not in known:
         some = ", ".join(known[:4]) or "given as an argument"
@@ -196,7 +200,33 @@ def read_index(
 ) -> dict:
     "Classes of components, and settings"
     path = folder / "model_index.json"
-    return _one_line(path, lambda: json.loads(path.read_text()))
+    index = _one_line(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+    if wrong := _wrong_entry(index):
+        raise FoleyError(f"{path}: {wrong}; give a folder that `SmoothFoleyPipeline.save_pretrained` wrote")
+    return index
+
+
+_NUMBERS = ("fps", "threshold", "num_inference_steps", "guidance_scale", "frame_scale", "temporal_scale")
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
+
+
+def _wrong_entry(index):
+    "What is wrong with an index, or None"
+    if not isinstance(index, dict):
+        return f"holds a {type(index).__name__} instead of components by name"
+    labels = index.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        return "labels is no list of names"
+    for name in _NUMBERS:
+        if not _is_number(index.get(name, 0)):
+            return f"{name} is {index[name]!r:.40} and no usable number"
+    for name, spec in index.items():
+        pair = isinstance(spec, list) and len(spec) == 2 and all(isinstance(s, str) for s in spec)
+        if isinstance(spec, list) and not (pair or name == "labels" or name.startswith("_")):
+            return f"{name} is a {_asked(spec)}, which is none of ours"
 
 # %% ../nbs/10_loading.ipynb #f7fe8e40
 def load_parts(
@@ -242,7 +272,7 @@ def find_weights(
     if name in (None, "mini"):
         how = "the package came without weights; `smooth-foley train mini` makes them"
         return _with_index(mini_path(), how)
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if not folder.is_dir():
         if folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2:
             raise FoleyError(f"{name}: no such folder, and no hub id (owner/name) either; check the name")

@@ -34,7 +34,7 @@ from smooth_foley.containers import (
     open_media,
     picture_stream,
 )
-from .core import FoleyError, _claim, _place, atomic_path
+from .core import FoleyError, atomic_path, check_writable
 from .tracks import open_output, plan_picture, plan_sounds, write_tracks
 
 # %% ../nbs/01_media.ipynb #27995eb3
@@ -275,7 +275,7 @@ def check_output(
         raise FoleyError(f"{out}: is the input itself; give another name")
     if os.path.lexists(out) and not os.path.isdir(out) and not overwrite:
         raise FoleyError(f"{out}: exists already; pass `overwrite=True` or give another name")
-    _claim(_place(out)).unlink()
+    check_writable(out)
     return out
 
 # %% ../nbs/01_media.ipynb #c0d1a7e3

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from .clip import CONFIG_FILE, WEIGHTS_FILE, FrameEncoder
-from .core import FoleyError, progress, say
+from .core import FoleyError, expand, progress, say
 from .hub import REPOSITORIES, NotHere, check_room, download, plan, show_plan
 from .layout import OPTIONAL, locate
 from .load_options import as_dtype
@@ -33,7 +33,7 @@ from .saving import add_pipeline_code
 # %% ../nbs/11_published.ipynb #96c4fe71
 def _free_name(out, overwrite):
     "Where the folder goes, if it may"
-    out = Path(out).expanduser()
+    out = expand(out)
     if out.exists() and not overwrite:
         raise FoleyError(f"{out}: is there already; choose another place, or allow to overwrite it")
     return out
@@ -202,7 +202,7 @@ def convert(
 def full_path() -> Path:  # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
     "Where the converted `full` is"
     home = os.environ.get("SMOOTH_FOLEY_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "smooth_foley") / "full"
+    return (expand(home) if home else Path.home() / ".cache" / "smooth_foley") / "full"
 
 
 def _show_found(found):
@@ -227,7 +227,7 @@ def fetch(
     **hub,  # `cache_dir`, `token`, `local_files_only`, as in `download`
 ) -> Path:  # `out`
     "Bring the published weights and make `full` of them"
-    out = Path(out).expanduser() if out else full_path()
+    out = expand(out) if out else full_path()
     for line in (show_plan(plan(sources)) if folders is None else _show_found(locate(folders))).split("\n"):
         say(line)
     if dry_run:

@@ -86,7 +86,11 @@ WRONG = {  # name: (words, what the line must say)
     "only sound": (["generate", "sound.mp4"], "only sound"),
     "one frame": (["generate", "one.mp4"], "single picture"),
     "too long": (["generate", "long.mp4"], "11.00 s, and at most 10.24"),
-    "one bad among good": (["generate", "good.mp4", "text.mp4", "-o", "nothing"], "text.mp4"),
+    "several into a file": (
+        ["generate", "good.mp4", "one.mp4", "-o", "x.mp4"],
+        "several videos need an existing folder",
+    ),
+    "nobody's home": (["generate", "good.mp4", "--model", "~nouser/x"], "~nouser/x: nobody of that name"),
     "folder without video": (["generate", "nothing"], "no video in this folder"),
     "unknown label": (["generate", "good.mp4", "--label", "dog barkin"], "'dog barking'"),
     "empty label": (["generate", "good.mp4", "--label", "  "], "empty"),
@@ -96,6 +100,11 @@ WRONG = {  # name: (words, what the line must say)
     "unwritable": (["generate", "good.mp4", "-o", "/proc/x.mp4"], "/proc/x.mp4: cannot be written"),
     "unknown format": (["generate", "good.mp4", "-o", "x.ogg"], "cannot write .ogg"),
     "container that cannot hold the picture": (["generate", "vp8.webm", "-o", "x.mp4"], ".mp4 cannot hold its picture"),
+    "list from a pipe": (["data", "vggsound", "--csv", "pipe.mp4"], "pipe.mp4: is a pipe or a device"),
+    "list without end": (
+        ["data", "audit", "--clips", "nothing", "--csv", "/dev/zero", "--out", "a"],
+        "/dev/zero: is a",
+    ),
     "pipe": (["generate", "pipe.mp4"], "pipe.mp4: is a pipe; save it to a file first"),
     "output is a pipe": (["generate", "good.mp4", "-o", "pipe.mp4", "--overwrite"], "pipe.mp4: is no ordinary file"),
     "output name too long": (["generate", "good.mp4", "-o", "x" * 260 + ".mp4"], "file name too long"),
@@ -125,6 +134,17 @@ WRONG = {  # name: (words, what the line must say)
     "unknown type of a bench": (["bench", "--dtype", "fp64"], "--dtype: invalid choice"),
     "no folder for a bench": (["bench", "--out", "none/x.json"], "none: no such folder"),
     "unknown system": (["evaluate", "--systems", "nobody", "--out", "e"], "nobody"),
+    "no systems": (["evaluate", "--systems", "", "--out", "e"], "--systems: is empty"),
+    "system without a name": (["evaluate", "--systems", "=ours", "--out", "e"], "'' cannot be its name"),
+    "no split": (["evaluate", "--split", "", "--out", "e"], "--split: is empty"),
+    "more scenes than there are": (["evaluate", "--n", "9999999", "--out", "e"], "has 1000000 test scenes"),
+    "nothing was heard": (
+        ["data", "shards", "passby:0-1", "--out", "s", "--heard", "nodir"],
+        "nodir: nothing was heard",
+    ),
+    "range without end": (["data", "shards", "passby:0-99999999999", "--out", "s"], "has the seeds 0 to 3999999"),
+    "range of a long number": (["data", "shards", "passby:0-" + "9" * 5000, "--out", "s"], "has the seeds 0 to"),
+    "part of none": (["data", "shards", "passby:0-1", "--out", "s", "--part", "0/0"], "part: 0 of 0"),
     "unknown split": (["evaluate", "--split", "nowhere", "--out", "e"], "nowhere"),
     "one folder of sounds": (["evaluate", "--generated", "nothing"], "--reference: is missing"),
     "counterfactual of a folder": (["evaluate", "--counterfactual", "--split", "nothing"], "nothing"),
@@ -143,7 +163,6 @@ OUTSIDE = {
     "no command",
     "missing file",
     "too long",
-    "one bad among good",
     "unknown label",
     "output exists",
     "nan scale",
@@ -299,6 +318,33 @@ def test_a_folder_and_the_seed(video, tmp_path, inside):
     )
     assert (first == again).all()  # alone or in company: the same sound
     assert not np.allclose(first, other)
+
+
+@needs_mini
+def test_one_bad_video_of_a_folder_is_named_and_the_others_are_done(video, inputs, tmp_path, inside):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in ("a.mp4", "c.mp4"):
+        shutil.copy(video, clips / name)
+    for name in ("text.mp4", "cut.mp4"):
+        shutil.copy(inputs / name, clips / f"b_{name}")
+    words = ("generate", clips, "--label", "airplane flyby", "--steps", "2")
+    r = inside(*words)
+    assert r.returncode == 1 and "2 of 4 videos failed" in r.stderr.splitlines()[-1], r.stderr
+    assert "b_text.mp4" in r.stderr.splitlines()[-1] and "b_cut.mp4" in r.stderr.splitlines()[-1]
+    made = sorted(p.name for p in clips.iterdir() if "_foley" in p.name)
+    assert made == ["a_foley.mp4", "c_foley.mp4"]
+    first, age = (clips / "a_foley.mp4").read_bytes(), (clips / "a_foley.mp4").stat().st_mtime_ns
+    (clips / "c_foley.mp4").unlink()
+    (clips / "b_text.mp4").unlink()
+    shutil.copy(video, clips / "b_cut.mp4")
+    r = inside(*words)
+    assert r.returncode == 0 and "1 of them have their sound already" in r.stdout, r.stderr
+    assert (clips / "a_foley.mp4").stat().st_mtime_ns == age and (clips / "b_cut_foley.mp4").exists()
+    assert (clips / "c_foley.mp4").exists() and (clips / "a_foley.mp4").read_bytes() == first
+    (clips / "b_cut.mp4").write_text("words")
+    r = inside(*words, "--overwrite")
+    assert r.returncode == 1 and (clips / "a_foley.mp4").stat().st_mtime_ns != age
 
 
 @needs_mini

@@ -1,8 +1,10 @@
 """Shards where a page can't go: kill -9, several processes, a full disk, damage anywhere, every stage of training"""
 
 import csv
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from smooth_foley.core import FoleyError, mini_path
+from smooth_foley.core import FoleyError, mini_path, only_writer
 from smooth_foley.data import shard_reader
 from smooth_foley.data.audioset import read_strong, sounding
+from smooth_foley.data.shard_index import seal
 from smooth_foley.data.shard_reader import BadMember, Shard, Shards, ShardStream, verify
 from smooth_foley.data.shard_rows import TrainRows
-from smooth_foley.data.shards import ShardConfig, networks, write_shards
+from smooth_foley.data.shards import ShardConfig, make_sample, networks, write_shards
 from smooth_foley.data.vggsound import join_clips
 from smooth_foley.world.as_vggsound import passby_folder
 
@@ -174,6 +178,131 @@ def test_without_an_index_the_rest_of_a_tar_is_still_read(whole, tmp_path):
     got = [s["key"] for s in stream]
     assert got == [Shards(whole)[1]["key"]]
     assert sorted(f["reason"] for f in stream.shards.faults) == ["header", "missing"]
+
+
+def edited(text, change):
+    "A JSON file with a change, sealed again or not"
+    index = json.loads(text)
+    change(index)
+    return json.dumps(index, ensure_ascii=False, separators=(",", ":"))
+
+
+def exchanged(*names):
+    def change(index):
+        for name in names:
+            index[name][0], index[name][1] = index[name][1], index[name][0]
+
+    return change
+
+
+def raised(name):
+    def change(index):
+        index[name][0][0] += 1
+
+    return change
+
+
+def reseal(change):
+    def both(index):
+        change(index)
+        index["check"] = seal(index)["check"]
+
+    return both
+
+
+LIES = {
+    "rows exchanged": exchanged("offset", "size", "crc32"),
+    "keys exchanged": exchanged("keys"),
+    "a place moved": raised("offset"),
+    "a size changed": raised("size"),
+    "a checksum changed": raised("crc32"),
+    "a list shortened": lambda index: index["crc32"].pop(),
+    "a clip forgotten": lambda index: [index[k].pop() for k in ("keys", "offset", "size", "crc32")],
+    "a huge size": lambda index: index["size"][0].__setitem__(0, 10**18),
+    "a negative place": lambda index: index["offset"][0].__setitem__(0, -512),
+    "another tar's": lambda index: index.update(shard="shard-000001.tar"),
+    **{
+        f"without {k}": lambda index, k=k: index.pop(k) for k in ("keys", "fields", "offset", "size", "crc32", "faults")
+    },
+}
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["as it is", "with a new checksum"])
+@pytest.mark.parametrize("name", LIES)
+def test_an_index_that_lies_is_told_and_mended_and_serves_no_wrong_clip(whole, items, tmp_path, name, sealed):
+    bad = tmp_path / "bad"
+    shutil.copytree(whole, bad)
+    side = bad / "shard-000000.json"
+    side.write_text(edited(side.read_text(), reseal(LIES[name]) if sealed else LIES[name]))
+    said = verify(bad)
+    assert said and {f["reason"] for f in said} <= {"index", "truncated", "checksum"}, said
+    truth, read = {x["key"]: x for x in Shards(whole)}, Shards(bad)
+    for i in range(len(read)):
+        try:
+            clip = read[i]
+        except BadMember:
+            continue
+        assert clip["id"] == truth[clip["key"]]["id"] and np.array_equal(clip["latent"], truth[clip["key"]]["latent"])
+    if not sealed:
+        write_shards(items, bad, CFG)
+        assert content(bad) == content(whole) and not verify(bad)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index["shards"].pop(),
+        lambda index: index["shards"][0].update(n=1),
+        lambda index: index["shards"][0].update(n=-1),
+        lambda index: index["shards"][0].update(sha256="0" * 64),
+        lambda index: index["shards"][0].pop("sha256"),
+        lambda index: index.update(clips=3),
+        lambda index: index["plan"].update(networks="other"),
+        lambda index: index.update(shards=[]),
+        lambda index: index.pop("shards"),
+    ],
+)
+def test_a_list_of_shards_that_lies_is_told_and_mended(whole, items, tmp_path, change):
+    bad = tmp_path / "bad"
+    shutil.copytree(whole, bad)
+    (bad / "index.json").write_text(edited((bad / "index.json").read_text(), change))
+    try:
+        assert verify(bad)
+    except FoleyError as e:
+        assert "index.json" in str(e)
+    write_shards(items, bad, CFG)
+    assert content(bad) == content(whole) and not verify(bad)
+
+
+def test_what_is_wrong_with_the_settings_is_no_fault_of_a_clip(items, tmp_path):
+    with pytest.raises(FoleyError, match="size=32: this CLIP reads"):
+        write_shards(items, tmp_path / "shards", replace(CFG, content=("frames", "clip"), size=32))
+    assert [p.name for p in (tmp_path / "shards").iterdir()] == ["plan.json"]
+
+
+def test_weights_that_change_in_place_are_read_again(items, tmp_path):
+    model = tmp_path / "model"
+    for part in ("mel", "vae"):
+        shutil.copytree(mini_path() / part, model / part)
+    cfg = ShardConfig(content=("latent",), weights=str(model))
+    first = make_sample(items[0], cfg)["latent.npy"]
+    file = next((model / "vae").glob("*.safetensors"))
+    status = file.stat()
+    weights = load_file(file)
+    save_file({k: v * 0.5 for k, v in weights.items()}, file, metadata={"format": "pt"})
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert not np.array_equal(make_sample(items[0], cfg)["latent.npy"], first)
+
+
+def test_two_runs_do_not_write_into_one_folder(items, tmp_path):
+    out = tmp_path / "shards"
+    out.mkdir()
+    with only_writer(out):
+        for part in ((0, 1), (1, 2)):
+            with pytest.raises(FoleyError, match="another run is writing into it"):
+                write_shards(items, out, CFG, part=part)
+    with only_writer(out, (0, 2)):
+        assert write_shards(items[:2], out, CFG, part=(1, 2)) is None
 
 
 def test_lists_that_lead_out_of_the_folder_are_refused(whole, tmp_path):

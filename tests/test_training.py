@@ -25,7 +25,7 @@ from smooth_foley.app import main, train_command
 from smooth_foley.autoencoder import PatchAutoencoder, make_vae
 from smooth_foley.backbone import make_text_encoder, make_unet, tokenize_prompt
 from smooth_foley.clip import build_tokenizer
-from smooth_foley.core import FoleyError
+from smooth_foley.core import FoleyError, only_writer
 from smooth_foley.frame_adapter import FrameAdapter
 from smooth_foley.mel import MelTransform
 from smooth_foley.schedule import make_scheduler
@@ -33,10 +33,12 @@ from smooth_foley.temporal_adapter import make_temporal_adapter
 from smooth_foley.temporal_condition import LabelProjection
 from smooth_foley.train import diffusion, folder, looks, parts, recipes
 from smooth_foley.train.captions import PICTURE_CAPTIONS
+from smooth_foley.train.checkpoints import latest_checkpoint
 from smooth_foley.train.encoding import feature_arrays, mel_images
-from smooth_foley.train.loop import Draw, TrainConfig, check_config
+from smooth_foley.train.loop import Draw, TrainConfig, check_config, train
 from smooth_foley.train.recipe import Recipe, recipe_with
-from smooth_foley.train.scenes import sound_arrays
+from smooth_foley.train.records import CsvLog
+from smooth_foley.train.scenes import close_chunk, open_arrays, sound_arrays
 from smooth_foley.vocoder import make_vocoder
 
 HERE = Path(__file__).parent
@@ -75,6 +77,105 @@ def test_killed_and_resumed_ends_with_the_same_weights(whole, tmp_path):
     same(whole / "final.safetensors", tmp_path / "final.safetensors")
     steps = [int(r["step"]) for r in csv.DictReader(open(tmp_path / "log.csv"))]
     assert steps == list(range(5, 41, 5))
+
+
+def test_told_to_end_it_leaves_a_checkpoint_and_goes_on_as_if_nothing_was(whole, tmp_path):
+    p = subprocess.Popen([*RUN, str(tmp_path), "--slow"], env=ENV, stderr=subprocess.DEVNULL)
+    until = time.time() + 200
+    while not (tmp_path / "checkpoint-5").exists() and time.time() < until:
+        time.sleep(0.02)
+    time.sleep(0.25)  # In the middle between two checkpoints, most of the time
+    p.send_signal(signal.SIGTERM)
+    start = time.time()
+    assert p.wait() == 128 + signal.SIGTERM and time.time() - start < 120  # A second or two where nothing else runs
+    assert not (tmp_path / "final.safetensors").exists(), "it finished before it was told"
+    run([*RUN, str(tmp_path)])
+    same(whole / "final.safetensors", tmp_path / "final.safetensors")
+    logs = [[{**r, "seconds": ""} for r in csv.DictReader(open(f / "log.csv"))] for f in (whole, tmp_path)]
+    assert logs[0] == logs[1]
+
+
+def test_what_was_due_when_it_was_told_is_looked_at_later(tmp_path):
+    cfg = TrainConfig(max_train_steps=6, train_batch_size=2, mixed_precision="no", ema_decay=0.0, validation_steps=2)
+    seen = []
+
+    def batch(i):
+        return dict(x=torch.ones(len(i), 1))
+
+    def look(stage, step):
+        seen.append(step)
+        if step == 4 and seen.count(4) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return [dict(loss=float(step))]
+
+    class Line(torch.nn.Linear):
+        def forward(self, batch, draw):
+            return super().forward(batch["x"]).square().mean()
+
+    with pytest.raises(SystemExit):
+        train(Line(1, 1), batch, 8, cfg, tmp_path, validate=look)
+    assert latest_checkpoint(tmp_path).name == "checkpoint-4"
+    train(Line(1, 1), batch, 8, cfg, tmp_path, validate=look)
+    assert seen == [2, 4, 4, 6]
+    assert [r["step"] for r in csv.DictReader(open(tmp_path / "validation.csv"))] == ["2", "4", "6"]
+
+
+@pytest.mark.parametrize("name", ["x", "done"])
+@pytest.mark.parametrize("how", ["shorter", "other", "empty"])
+def test_damaged_arrays_are_made_again(tmp_path, name, how):
+    spec = dict(x=("float16", (400, 3)), done=("bool", (2,)))
+    arrays = open_arrays(tmp_path, spec, "w")
+    arrays["x"][:] = 1
+    close_chunk(arrays, "done", 0)
+    path = tmp_path / f"{name}.npy"
+    if how == "other":
+        np.save(path, np.ones(5))
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if how == "shorter" else b"")
+    with pytest.raises(FoleyError, match=f"{name}.npy: is missing or damaged"):
+        open_arrays(tmp_path, spec)
+    again = open_arrays(tmp_path, spec, "w")
+    assert not again["done"].any() and not again["x"].any()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        "{}",
+        '{"stages": []}',
+        '{"stages": {"base": 3}}',
+        '{"stages": {"base": {"steps": 3}}}',
+        "[" * 99999,
+        "\x00",
+    ],
+)
+@pytest.mark.parametrize("file", ["recipe.json", "base/done.json"])
+def test_damaged_records_of_a_run_are_one_line(tmp_path, file, text):
+    begin(tmp_path, "base")
+    (tmp_path / file).write_text(text)
+    try:
+        claim(tmp_path, ("projection",))
+    except FoleyError as e:
+        assert str(tmp_path) in str(e)
+
+
+def test_only_whole_checkpoints_count_and_broken_rows_of_a_log_do_not(tmp_path):
+    for name in ("checkpoint-3", "checkpoint-20", "checkpoint-", "checkpoint-x", "checkpoint-4.bak", "checkpoint--1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-99").write_text("a file")
+    assert latest_checkpoint(tmp_path).name == "checkpoint-20"
+    log = tmp_path / "log.csv"
+    log.write_bytes(b"step,loss\n1,0.5\nx,1\n\xff\xfe,2\n2,0.4,9,9\n" + b"9" * 200_000 + b"\n")
+    CsvLog(log, 5, None)
+    assert [r["step"] for r in csv.DictReader(open(log))] == ["1", "2"]
+
+
+def test_two_runs_do_not_train_in_one_folder(tmp_path):
+    with only_writer(tmp_path), pytest.raises(FoleyError, match="another run is writing into it"):
+        recipes.train_mini(tmp_path, ("base",))
 
 
 def test_two_processes_do_the_work_of_one(whole, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .list_commands import AUDIOSET, AUDIT, VGGSOUND, count_reasons
 from .options import SWITCH, Command, Group, check_device, input_file, local_model, number, output
-from ..core import FoleyError, progress, say
+from ..core import FoleyError, PartlyDone, progress, say
 from ..media import check_output
 
 # %% ../../nbs/app/92_data_commands.ipynb #0085171f
@@ -118,8 +118,11 @@ def _grounding(args):
         say(f"wrote {write_table(rows, args.csv)}")
     if args.plot and curves:
         say(f"wrote {plot_files(curves, args.plot, args.threshold, args.window)}")
-    if all(r["problem"] for r in rows):
+    bad = [str(r["file"]) for r in rows if r["problem"]]
+    if len(bad) == len(rows):
         raise FoleyError(f"none of the {len(rows)} files could be grounded; the table above has the reasons")
+    if bad:
+        raise PartlyDone(f"{len(bad)} of {len(rows)} files could not be grounded: {', '.join(bad)}")
 
 # %% ../../nbs/app/92_data_commands.ipynb #dat00014
 _GROUNDING_EXAMPLES = """examples:

@@ -7,7 +7,7 @@ __all__ = ['EVALUATE']
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #evl00004
 from .options import MODEL_OPTIONS, SWITCH, Command, Group, check_device, number, output
-from ..core import say
+from ..core import PartlyDone, say
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #2f726670
 _COMPARE = (
@@ -59,9 +59,15 @@ def _evaluate(args):
         from smooth_foley.compare.counterfactual import run_command
     else:
         from smooth_foley.compare.evaluate import run_command
+    from smooth_foley.compare.evaluate import left_out
+
     if not (args.generated or args.reference):
         args.device = check_device(args.device)
     say(*run_command(args).split("\n"))
+    if args.counterfactual or args.generated or args.only == "measure":
+        return
+    if missing := left_out(args.out or "evaluation"):
+        raise PartlyDone(f"{len(missing)} clips could not be used and were left out: {', '.join(missing)}")
 
 # %% ../../nbs/app/91b_evaluate_command.ipynb #evl00010
 _EXAMPLES = """examples:

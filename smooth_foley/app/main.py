@@ -10,18 +10,21 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from contextlib import nullcontext
 
 from .. import __version__
 from .bench_command import BENCH
-from .cli import DEMO, GENERATE, INFO, SHOW_LABELS
+from .cli import DEMO, GENERATE, SHOW_LABELS
 from .data_commands import DATA
 from .evaluate_command import EVALUATE
+from .exits import exit_code
 from .fetch_command import FETCH
+from .info_command import INFO
 from .listen_command import LISTEN
-from .options import Parser, add_command, exit_code, in_shell_words, quietly
+from .options import Parser, add_command, in_shell_words, quietly
 from .train_command import TRAIN
-from ..core import FoleyError
+from ..core import FoleyError, PartlyDone
 
 # %% ../../nbs/app/99_main.ipynb #3afe9a27
 _COMMANDS = (GENERATE, DEMO, SHOW_LABELS, TRAIN, FETCH, BENCH, EVALUATE)
@@ -82,19 +85,23 @@ def _complete(parser):
 
 
 def _run(words):
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+    if words is None:
+        os.environ["MPLBACKEND"] = "Agg"  # Figures go into files, whatever windows there may be
     parser = build_parser()
     _complete(parser)
     args = parser.parse_args(words)
-    signal.signal(signal.SIGTERM, _stop)
     try:
         with quietly(args.prints) if args.quiet else nullcontext():
             args.run(args)
     except FoleyError as e:
-        raise FoleyError(in_shell_words(str(e), args.options)) from e
+        kind = PartlyDone if isinstance(e, PartlyDone) else FoleyError
+        raise kind(in_shell_words(str(e), args.options)) from e
 
 
 def main(
     words: list = None,  # Of the command line; None: the program's own
-) -> int:  # 0 done, 2 wrong input, 130 interrupted, 141 the reader of the output is gone
+) -> int:  # Exit code, see `exit_code`
     "Run a command of `smooth-foley`"
     return exit_code(lambda: _run(words))

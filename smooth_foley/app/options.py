@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['SWITCH', 'YES_NO', 'MODEL', 'MEMORY', 'MODEL_OPTIONS', 'MEMORY_OPTIONS', 'OVERWRITE', 'JSON', 'number',
            'parse_condition', 'byte_rate', 'input_file', 'in_package', 'output', 'Group', 'Command', 'Parser',
-           'add_command', 'parse', 'check_device', 'local_model', 'load_pipeline', 'exit_code', 'in_shell_words',
-           'quietly', 'print_json']
+           'add_command', 'parse', 'check_device', 'local_model', 'load_pipeline', 'in_shell_words', 'quietly',
+           'print_json']
 
 # %% ../../nbs/app/90_options.ipynb #opt00004
 import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -109,12 +108,20 @@ SWITCH = dict(action="store_true")
 YES_NO = dict(action=argparse.BooleanOptionalAction)
 
 
+def _text(text):
+    "Text that says something: an empty value would mean the default, unseen"
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a value, or leave the option out")
+    return text
+
+
 def _keywords(kind):
     "Keywords of `add_argument` for a kind of value"
-    if isinstance(kind, dict):
-        return dict(kind)
     if isinstance(kind, str):
-        return dict(metavar=kind)
+        return dict(type=_text, metavar=kind)
+    if isinstance(kind, dict):
+        takes_text = not {"type", "choices"} & kind.keys() and kind.get("action", "append") == "append"
+        return dict(type=_text) | kind if takes_text else dict(kind)
     if isinstance(kind, tuple):
         return dict(choices=kind)
     if isinstance(kind, list):
@@ -284,39 +291,6 @@ def _speed_up(pipe):
 
     if torch.backends.mkldnn.is_available():
         pipe.enable_fast_cpu()
-
-# %% ../../nbs/app/90_options.ipynb #opt00019
-def _say(message):
-    say(f"smooth-foley: {message}", file=sys.stderr)
-
-
-def _file_error(e):
-    "One line for an error of the operating system that names a file"
-    reason = (e.strerror or str(e)).lower()
-    return f"error: {e.filename}: cannot be read or written ({reason}); check the path and who may write there"
-
-
-def exit_code(
-    run,  # Function without arguments
-) -> int:  # 0 done, 2 wrong input, 130 interrupted, 141 the reader of the output is gone
-    "Run a command and print its error, if there is one, as one line"
-    try:
-        run()
-        sys.stdout.flush()
-        return 0
-    except FoleyError as e:
-        _say(f"error: {e}")
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as e:
-        if e.filename is None:
-            raise
-        _say(_file_error(e))
-    return 2
 
 # %% ../../nbs/app/90_options.ipynb #hab00005
 def _flag(found, options):

@@ -8,12 +8,13 @@ __all__ = ['TEST', 'KNOWN', 'Take', 'TestClip', 'passby_clips', 'folder_clips', 
 # %% ../../nbs/compare/72_clips.ipynb #e7a10004
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..core import FoleyError
+from ..data.items import distinct_names
 from ..media import SR, Clip, fit_duration, probe, read_audio, read_clip
 from ..metrics.timing import activity
 from ..world import passby
@@ -69,6 +70,8 @@ def passby_clips(
     size: int = 64,  # Side of the picture, px
 ) -> list[TestClip]:
     "The first `n` test scenes of a split"
+    if n > 1_000_000:
+        raise FoleyError(f"n is {n}: a split of Passby has 1000000 test scenes; give fewer")
     return [_passby_clip(TEST + i, split, fps, size) for i in range(n)]
 
 # %% ../../nbs/compare/72_clips.ipynb #e7a10007
@@ -80,8 +83,11 @@ def _label_rows(folder):
             f"{folder}: no labels.csv in it; write one with the columns name,label (and split, if there are "
             "several), one row per video"
         )
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        rows = list(csv.DictReader(f))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.DictReader(f))
+    except (csv.Error, UnicodeError) as e:
+        raise FoleyError(f"{path}: cannot be read ({e}); save it as CSV in UTF-8") from None
     if not rows or not {"name", "label"} <= set(rows[0]):
         found = list(rows[0]) if rows else "no row"
         raise FoleyError(f"{path}: needs a header name,label and a row per video, has {found}")
@@ -102,7 +108,7 @@ def _check_label_rows(path, rows):
         )
 
 # %% ../../nbs/compare/72_clips.ipynb #ecab4e2c
-def _video_clip(path, label, split, fps, size, max_duration):
+def _video_clip(path, id, label, split, fps, size, max_duration):
     "One video, read when it is loaded"
 
     def load():
@@ -112,7 +118,7 @@ def _video_clip(path, label, split, fps, size, max_duration):
         audio = fit_duration(read_audio(path, SR), clip.duration)
         return Take(clip, label, audio, activity(audio, SR))
 
-    return TestClip(path.stem, split, label, load)
+    return TestClip(id, split, label, load)
 
 
 def folder_clips(
@@ -125,12 +131,14 @@ def folder_clips(
     "The clips that labels.csv names, in its order"
     folder = Path(folder)
     rows = _label_rows(folder)[:n]
-    clips = [_video_clip(folder / name, label, split, fps, size, max_duration) for name, label, split in rows]
+    paths = [folder / name for name, _, _ in rows]
+    if outside := [p for p in paths if ".." in p.relative_to(folder).parts]:
+        raise FoleyError(f"{folder}/labels.csv: {outside[0]} lies outside the folder; move the video into it")
+    clips = []
+    for path, id, (_, label, split) in zip(paths, distinct_names(paths, folder), rows):
+        clips.append(_video_clip(path, id, label, split, fps, size, max_duration))
     if twice := _repeated(clips):
-        raise FoleyError(
-            f"{folder}/labels.csv: several videos are called {', '.join(twice[:5])} apart from their suffix; "
-            "rename all but one"
-        )
+        raise FoleyError(f"{folder}/labels.csv: {', '.join(twice[:5])} comes twice; remove one of the rows")
     return clips
 
 
@@ -152,12 +160,19 @@ def test_clips(
         raise FoleyError(f"n is {n}: give the number of clips per split, 1 or more")
     clips = []
     for name in [s.strip() for s in str(split).split(",") if s.strip()]:
-        clips += _clips_of(name, n, fps, size, max_duration)
+        clips += _named_apart(clips, _clips_of(name, n, fps, size, max_duration), name)
     if not clips:
         raise FoleyError("split is empty: give passby, passby_continuous, or a folder with videos and labels.csv")
     if twice := _repeated(clips):
-        raise FoleyError(f"split {split}: several clips are called {twice[0]}; evaluate the folders one by one")
+        raise FoleyError(f"split {split}: {twice[0]} comes twice; name each split and each folder once")
     return clips
+
+
+def _named_apart(before, clips, folder):
+    "The clips of one more folder, with its name before those that have occurred"
+    taken = {c.id for c in before}
+    prefix = Path(folder).as_posix().replace("/", "%2F")
+    return [replace(c, id=f"{prefix}%2F{c.id}") if c.id in taken else c for c in clips]
 
 
 test_clips.__test__ = False  # pytest would take the function for a test

@@ -13,9 +13,10 @@ import numpy as np
 
 from .clips import TEST, Take
 from .evaluate import processes
-from .folders import claim, read_results, write_results
+from .folders import claim, is_whole, read_results, write_results
 from .systems import build, load_with_folder, parse_systems
-from ..core import FoleyError, progress
+from ..core import FoleyError, only_writer, progress
+from ..data.tables import make_folder
 from ..media import SR, Clip, read_audio, write_wav
 from ..metrics.doppler import MODULATION, f0_range, f0_track
 from ..metrics.intervals import bootstrap_interval, share_interval
@@ -143,7 +144,7 @@ def _generate_films(
     "Every sound that is missing"
     for seed in progress(seeds[rank::world], desc="films", unit="scene"):
         name = f"{split}-{seed}"
-        todo = [s for s in systems if not all(p.exists() for p in _sound_of(Path(out) / s, name).values())]
+        todo = [s for s in systems if not all(is_whole(p) for p in _sound_of(Path(out) / s, name).values())]
         if not todo:
             continue
         scenes = films(seed, split, fps, size)
@@ -243,16 +244,17 @@ def counterfactual(
     if not seeds:
         raise FoleyError(f"split is empty: choose from {', '.join(passby.SPLITS)}")
     loaded, made = load_with_folder(pipe, model, device or str(state.device)), {}
-    for s in specs:
-        made[s.name], about = _build_always_on(s, loaded, seed, steps)
-        claim(out / s.name, about)
     fps, size = loaded.pipe.config.fps, loaded.pipe.frame_encoder.image_size
-    for s in splits:
-        _generate_films(made, s, seeds[s], out, fps, size, state.process_index, state.num_processes)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _write_films(made, seeds, out)
-    state.wait_for_everyone()
+    with only_writer(make_folder(out), (state.process_index, state.num_processes)):
+        for s in specs:
+            made[s.name], about = _build_always_on(s, loaded, seed, steps)
+            claim(out / s.name, about)
+        for s in splits:
+            _generate_films(made, s, seeds[s], out, fps, size, state.process_index, state.num_processes)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _write_films(made, seeds, out)
+        state.wait_for_everyone()
     return read_results(out / "summary.csv")
 
 

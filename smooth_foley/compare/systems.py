@@ -337,8 +337,8 @@ def parse_system(
 ) -> System:
     "Read one item of `--systems`"
     head, *pairs = text.strip().split(":")
-    name, _, base = head.rpartition("=")
-    name = name or base
+    name, named, base = head.rpartition("=")
+    name = name if named else base
     if base not in SYSTEMS:
         near = suggest(base, SYSTEMS)
         hint = f"did you mean {' or '.join(near)}?" if near else "choose from"

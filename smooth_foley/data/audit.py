@@ -24,6 +24,7 @@ from fastcore.basics import patch
 from ..core import FoleyError, atomic_path, progress
 from .inspection import Limits, find_faults, inspect_clip
 from .tables import CLIP_FAULT_COLUMNS, RowLog, make_folder, plain_row, sheet_cell
+from .workers import unseen_interrupts
 
 # %% ../../nbs/data/51_audit.ipynb #6248397f
 def _serve(
@@ -65,14 +66,15 @@ class _Worker:
         self.process = None
 
     def start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.call],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **_ONE_THREAD},
-        )
+        with unseen_interrupts():
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", self.call],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, **_ONE_THREAD},
+            )
         if self.process.stdout.readline() != '"ready"\n':
             check = "does `import smooth_foley.data.audit` work?"
             raise FoleyError(f"audit: {sys.executable} cannot start a worker; {check}")
@@ -160,9 +162,15 @@ def _stamp(path):
     return [s.st_size, s.st_mtime_ns]
 
 # %% ../../nbs/data/51_audit.ipynb #b3cf81d3
+def _is_answer(row):
+    "Whether a line of the log is what a worker said about a file"
+    told = isinstance(row, dict) and isinstance(row.get("path"), str) and isinstance(row.get("facts"), dict)
+    return told and "stamp" in row
+
+
 def _measure(log, paths, **options):
     "Bring the log up to date with the files; returns `{path: offset}`"
-    last = {row["path"]: (offset, row["stamp"]) for offset, row in log.lines()}
+    last = {row["path"]: (offset, row["stamp"]) for offset, row in log.lines() if _is_answer(row)}
     paths = list(dict.fromkeys(map(str, paths)))
     known = {p: last[p][0] for p in paths if p in last and last[p][1] == _stamp(p)}
     todo = [p for p in paths if p not in known]

@@ -7,7 +7,6 @@ __all__ = ['REVIEW_COLUMNS', 'sharpness', 'label_cosines', 'watch_clips', 'Chall
            'challenge', 'find_candidates', 'write_split', 'read_continuous', 'read_dropped']
 
 # %% ../../nbs/data/56_challenge.ipynb #35580d04
-import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,9 +16,10 @@ import numpy as np
 
 from ..core import FoleyError, mini_path
 from .continuous import Heard, read_heard, row_name
-from .items import Item, check_vggsound_label
-from .store import measure_clips, read_measurement, weights_hash
-from .tables import read_rows, write_rows
+from .items import Item, check_vggsound_label, check_youtube_id
+from .store import file_stamps, measure_clips, read_measurement, weights_hash
+from .tables import read_json, read_rows, write_rows
+from .vggsound import read_start
 from ..media import probe, read_clip
 
 # %% ../../nbs/data/56_challenge.ipynb #12319ea9
@@ -53,7 +53,7 @@ def label_cosines(
 
 # %% ../../nbs/data/56_challenge.ipynb #af293b62
 @lru_cache(2)
-def _frame_encoder(folder, device):
+def _frame_encoder(folder, device, stamps):
     "The model of this process"
     from smooth_foley.clip import FrameEncoder
 
@@ -71,13 +71,14 @@ class _Watcher:
 
     @property
     def settings(self):
-        weights = weights_hash(_frame_encoder(self.clip, self.device))
+        weights = weights_hash(_frame_encoder(self.clip, self.device, file_stamps(self.clip)))
         return dict(measures="picture", weights=weights, fps=self.fps, side=self.side)
 
     def __call__(self, item):
         file = probe(item.path)
         c = read_clip(item.path, self.fps, size=min(self.side, file["width"], file["height"]))
-        cosines = label_cosines(c.frames, item.label, _frame_encoder(self.clip, self.device))
+        encoder = _frame_encoder(self.clip, self.device, file_stamps(self.clip))
+        cosines = label_cosines(c.frames, item.label, encoder)
         return dict(times=c.times, similarity=cosines, sharpness=sharpness(c.frames))
 
 # %% ../../nbs/data/56_challenge.ipynb #8b674ef5
@@ -215,6 +216,14 @@ def _candidate(row, item, out, threshold):
     signs = picture_signs(heard, seen["times"], seen["similarity"], seen["sharpness"], threshold)
     return dict(id=row["id"], start=row["start"], label=row["label"], **signs)
 
+# %% ../../nbs/data/56_challenge.ipynb #c13d0001
+def _threshold(path):
+    "The threshold that the filter was run with"
+    threshold = read_json(path, advice="run `filter` first").get("threshold")
+    if not isinstance(threshold, float) or not 0 < threshold < 1:
+        raise FoleyError(f"{path}: has no threshold between 0 and 1; run `filter` again")
+    return threshold
+
 # %% ../../nbs/data/56_challenge.ipynb #23fd39ca
 def find_candidates(
     rows: list,  # Of `filter_clips`
@@ -223,7 +232,7 @@ def find_candidates(
 ) -> list:  # Rows for `challenge`: kept clips of the test split
     "Sound and picture of the possible test clips"
     by_name = {i.name: i for i in items}
-    threshold = json.loads((Path(out) / "filter.json").read_text())["threshold"]
+    threshold = _threshold(Path(out) / "filter.json")
     possible = [r for r in rows if r["kept"] and r["split"] == "test"]
     found = [_candidate(r, by_name[row_name(r)], out, threshold) for r in possible]
     return [row for row in found if row]
@@ -251,8 +260,14 @@ def read_continuous(
     path,  # `vggsound_continuous_train.csv` or `..._test.csv`
 ) -> list:  # `Item`s
     "A list of VGGSound-Continuous"
-    rows = read_rows(path, _LIST_COLUMNS)
-    return [Item(r["id"], float(r["start"]), check_vggsound_label(r["label"]), r["split"]) for r in rows]
+    items = []
+    for k, r in enumerate(read_rows(path, _LIST_COLUMNS), 2):
+        try:
+            about = check_youtube_id(r["id"]), read_start(r["start"]), check_vggsound_label(r["label"])
+        except FoleyError as e:
+            raise FoleyError(f"{path} line {k}: {e}") from None
+        items.append(Item(*about, r["split"]))
+    return items
 
 # %% ../../nbs/data/56_challenge.ipynb #adaae911
 REVIEW_COLUMNS = ("id", "start", "label", "decision", "reason")

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core import FoleyError, mini_path
 from .items import Item, check_vggsound_label, vggsound_labels
-from .store import measure_clips, read_measurement, weights_hash
+from .store import file_stamps, measure_clips, read_measurement, weights_hash
 from .tables import read_rows, whole_number, write_json, write_rows
 from ..media import read_audio
 
@@ -142,7 +142,7 @@ def decide(
 
 # %% ../../nbs/data/55_continuous.ipynb #864a37d2
 @lru_cache(2)
-def _grounding_model(folder, device):
+def _grounding_model(folder, device, stamps):
     "The model of this process"
     from smooth_foley.listen.grounding import load_grounding
 
@@ -158,12 +158,15 @@ class Listener:
 
     @property
     def settings(self):
-        return dict(measures="grounding", weights=weights_hash(_grounding_model(self.model, self.device)))
+        return dict(
+            measures="grounding",
+            weights=weights_hash(_grounding_model(self.model, self.device, file_stamps(self.model))),
+        )
 
     def __call__(self, item):
         from smooth_foley.listen.grounding import ground_label
 
-        model = _grounding_model(self.model, self.device)
+        model = _grounding_model(self.model, self.device, file_stamps(self.model))
         sr = model.config.sample_rate
         audio = read_audio(item.path, sr)
         if not len(audio):
@@ -204,7 +207,12 @@ def row_name(
     row: dict,  # With id and start
 ) -> str:  # `{id}_{start:06d}`
     "The name of the clip of a row, as `Item.name`"
-    return f"{row['id']}_{int(float(row['start'])):06d}"
+    try:
+        return f"{row['id']}_{int(float(row['start'])):06d}"
+    except (ValueError, OverflowError):
+        raise FoleyError(
+            f"clip {row['id']}: start {row['start']!r} is no number of seconds; correct the list"
+        ) from None
 
 
 def _about(item):
@@ -248,7 +256,11 @@ def read_filter(
     out,  # Folder that `filter_clips` wrote to
 ) -> list:  # Rows as they were
     "The table of the filter"
-    return [_from_text(r) for r in read_rows(Path(out) / "filter.csv", FILTER_COLUMNS)]
+    path = Path(out) / "filter.csv"
+    try:
+        return [_from_text(r) for r in read_rows(path, FILTER_COLUMNS)]
+    except (ValueError, OverflowError) as e:
+        raise e if isinstance(e, FoleyError) else FoleyError(f"{path}: {e}; run `filter` again") from None
 
 # %% ../../nbs/data/55_continuous.ipynb #f35df81d
 THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))

@@ -22,8 +22,9 @@ from fastcore.basics import patch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..core import FoleyError, own_file, progress
-from .shards import CONTENT, read_shard_index
-from .tables import FAULT_COLUMNS, fault_row, sheet_cell, write_rows
+from .shard_index import read_shard_index
+from .shards import CONTENT
+from .tables import FAULT_COLUMNS, fault_row, read_json, sheet_cell, write_rows
 
 # %% ../../nbs/data/57a_shard_reader.ipynb #d8e144a8
 def _refused(m):
@@ -169,11 +170,13 @@ def _listed(folder):
     "`[(name, clips)]` of an `index.json`"
     path = folder / "index.json"
     try:
-        rows = [(r["shard"], int(r["n"])) for r in json.loads(path.read_text())["shards"]]
-    except (ValueError, KeyError, TypeError):
+        rows = [(str(r["shard"]), int(r["n"])) for r in read_json(path)["shards"]]
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise FoleyError(f"{path}: cannot be read; delete it to read the shards without it") from None
     if bad := [s for s, _ in rows if Path(s).name != s or s in (".", "..") or "\\" in s]:
         raise FoleyError(f"{path}: shard {bad[0]!r} lies outside the folder; refused")
+    if bad := [n for _, n in rows if not 0 <= n < 2**31]:
+        raise FoleyError(f"{path}: a shard with {bad[0]} clips; delete it to read the shards without it")
     return rows
 
 # %% ../../nbs/data/57a_shard_reader.ipynb #674785c1
@@ -276,12 +279,21 @@ def _file(self: Shards, k):
 
 # %% ../../nbs/data/57a_shard_reader.ipynb #3700f87d
 @patch
+def _named(self: Shards, k, at):
+    "The name in the header before a member"
+    header = os.pread(self._file(k), tarfile.BLOCKSIZE, at - tarfile.BLOCKSIZE)
+    return header[:100].rstrip(b"\0").decode("ascii", "replace")
+
+
+@patch
 def _bytes_of(self: Shards, k, row, j):
     "Bytes of one member, compared with its checksum"
     s = self.shard(k)
     name, at, size = f"{s.keys[row]}.{s.fields[j]}", int(s.offset[row, j]), int(s.size[row, j])
     if at < 0:
         raise BadMember(s.path, s.keys[row], "missing", f"has no {s.fields[j]}")
+    if s.indexed and self._named(k, at) != name:
+        raise BadMember(s.path, s.keys[row], "index", f"{name} does not lie where the index says")
     data = os.pread(self._file(k), size, at)
     if len(data) != size:
         raise BadMember(s.path, s.keys[row], "truncated", f"{name} ends after {len(data)} of {size} bytes")
@@ -398,21 +410,62 @@ def _bad_clips(path):
             faults.append(e.fault)
     return faults
 
+# %% ../../nbs/data/57a_shard_reader.ipynb #c13b0021
+def _right_row(f, places, fields):
+    "Place, size and checksum of each member of a clip, as an intact tar has them"
+    row = []
+    for at, size in (places.get(field, (-1, 0)) for field in fields):
+        f.seek(max(at, 0))
+        row.append((at, size, zlib.crc32(f.read(size))))
+    return row
+
+
+def _index_faults(path, index, members, listed):
+    "What an index says about an intact shard, and is not so"
+    found, faults = _by_key(members), []
+    with open(path, "rb") as f:
+        for key, *row in zip(index["keys"], index["offset"], index["size"], index["crc32"]):
+            if _right_row(f, found.pop(key, {}), index["fields"]) != list(zip(*row)):
+                faults.append(fault_row(key, path, "index", "does not lie where the index says"))
+    faults += [fault_row(key, path, "index", "is not in the index") for key in found]
+    if listed and (listed["n"], listed["bytes"]) != (index["n"], index["bytes"]):
+        faults.append(fault_row("", path, "index", f"index.json says {listed['n']} clips, {listed['bytes']} bytes"))
+    return faults
+
+# %% ../../nbs/data/57a_shard_reader.ipynb #c13b0022
+_LISTED = ("shard", "n", "bytes", "sha256")
+
+
+def _rows_of_list(folder, faults):
+    "Rows of index.json by shard; what is wrong with them goes into `faults`"
+    index = read_json(folder / "index.json")
+    rows = {r["shard"]: r for r in index["shards"] if set(_LISTED) <= r.keys()}
+    if len(rows) < len(index["shards"]) or not rows:
+        faults.append(fault_row("", folder / "index.json", "index", "has rows that are not complete"))
+    if (folder / "plan.json").exists() and index.get("plan") != read_json(folder / "plan.json"):
+        faults.append(fault_row("", folder / "index.json", "index", "was written for another plan.json"))
+    if index.get("clips") != sum(int(r["n"]) for r in rows.values()):
+        faults.append(fault_row("", folder / "index.json", "index", f"says {index.get('clips')} clips in all"))
+    return rows
+
 # %% ../../nbs/data/57a_shard_reader.ipynb #4e19bf17
 def _verify_shard(path, listed):
-    "Faults of one shard"
+    "Faults of one shard; `listed` is its row in index.json, or None"
     if not path.exists():
         return [fault_row("", path, "missing", "is listed but missing")]
-    _, wrong = scan_tar(path)
+    members, wrong = scan_tar(path)
     faults = [fault_row(key, path, reason, detail) for key, reason, detail in wrong]
     index = read_shard_index(path)
     with open(path, "rb") as f:
         sha = hashlib.file_digest(f, "sha256").hexdigest()
     if index is None:
-        faults.append(fault_row("", path, "index", f"{path.stem}.json is missing, broken or of another size"))
-    if sha in (listed, index and index["sha256"]) and (listed in (None, sha)):
-        return faults
-    if listed or index:
+        faults.append(fault_row("", path, "index", f"{path.stem}.json is missing, damaged or of another tar"))
+    expected = {str(row["sha256"]) for row in (listed, index) if row}
+    if len(expected) == 2:
+        faults.append(fault_row("", path, "index", f"index.json and {path.stem}.json give different checksums"))
+    if sha in expected:
+        return faults + (_index_faults(path, index, members, listed) if index else [])
+    if expected:
         faults.append(fault_row("", path, "checksum", f"is not as it was written (SHA-256 {sha[:16]}...)"))
     return faults + _bad_clips(path)
 
@@ -425,8 +478,8 @@ def verify(
     paths, _ = _list_shards(folder)
     listed, faults = {}, []
     if (folder / "index.json").exists():
-        listed = {r["shard"]: r["sha256"] for r in json.loads((folder / "index.json").read_text())["shards"]}
-    if not listed:
+        listed = _rows_of_list(folder, faults)
+    if not (folder / "index.json").exists():
         faults.append(fault_row("", folder, "index", "index.json is missing: writing is not finished"))
     for p in progress(paths, desc="verify", unit="shard"):
         faults += _verify_shard(p, listed.get(p.name))

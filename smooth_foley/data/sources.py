@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ..core import FoleyError
+from ..core import FoleyError, printable
 from .audioset import read_strong
 from .challenge import read_continuous
 from .continuous import read_heard
@@ -33,8 +33,8 @@ def passby_items(
 ) -> list:  # One `Item` per scene, without a file
     "Scenes as clips; they are rendered when they are needed"
     end = _SEEDS * len(_SEED_SPLITS)
-    if bad := [s for s in seeds if not 0 <= s < end]:
-        raise FoleyError(f"seed {bad[0]}: Passby has the seeds 0 to {end - 1}")
+    if (bad := next((s for s in seeds if not 0 <= s < end), None)) is not None:
+        raise FoleyError(f"seed {bad}: Passby has the seeds 0 to {end - 1}")
     items = []
     for s in seeds:
         label = passby.draw_dials(s, split).label
@@ -86,6 +86,8 @@ def _passby_range(source):
     m = re.fullmatch(r"(passby|passby_continuous):(\d+)(?:-(\d+))?", str(source))
     if m is None:
         return None
+    if len(max(m[2], m[3] or "", key=len)) > 12:
+        raise FoleyError(f"{printable(source):.60}: Passby has the seeds 0 to {_SEEDS * len(_SEED_SPLITS) - 1}")
     first, last = int(m[2]), int(m[3] or m[2])
     if last < first:
         raise FoleyError(f"{source}: ends before it starts; write the smaller seed first")
@@ -134,6 +136,8 @@ def read_source(
     threshold: float = 0.5,  # Probability above which a clip is heard
 ) -> list:  # `Item`s, with a path where the clip is present
     "Clips of any source"
+    if heard is not None and not (Path(heard) / "grounding").is_dir():
+        raise FoleyError(f"{heard}: nothing was heard there; give the folder that `data continuous filter` wrote")
     items = _passby_range(source)
     if items is None and Path(source).is_dir():
         items = folder_items(source)

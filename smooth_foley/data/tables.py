@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAULT_COLUMNS', 'CLIP_FAULT_COLUMNS', 'make_folder', 'open_list', 'sheet_cell', 'plain_row', 'write_cells',
-           'write_rows', 'write_json', 'whole_number', 'read_rows', 'fault_row', 'RowLog']
+           'write_rows', 'write_json', 'read_json', 'whole_number', 'read_rows', 'fault_row', 'RowLog']
 
 # %% ../../nbs/data/16_tables.ipynb #efe32e59
 import csv
@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,8 +42,11 @@ def open_list(
     path,  # A file
     advice: str,  # What to do if it cannot be read
 ):  # The open file, in bytes
-    "Open a file that is read line by line"
+    "Open a file that is read line by line; a pipe or a device may never end"
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise FoleyError(f"{path}: is a pipe or a device; save it to a file first")
         return Path(path).open("rb")
     except OSError as e:
         raise FoleyError(f"{path}: cannot be read ({_reason(e)}); {advice}") from None
@@ -112,6 +116,23 @@ def write_json(
     "Write JSON with one value a line"
     with atomic_path(path) as tmp:
         tmp.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def read_json(
+    path,
+    kind: type = dict,  # What it must hold
+    advice: str = "delete it and run the command that wrote it again",
+):
+    "Read JSON that an earlier step wrote"
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise FoleyError(f"{path}: cannot be read ({_reason(e)}); {advice}") from None
+    except (ValueError, RecursionError) as e:
+        raise FoleyError(f"{path}: is damaged ({e}); {advice}") from None
+    if not isinstance(data, kind):
+        raise FoleyError(f"{path}: holds a {type(data).__name__} instead of a {kind.__name__}; {advice}")
+    return data
 
 # %% ../../nbs/data/16_tables.ipynb #4911a8c8
 def whole_number(

@@ -23,7 +23,7 @@ from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import FoleyError
+from ..core import FoleyError, expand
 from .phrases import phrases_of, words_of
 from ..mel import mel_filters
 from ..vocoder import load_checked
@@ -424,7 +424,7 @@ def convert_grounding(
 def grounding_path() -> Path:  # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
     "Where the converted published model is kept by default"
     home = os.environ.get("SMOOTH_FOLEY_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "smooth_foley") / "grounding"
+    return (expand(home) if home else Path.home() / ".cache" / "smooth_foley") / "grounding"
 
 
 def download_grounding(
@@ -457,8 +457,9 @@ def _is_saved(folder):
     "Whether a folder has a model as we save it; the published layout has another config"
     config = folder / "config.json"
     try:
-        return config.is_file() and json.loads(config.read_text()).get("_class_name") == "GroundingModel"
-    except ValueError as e:
+        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        return isinstance(found, dict) and found.get("_class_name") == "GroundingModel"
+    except (ValueError, RecursionError) as e:
         raise FoleyError(f"{config}: is no JSON ({e}); write or download it again") from e
 
 # %% ../../nbs/listen/40_grounding.ipynb #5802f0ce

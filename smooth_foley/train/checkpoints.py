@@ -11,7 +11,7 @@ import os
 import random
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,11 @@ from ..core import FoleyError
 # %% ../../nbs/train/30b_checkpoints.ipynb #ckp00007
 @dataclass
 class StepCounter:
-    "Steps done, and the time they took"
+    "Steps done, the time they took, and the losses since the last row of the log"
 
     step: int = 0
     seconds: float = 0.0
+    losses: list = field(default_factory=list)
 
 
 @dataclass
@@ -70,7 +71,7 @@ def _facts(state):
     "The numbers of a state"
     averages = [dict(decay=e.decay, step=e.optimization_step) for e in state.emas]
     scaler = state.scaler.state_dict() if state.scaler is not None else {}
-    return dict(step=state.count.step, seconds=state.count.seconds, averages=averages, scaler=scaler)
+    return asdict(state.count) | dict(averages=averages, scaler=scaler)
 
 
 def _random_states():
@@ -239,6 +240,14 @@ def _take_random(found):
         torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in found["cuda"]])
 
 # %% ../../nbs/train/30b_checkpoints.ipynb #ckp00018
+def _count_in(facts):
+    "The counter that a checkpoint holds"
+    count = StepCounter(int(facts["step"]), float(facts["seconds"]), list(map(float, facts.get("losses", ()))))
+    if not np.isfinite([count.seconds, *count.losses]).all():
+        raise ValueError("a number is not finite")
+    return count
+
+
 @torch.no_grad()
 def load_checkpoint(
     folder,  # As `latest_checkpoint` finds it
@@ -251,7 +260,7 @@ def load_checkpoint(
     generators = folder / f"random-{rank}.json"
     found = _read_json(generators) if rank == 0 or generators.exists() else None
     try:
-        count = StepCounter(int(facts["step"]), float(facts["seconds"]))
+        count = _count_in(facts)
         _check(folder, state, tensors, facts)
         if found is not None:
             _take_random(found)
@@ -265,4 +274,4 @@ def load_checkpoint(
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     state.model.load_state_dict(weights)
     _take_optimizer(state.opt, state.params, tensors)
-    state.count.step, state.count.seconds = count.step, count.seconds
+    vars(state.count).update(vars(count))

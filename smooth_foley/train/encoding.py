@@ -17,7 +17,7 @@ from torch import Tensor
 from ..autoencoder import PatchAutoencoder, ResidualAutoencoder, add_details, encode_latents
 from ..backbone import AutoencoderKL
 from ..clip import FrameEncoder
-from ..core import progress
+from ..core import FoleyError, progress
 from ..data.arrays import read_array, write_array
 from ..mel import MelTransform
 from .loop import is_main, save_trained, wait_for_all
@@ -97,10 +97,22 @@ def encode_mels(
     return torch.cat(latents)
 
 
+def _read_latents(path, runs, r):
+    "The stored latents, or None if they cannot be used"
+    try:
+        z, made = read_array(path), path.stat().st_mtime_ns
+    except (OSError, FoleyError):
+        return None
+    folders = (Path(runs) / name / "weights" for name in ("vae", "components", "details"))
+    newer = any(f.stat().st_mtime_ns > made for folder in folders for f in folder.rglob("*") if f.is_file())
+    whole = z.dtype == np.float16 and z.shape[:1] == (r.n_scenes,) and np.isfinite(z).all()
+    return z if whole and not newer else None
+
+
 def stored_latents(runs, cache, r: Recipe) -> np.ndarray:  # `(n, c, 8, 64)` float16
-    "Latents of all scenes, encoded at the first call"
+    "Latents of all scenes, encoded at the first call, or again if they are damaged or the autoencoder is newer"
     path = Path(runs) / "latents.npy"
-    if not path.exists() and is_main():
+    if is_main() and _read_latents(path, runs, r) is None:
         z = encode_mels(runs, sound_arrays(cache, r), r.n_scenes, r)
         write_array(path, z.numpy())
     wait_for_all()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import FoleyError
-from ..data.tables import write_json
+from ..data.tables import read_json, write_json
 from .loop import TrainConfig, is_main, wait_for_all
 from .recipe import STAGES, Recipe
 from ..world import passby
@@ -84,19 +84,30 @@ def _as_json(r, mark):
     return dict(json.loads(json.dumps(asdict(r))), passby=mark)
 
 
+_RESTORE = "restore it, or use another folder"
+
+
+def _config_in(path):
+    "The configuration that a finished stage notes"
+    config = read_json(path, advice=_RESTORE).get("config") or {}
+    if not isinstance(config, dict):
+        raise FoleyError(f"{path}: its config is no table of names; {_RESTORE}")
+    return config
+
+
 def _read_recipe(runs, r, mark):
     "What a folder was made with; a folder that does not say is adopted by the recipe `r`"
     path = Path(runs) / "recipe.json"
     if path.exists():
-        try:
-            return json.loads(path.read_text())
-        except ValueError as e:
-            raise FoleyError(f"{path}: cannot be read ({e}); restore it, or use another folder") from e
+        known = read_json(path, advice=_RESTORE)
+        if not isinstance(known.get("stages"), dict) or not all(isinstance(c, dict) for c in known["stages"].values()):
+            raise FoleyError(f"{path}: has no configurations of stages; {_RESTORE}")
+        return known
     known = _as_json(r, mark)
     for name, cfg in known["stages"].items():
         done = Path(runs) / name / "done.json"
         if done.exists():
-            cfg.update(json.loads(done.read_text()).get("config") or {})
+            cfg.update(_config_in(done))
     return known
 
 # %% ../../nbs/train/32a_folder.ipynb #fld00011
@@ -119,6 +130,14 @@ def _config_differences(name, there, here):
     return [(f"{name}.{k}", there[k], here[k]) for k in changed]
 
 # %% ../../nbs/train/32a_folder.ipynb #fld00013
+def _as_config(cfg, runs):
+    "The `TrainConfig` that a folder's recipe holds"
+    try:
+        return TrainConfig(**cfg)
+    except TypeError as e:
+        raise FoleyError(f"{runs}/recipe.json: cannot be used ({e}); {_RESTORE}") from None
+
+
 def claim_folder(
     runs,  # Run folder
     r: Recipe,  # The recipe asked for
@@ -135,7 +154,7 @@ def claim_folder(
         raise FoleyError(f"{runs}: was made with another recipe: {told}; give the same options, or use another folder")
     for name, cfg in known["stages"].items():
         if name in asked["stages"] and name not in stages and _has_begun(runs, name):
-            r = replace(r, stages=r.stages | {name: TrainConfig(**cfg)})
+            r = replace(r, stages=r.stages | {name: _as_config(cfg, runs)})
     wait_for_all()
     if is_main():
         for name in again:

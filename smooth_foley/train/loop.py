@@ -9,6 +9,8 @@ __all__ = ['Draw', 'batch_indices', 'FrozenParts', 'Stage', 'TrainConfig', 'chec
 # %% ../../nbs/train/31_loop.ipynb #0ff95e57
 import os
 import platform
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from ..core import FoleyError, derive_seed, own_folder, progress
 from .checkpoints import StepCounter, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
+from .ending import broken_off, told_to_end
 from .records import CsvLog, averaged, save_average
 
 # %% ../../nbs/train/31_loop.ipynb #e432cc8a
@@ -310,18 +313,24 @@ def _steps(run, batch_of, n, last, watchers):
     "From the counter's step to `last`"
     cfg, count = run.cfg, run.count
     log = CsvLog(run.out / "log.csv", count.step) if run.acc.is_main_process else None
-    start, spent, losses = time.time(), count.seconds, []
-    for step in progress(range(count.step, last), desc=run.out.name, unit="step", total=last - count.step):
-        loss, norm = _step(run, batch_of, n, step)
-        losses.append(_shared_loss(run, loss, step))
-        count.step, count.seconds = step + 1, spent + time.time() - start
-        if count.step % cfg.log_steps == 0 or count.step == last:
-            _log(run, log, losses, norm)
-            losses = []
-        for watcher in watchers:
-            if watcher.due(count.step, cfg):
-                _watch(run, watcher)
-        _save(run, last)
+    start, spent = time.time(), count.seconds
+    with told_to_end() as told:
+        _watch_again(run, watchers, told)
+        for step in progress(range(count.step, last), desc=run.out.name, unit="step", total=last - count.step):
+            loss, norm = _step(run, batch_of, n, step)
+            loss, ends = _shared(run, loss, step, told)
+            count.losses.append(loss)
+            count.step, count.seconds = step + 1, spent + time.time() - start
+            if count.step % cfg.log_steps == 0 or count.step == last:
+                _log(run, log, norm)
+                count.losses = []
+            for watcher in watchers:
+                if watcher.due(count.step, cfg) and not ends:
+                    _watch(run, watcher, told)
+                    ends = _anyone(run, told)
+            _save(run, count.step if ends else last)
+            if ends and count.step < last:
+                sys.exit(128 + signal.SIGTERM)
 
 # %% ../../nbs/train/31_loop.ipynb #ac3aa2cb
 def _step(run, batch_of, n, step):
@@ -354,22 +363,29 @@ def _parts(acc, cfg):
         yield slice(first, first + size)
 
 # %% ../../nbs/train/31_loop.ipynb #looplss1
-def _shared_loss(run, loss, step):
-    "Mean loss over all processes; a loss that is not finite stops the run"
-    value = run.acc.gather(loss.reshape(1)).mean().item()
+def _anyone(run, mine):
+    "Whether something holds in one of the processes"
+    return bool(run.acc.gather(torch.tensor([float(bool(mine))], device=run.acc.device)).any())
+
+
+def _shared(run, loss, step, told):
+    "Mean loss over all processes, and whether one of them was told to end; a loss that is not finite stops the run"
+    mine = torch.stack([loss.float(), torch.tensor(float(bool(told)), device=loss.device)])
+    values = run.acc.gather(mine).reshape(-1, 2)
+    value, ends = values[:, 0].mean().item(), bool(values[:, 1].any())
     if not np.isfinite(value):
         raise FoleyError(
             f"{run.out.name}: the loss is {value} at step {step + 1}; lower learning_rate or use mixed_precision=no"
         )
-    return value
+    return value, ends
 
 
-def _log(run, log, losses, norm):
+def _log(run, log, norm):
     "A row of log.csv, on the main process"
     cfg, count = run.cfg, run.count
     row = dict(
         step=count.step,
-        loss=round(float(np.mean(losses)), 6),
+        loss=round(float(np.mean(count.losses)), 6),
         lr=float(f"{cfg.learning_rate * _lr_share(count.step - 1, cfg):.3g}"),
         grad_norm=round(float(norm), 4),
         seconds=round(count.seconds, 1),
@@ -434,18 +450,26 @@ def _watchers(run, validate, sample):
     return watchers
 
 # %% ../../nbs/train/31_loop.ipynb #loopwat1
-def _watch(run, watcher):
-    "Call one watcher, and write down the rows that it returns"
+def _watch(run, watcher, told):
+    "Call one watcher, and write down the rows that it returns; SIGTERM ends it without rows"
     acc, step = run.acc, run.count.step
     if acc.is_main_process:
-        stage = acc.unwrap_model(run.model)
-        with averaged(stage, run.params, run.emas[0] if run.emas else None), acc.autocast():
+        stage, rows = acc.unwrap_model(run.model), []
+        with broken_off(told), averaged(stage, run.params, run.emas[0] if run.emas else None), acc.autocast():
             rows = watcher.look(stage, step)
         for row in rows:
             watcher.log(step=step, **row)
         if run.cfg.report_to:
             acc.log(_means(watcher.name, rows), step=step)
     acc.wait_for_everyone()
+
+
+def _watch_again(run, watchers, told):
+    "Call the watchers that were due at the checkpoint and that SIGTERM kept from it"
+    for watcher in watchers:
+        if run.count.step and watcher.due(run.count.step, run.cfg):
+            if _anyone(run, watcher.log is not None and watcher.log.last != run.count.step):
+                _watch(run, watcher, told)
 
 
 def _means(name, rows):

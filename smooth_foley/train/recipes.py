@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ..clip import FrameEncoder
-from ..core import FoleyError
-from ..data.tables import write_json
+from ..core import FoleyError, only_writer
+from ..data.tables import make_folder, write_json
 from ..mel import MelTransform
 from ..model_card import write_model_card
 from ..published import new_folder
@@ -127,13 +127,14 @@ def train_mini(
     if max_steps is not None and max_steps < 1:
         raise FoleyError(f"max_steps: must be at least 1, got {max_steps}")
     r = recipe_with(options, stages, max_steps)
-    out.mkdir(parents=True, exist_ok=True)
-    r = claim_folder(out, r, stages, resume)
-    for name in stages:
-        if name != "assemble":
-            run_stage(name, out, r, measure)
-        elif is_main():
-            assemble(out, out / "mini", r)
+    share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with only_writer(make_folder(out), share):
+        r = claim_folder(out, r, stages, resume)
+        for name in stages:
+            if name != "assemble":
+                run_stage(name, out, r, measure)
+            elif is_main():
+                assemble(out, out / "mini", r)
     return out / "mini"
 
 # %% ../../nbs/train/39_recipes.ipynb #a255623b

@@ -7,7 +7,7 @@ __all__ = ['CsvLog', 'averaged', 'save_average']
 
 # %% ../../nbs/train/30a_records.ipynb #rec00004
 import csv
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from safetensors.torch import save_file
@@ -30,15 +30,20 @@ class CsvLog:
     ):
         self.path, self.fields = own_file(path), list(fields or ())
         rows = self._rows_until(step) if self.path.exists() else []
+        self.last = int(rows[-1]["step"]) if rows else None
         if self.fields:
             self._write("w", rows)
 
     def _rows_until(self, step):
         "Rows that stay; sets the columns if they are not given"
-        with open(self.path, newline="") as f:
+        rows = []
+        with open(self.path, newline="", errors="replace") as f, suppress(csv.Error):
             reader = csv.DictReader(f)
-            rows = [r for r in reader if int(r["step"]) <= step]
             self.fields = self.fields or list(reader.fieldnames or ())
+            for row in reader:
+                at = str(row.get("step"))
+                if at.isdecimal() and len(at) < 19 and int(at) <= step:
+                    rows.append({k: v for k, v in row.items() if k})
         return rows
 
     def _write(self, mode, rows):

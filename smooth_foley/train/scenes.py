@@ -16,7 +16,8 @@ import av
 import numpy as np
 import torch
 
-from ..core import die_with_parent, own_file, progress
+from ..core import FoleyError, own_file, progress
+from ..data.workers import worker_pool
 from ..media import clip_resize
 from ..mel import MelTransform
 from .captions import PICTURE_CAPTIONS, is_high, picture_truth, sound_caption
@@ -32,14 +33,28 @@ def open_arrays(
     spec: dict,  # Name -> (dtype, shape)
     mode: str = "r",  # 'r' reads; 'w' makes what is missing, and keeps what is there
 ) -> dict:  # Name -> memory-mapped array
-    "Arrays that are files of their final size"
+    "Arrays that are files of their final size; if one is damaged, all are made again"
+    paths = {name: Path(folder) / f"{name}.npy" for name in spec}
+    if mode == "w" and any(path.exists() and _mapped(path, "r", *spec[name]) is None for name, path in paths.items()):
+        for path in paths.values():
+            path.unlink(missing_ok=True)
     arrays = {}
-    for name, (dtype, shape) in spec.items():
-        path = Path(folder) / f"{name}.npy"
+    for name, path in paths.items():
         path = path if mode == "r" else own_file(path)
         how = "r" if mode == "r" else "r+" if path.exists() else "w+"
-        arrays[name] = np.lib.format.open_memmap(path, how, dtype=dtype, shape=shape)
+        arrays[name] = _mapped(path, how, *spec[name])
+        if arrays[name] is None:
+            raise FoleyError(f"{path}: is missing or damaged; run the stage that fills it again")
     return arrays
+
+
+def _mapped(path, how, dtype, shape):
+    "One memory-mapped array, or None if the file is damaged or holds another one"
+    try:
+        array = np.lib.format.open_memmap(path, how, dtype=dtype, shape=shape)
+    except (ValueError, EOFError, FileNotFoundError):
+        return None
+    return array if (array.dtype, array.shape) == (np.dtype(dtype), shape) else None
 
 # %% ../../nbs/train/34_scenes.ipynb #scn00008
 def n_chunks(n: int) -> int:
@@ -71,14 +86,10 @@ def fill_chunks(
     workers: int = None,  # Processes; None takes one per core
 ) -> None:
     "Fill the chunks that have no flag, on several processes"
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     todo = [int(j) for j in np.flatnonzero(~flags)]
     if not todo:
         return
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context, initializer=die_with_parent) as pool:
+    with worker_pool(workers or os.cpu_count()) as pool:
         for _ in progress(pool.map(fill, todo), desc=desc, unit="chunk", total=len(todo)):
             pass
 

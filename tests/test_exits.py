@@ -1,0 +1,140 @@
+"Every end of a command: its code and one line, whatever breaks and whenever"
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from smooth_foley.app.exits import exit_code
+from smooth_foley.core import FoleyError, PartlyDone
+
+COMMAND = [sys.executable, "-m", "smooth_foley"]
+needs_proc = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
+def shell(words, end="", **env):
+    "A command with its output sent somewhere"
+    line = [sys.executable if w == "python" else w for w in words]
+    said = ["sh", "-c", f'"$@" {end}', "sh", *line]
+    return subprocess.run(said, capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
+
+
+@needs_proc
+@pytest.mark.parametrize("words", [["labels"], ["--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize("end", [">/dev/full", ">&-", ">&- 2>&-", "2>&-", "2>/dev/full"])
+def test_a_closed_or_full_output_is_one_line(words, end):
+    r = shell([*COMMAND, *words], end)
+    full = ">/dev/full" in end and "2>" not in end
+    assert r.returncode == (2 if full and words == ["labels"] else 0), r.stderr
+    assert "Traceback" not in r.stderr and "Exception" not in r.stderr and r.stderr.count("\n") <= 1
+
+
+def test_a_name_that_no_terminal_shows(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \x1b[2J.mp4")
+    for encoding in ("utf-8", "ascii", "latin-1"):
+        r = shell([*COMMAND, "generate", tmp_path / name], PYTHONIOENCODING=encoding)
+        assert r.returncode == 2 and r.stderr.count("\n") == 1 and "\x1b" not in r.stderr, r.stderr
+
+
+def test_a_figure_needs_no_window():
+    code = "import sys; from smooth_foley.app.main import main; sys.argv[1:] = ['labels']; main()"
+    draw = "import matplotlib.pyplot as plt; plt.figure()"
+    for backend in ("nonsense", "TkAgg"):
+        r = shell(["python", "-c", f"{code}; {draw}"], MPLBACKEND=backend)
+        assert r.returncode == 0, r.stderr
+
+
+FAILS = {
+    1: PartlyDone("2 of 3 failed"),
+    2: FoleyError("x: is empty"),
+    130: KeyboardInterrupt(),
+    141: BrokenPipeError(),
+    70: KeyError("nobody foresaw this\nat all"),
+}
+
+
+@pytest.mark.parametrize("code", FAILS)
+def test_codes(code, capsys):
+    def fail():
+        raise FAILS[code]
+
+    assert exit_code(fail) == code
+    assert capsys.readouterr().err.count("\n") == (code != 141)
+
+
+@pytest.mark.parametrize(
+    "e",
+    [MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_out_of_memory_is_said(e, capsys):
+    def fail():
+        raise e
+
+    assert exit_code(fail) == 2 and "memory is used up" in capsys.readouterr().err
+
+
+def test_memory_really_used_up(capsys):
+    import torch
+
+    assert exit_code(lambda: torch.empty(2**48)) == 2 and "memory is used up" in capsys.readouterr().err
+
+
+SLOW = """
+import sys, time
+from concurrent.futures import wait
+from smooth_foley.app.exits import exit_code
+from smooth_foley.data.workers import worker_pool
+
+def work():
+    with worker_pool(2) as pool:
+        print("begun", flush=True)
+        wait([pool.submit(time.sleep, 60), pool.submit(time.sleep, 60)])
+
+class Cleans:
+    def __del__(self):
+        print("begun", flush=True)
+        time.sleep(5)
+
+def clean():
+    Cleans()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    sys.exit(exit_code(dict(work=work, clean=clean)[sys.argv[1]]))
+"""
+
+
+def interrupted(words, when, **kw):
+    "Send Ctrl-C to all processes of a terminal: seconds it took, exit code, what was said"
+    p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kw)
+    when(p)
+    os.killpg(p.pid, signal.SIGINT)
+    start = time.time()
+    _, said = p.communicate(timeout=120)
+    return time.time() - start, p.returncode, said
+
+
+@pytest.mark.parametrize("what", ["work", "clean"])
+def test_ctrl_c_ends_workers_and_cleaning_without_a_trace(tmp_path, what):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    late, code, said = interrupted([sys.executable, str(script), what], lambda p: p.stdout.readline())
+    assert (code, said) == (130, "smooth-foley: interrupted\n") and late < 30
+
+
+@pytest.mark.parametrize("after", [0.5, 1.5, 4.0])
+def test_ctrl_c_while_it_is_imported_or_at_work(tmp_path, after):
+    def begun(p):
+        "The interpreter itself has started"
+        while b"smooth_foley" not in Path(f"/proc/{p.pid}/cmdline").read_bytes():
+            time.sleep(0.01)
+        time.sleep(after)
+
+    words = [*COMMAND, "data", "shards", "passby:0-63", "--out", str(tmp_path / "s"), "--processes", "2"]
+    _, code, said = interrupted(words, begun, env={**os.environ, "IN_TEST": "1"})
+    assert (code, said) == (130, "smooth-foley: interrupted\n")
+    assert not list(tmp_path.rglob(".*.part*"))
