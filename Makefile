@@ -19,6 +19,7 @@ $(STAMP): $(CONSTRAINTS) settings.ini setup.py
 	@echo 'setting up $(VENV); the first time takes some minutes'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,train,data,lora]'
+	$(BIN)/python tools/first_import.py
 	@touch $@
 
 demo: $(STAMP)
