@@ -16,7 +16,6 @@ from ..media import Clip
 from ..mel import plot_mel
 from ..metrics.doppler import f0_range, f0_track
 from ..metrics.physics import level_track
-from ..players import small_png  # noqa: F401  (index.ipynb has it from here)
 from ..train.recipe import STAGES
 from ..world import passby
 

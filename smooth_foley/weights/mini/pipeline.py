@@ -1,0 +1,3 @@
+from smooth_foley.pipeline import SmoothFoleyPipeline
+
+__all__ = ['SmoothFoleyPipeline']
