@@ -14,6 +14,7 @@ import re
 import warnings
 import zipfile
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +233,7 @@ def _wrong_entry(index):
 def load_parts(
     folder: Path,  # Folder with a `model_index.json`
     cls: type,  # Pipeline: its `__init__` says what it needs, its `component_classes`, if any, of which classes
-    given: dict,  # Components and settings to use instead of the stored ones
+    given: dict,  # Components (or their folders) and settings to use instead of the stored ones
     options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen) Type, variant, ...
 ) -> dict:  # Name -> component or setting; modules frozen, in evaluation mode, on the CPU
     "Everything a pipeline is made of"
@@ -243,12 +244,18 @@ def load_parts(
     read = [name for name in index if name in parts and name not in given]
     variants = find_variants(folder, options.variant, read)
     classes = {**_CLASSES, **getattr(cls, "component_classes", {})}
-    for name in read:
+    places = {name: folder / name for name in read} | _elsewhere(given, index, parts)
+    for name, place in places.items():
         how = options.dtype_of(name), variants.get(name), options.low_cpu_mem_usage
-        loaded[name] = load_part(folder / name, *_named_class(folder, name, index[name], classes), *how)
+        loaded[name] = load_part(place, *_named_class(folder, name, index[name], classes), *how)
         if isinstance(loaded[name], torch.nn.Module):
             loaded[name].requires_grad_(False)
-    return {**loaded, **given}
+    return {**loaded, **{k: v for k, v in given.items() if k not in places}}
+
+
+def _elsewhere(given, index, parts):
+    "Folders given for components, such as that of a training run"
+    return {k: expand(v) for k, v in given.items() if k in parts and k in index and isinstance(v, (str, PathLike))}
 
 # %% ../nbs/10_loading.ipynb #df1ee67d
 def _check_parts(folder, index, given, parts):

@@ -45,6 +45,9 @@ _READ_BY = dict(
 # Fields of `TrainConfig` that may change in a folder
 _UNCOUNTED = (
     "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "dynamo_backend",
+    "dataloader_num_workers",
     "checkpointing_steps",
     "log_steps",
     "report_to",
