@@ -7,6 +7,7 @@ __all__ = ['run_stage', 'train_mini', 'assemble', 'forget_origin', 'plot_trainin
 
 # %% ../../nbs/train/39_recipes.ipynb #cd2d9376
 import json
+import os
 import shutil
 import time
 from dataclasses import asdict, replace
