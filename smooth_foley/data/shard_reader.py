@@ -320,11 +320,8 @@ def _member(self: Shards, k, row, field):
 
 # %% ../../nbs/data/57a_shard_reader.ipynb #7b3d8ba0
 @patch
-def __getitem__(
-    self: Shards,
-    i: int,  # Number of the clip
-) -> dict:  # `key`, what the JSON says, and arrays under `frames`, `clip`, `mel`, `latent`
-    "One clip"
+def _place(self: Shards, i):
+    "Number of a clip's shard, its index, and the clip's row in it"
     if not 0 <= i < len(self):
         raise IndexError(i)
     k = int(np.searchsorted(self.ends, i, "right"))
@@ -333,6 +330,23 @@ def __getitem__(
     if row >= len(s):
         detail = f"the shard holds {len(s)} clips that can be found, and {self.counts[k]} are listed"
         raise BadMember(s.path, f"clip {row}", "missing", detail)
+    return k, s, row
+
+
+@patch
+def key(self: Shards, i: int) -> str:
+    "Key of one clip, without reading it"
+    _, s, row = self._place(i)
+    return s.keys[row]
+
+
+@patch
+def __getitem__(
+    self: Shards,
+    i: int,  # Number of the clip
+) -> dict:  # `key`, what the JSON says, and arrays under `frames`, `clip`, `mel`, `latent`
+    "One clip"
+    k, s, row = self._place(i)
     clip = dict(key=s.keys[row])
     for field in self.fields or s.fields:
         value = self._member(k, row, field)
