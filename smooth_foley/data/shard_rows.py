@@ -145,7 +145,7 @@ def _frames(self: TrainRows, sample):
     n, row = self._n_frames(sample["fps"]), {}
     if "clip" in sample:
         row["emb"] = torch.from_numpy(_fit_frames(sample["clip"], n)).float()
-    elif "frames" in sample:
+    elif isinstance(sample.get("frames"), np.ndarray):  # Else it is their number
         row["frames"] = torch.from_numpy(_fit_frames(sample["frames"], n))
         row["n_frames"] = torch.tensor(min(n, len(sample["frames"])))
     return row and row | dict(times=torch.arange(n) / sample["fps"])

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import ControlNetModel
 from safetensors.torch import save_file
 
 from ..core import FoleyError, atomic_path, expand

@@ -236,11 +236,14 @@ def encode(self: ClipFeed, batch: dict) -> dict:
     "The batch with embeddings and latents, where the shards hold frames and mels"
     from smooth_foley.autoencoder import encode_latents
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for part in self.encoders.values():
+        part.to(device)
     if "frames" in batch:
         batch["emb"] = _embed(self.encoders["frame_encoder"], batch.pop("frames"), batch.pop("n_frames"))
     if "mel" in batch:
         vae, mel = self.encoders["vae"], self.encoders["mel"]
-        image = mel.to_image(batch.pop("mel").to(vae.device).float())
+        image = mel.to_image(batch.pop("mel").to(device).float())
         batch["z"] = encode_latents(vae, image).float()
     return batch
 
