@@ -42,11 +42,11 @@ def _expanded(urls):
             found.append(str(url))
             continue
         try:
-            from braceexpand import braceexpand
+            from webdataset.shardlists import expand_urls
         except ImportError:
             advice = "pip install 'smooth_foley[train]', or name them one by one"
-            raise FoleyError(f"{url}: braces need the package braceexpand; {advice}") from None
-        found += braceexpand(str(url))
+            raise FoleyError(f"{url}: braces need the package webdataset; {advice}") from None
+        found += expand_urls(str(url))
     return found
 
 # %% ../../nbs/scale/58_feed.ipynb #fed00007

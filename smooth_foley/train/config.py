@@ -7,6 +7,7 @@ __all__ = ['UNCOUNTED', 'TrainConfig', 'lr_share', 'decays', 'check_config', 'ma
 
 # %% ../../nbs/train/30d_config.ipynb #cfg00004
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
 import numpy as np
@@ -159,7 +160,5 @@ def make_optimizer(
     betas = cfg.adam_beta1, cfg.adam_beta2
     how = dict(lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, weight_decay=cfg.weight_decay)
     if cfg.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(params, **how)
+        return import_module("bitsandbytes.optim").AdamW8bit(params, **how)
     return torch.optim.AdamW(params, **how)
