@@ -86,10 +86,8 @@ def settings(model, shards, tmp_path):
     "A short run of a stage"
 
     def make(stage="temporal-adapter", config=None, **kw):
-        how = dict(
-            out=tmp_path / "run", model=str(model), init="random", train=finetune_config(**SHORT | (config or {}))
-        )
-        return Finetune(stage, (shards,), **how | kw)
+        how = dict(shards=(shards,), out=tmp_path / "run", model=str(model), init="random")
+        return Finetune(stage, train=finetune_config(**SHORT | (config or {})), **how | kw)
 
     return make
 
@@ -211,8 +209,8 @@ def sound(model, **replaced):
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
-    clip = Clip(frames, np.arange(4) * 0.15, 0.6, name="noise")
-    call = dict(label="train", condition=[(0.1, 0.4)], num_inference_steps=2, output_type="latent")
+    clip = Clip(frames, np.arange(4) * 0.004, 0.016)
+    call = dict(label="train", condition=[(0.004, 0.012)], num_inference_steps=2, output_type="latent")
     return pipe(clip, temporal_scale=1.0, **call).latents
 
 
@@ -248,6 +246,8 @@ def test_foleycrafter_has_no_projection(published):
 
 # --- devices and types
 def batch_for(s, model):
+    "A stage with its first batch"
+    s.out.mkdir()
     frozen = ft._load_parts(s, model)
     data = ft._read_data(s, model, frozen, *ft._find_data(s, model))
     text_emb = ft._text_embeddings(model, data.labels) if data.labels else None
@@ -310,11 +310,10 @@ def test_the_command_leaves_samples_and_a_component_that_loads(model, shards, tm
     assert main.main([*words, "--seed", "1"]) == 2 and "seed 0 there and 1 now" in capsys.readouterr().err
 
 
-def test_compiled_networks_learn_the_same(settings, tmp_path):
-    plain = finetune(replace(settings(config=dict(max_train_steps=2)), out=tmp_path / "plain"))
-    compiled = finetune(settings(config=dict(max_train_steps=2, dynamo_backend="eager")))
-    np.testing.assert_allclose(column(plain / "log.csv", "loss"), column(compiled / "log.csv", "loss"), atol=1e-5)
-    same(plain, compiled, tol=1e-4)
+def test_a_compiled_network_learns_the_same(settings, tmp_path):
+    plain = finetune(replace(settings("projection"), out=tmp_path / "plain"))
+    compiled = finetune(settings("projection", config=dict(dynamo_backend="eager")))
+    same(plain, compiled, tol=1e-5)
 
 
 # --- data from elsewhere, and without events
@@ -345,6 +344,7 @@ def silent(items, model, tmp_path_factory):
 def test_curves_of_grounding_stand_in_for_events(items, silent, settings, tmp_path):
     with pytest.raises(FoleyError, match="none of its clips has a timeline"):
         finetune(settings("projection", shards=(silent,)))
+    (tmp_path / "grounding").mkdir()
     times = np.arange(15) / 10
     for k, item in enumerate(items[:3]):
         write_arrays(
