@@ -211,6 +211,12 @@ def _accelerator(cfg, out):
         log_with=None if cfg.report_to in ("", "csv") else cfg.report_to,
         project_dir=str(out),
     )
+    if acc.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise FoleyError(
+            f"{acc.distributed_type}: parameters split over processes are not supported; every process holds all of "
+            "an adapter: choose plain data parallelism (accelerate launch --multi_gpu), and gradient_checkpointing "
+            "or use_8bit_adam where memory is short"
+        )
     parts = acc.num_processes * cfg.gradient_accumulation_steps
     if cfg.train_batch_size % parts:
         raise FoleyError(
