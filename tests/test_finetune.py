@@ -23,7 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from smooth_foley.app import main
-from smooth_foley.core import FoleyError
+from smooth_foley.core import FoleyError, only_writer
 from smooth_foley.data.arrays import write_arrays
 from smooth_foley.data.audioset import read_strong
 from smooth_foley.data.shard_reader import Shard, Shards
@@ -173,6 +173,13 @@ def test_killed_and_resumed_ends_with_the_same_weights(settings, tmp_path):
     p.wait()
     assert not (s.out / "done.json").exists(), "it finished before it was killed"
     assert latest_checkpoint(s.out), p.stderr.read().decode()[-2000:]
+    until = time.time() + 20
+    while time.time() < until:  # Until its worker process is gone, too
+        try:
+            with only_writer(s.out):
+                break
+        except FoleyError:
+            time.sleep(0.1)
     finetune(s)
     same(whole, s.out)
     assert column(s.out / "log.csv", "step") == list(range(1, 31))

@@ -25,6 +25,7 @@ from ..data.shard_reader import Shards
 from ..data.shard_rows import TrainRows
 from ..data.shards import ShardConfig, network_hashes
 from ..data.tables import read_json
+from ..data.workers import die_with_parent
 from ..listen.curves import segments
 
 # %% ../../nbs/scale/58_feed.ipynb #fed00006
@@ -175,6 +176,11 @@ class _Rows(Dataset):
         return self.rows.projection_example(sample, label, self.labels)
 
 # %% ../../nbs/scale/58_feed.ipynb #fed00018
+def _begin_reading(worker):
+    "In a worker process: it does not outlive the training, whose folder it would keep locked"
+    die_with_parent()
+
+
 class ClipFeed:
     "`batch_of` for `train`, from shards: by number, or read ahead"
 
@@ -217,6 +223,7 @@ class ClipFeed:
             batch_sampler=([int(i) for i in indices] for indices in wanted),
             num_workers=workers,
             pin_memory=pin,
+            worker_init_fn=_begin_reading,
             generator=torch.Generator(),  # So that it leaves the one of the run alone
         )
         return map(self.encode, loader)
