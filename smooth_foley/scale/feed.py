@@ -195,7 +195,8 @@ class ClipFeed:
             for label in self.labels():  # Before there are worker processes, which the tokenizer would not survive
                 rows._prompt_ids(label)
         if not len(rows):
-            raise FoleyError(f"{rows.shards.folder}: none of its clips has a timeline; see faults.csv")
+            advice = "take clips with events, or give the curves of grounding"
+            raise FoleyError(f"{rows.shards.folder}: none of its clips has a timeline; {advice}")
 
     def __len__(self):
         return len(self.rows)

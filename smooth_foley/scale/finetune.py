@@ -28,7 +28,7 @@ from ..published import resolve_weights
 from .adapters import STAGES, Frames, default_init, start_adapter, write_ip_adapter
 from .clip_sheets import ClipSheets
 from .feed import ClipFeed, HeardEvents, check_networks, local_shards, plan_of
-from ..train.config import UNCOUNTED, TrainConfig, check_config
+from ..train.config import UNCOUNTED, TrainConfig, check_config, decays
 from ..train.diffusion import FrameStage, TemporalStage
 from ..train.looks import level_losses, steady_loss
 from ..train.loop import hardware, is_main, save_trained, train, wait_for_all
@@ -255,7 +255,7 @@ def _facts(s, parts, adapter, data):
     facts["shards"] = f"{len(data.train)} rows, {hashlib.sha256(repr(clips).encode()).hexdigest()[:12]}"
     facts["model"] = fingerprint({k: m for k, m in parts.items() if k in ("unet", "text_encoder")}, 64)
     facts["init"] = fingerprint(dict(adapter=adapter))
-    facts["labels"] = data.labels
+    facts |= dict(labels=data.labels, ema_decay=decays(s.train))
     return json.loads(json.dumps(facts))
 
 
@@ -283,7 +283,7 @@ def _start_again(out):
     for path in out.iterdir():
         if path.name.startswith("checkpoint-") or path.name == "samples":
             shutil.rmtree(path)
-        elif path.name in ("log.csv", "validation.csv", "samples.csv", "done.json", "faults.csv"):
+        elif path.suffix in (".csv", ".json", ".safetensors", ".md"):
             path.unlink()
 
 # %% ../../nbs/scale/58c_finetune.ipynb #fin00017
