@@ -36,11 +36,13 @@ from smooth_foley.pipeline import SmoothFoleyPipeline
 from smooth_foley.published import convert
 from smooth_foley.scale import finetune as ft
 from smooth_foley.scale.adapters import STAGES, Frames, start_adapter
+from smooth_foley.scale.cost import full_batch, full_stage
 from smooth_foley.scale.feed import ClipFeed, local_shards
 from smooth_foley.scale.finetune import Finetune, finetune, finetune_config
 from smooth_foley.train import diffusion, parts
 from smooth_foley.train.checkpoints import latest_checkpoint
 from smooth_foley.train.loop import Draw, train
+from smooth_foley.train.records import peak_memory
 from smooth_foley.world.as_vggsound import passby_folder
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
@@ -296,6 +298,24 @@ def test_frozen_parts_keep_their_own_type_and_only_the_adapter_learns(kind, how,
     assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in stage.parameters())
     frozen = [p for m in stage.frozen.parts.values() for p in m.parameters() if id(p) not in trained]
     assert frozen and all(p.grad is None for p in frozen)
+
+
+@pytest.mark.skipif(not os.environ.get("FULL_SIZE"), reason="takes minutes and some 10 GB: FULL_SIZE=1")
+@pytest.mark.parametrize("stage", ["temporal-adapter", "frame-adapter"])
+def test_one_step_of_full_size_changes_the_adapter_alone(stage, tmp_path):
+    made = full_stage(stage, device="cpu", dtype=torch.bfloat16)
+    adapter, unet = next(iter(made.trained.values())), made.frozen["unet"]
+    frozen = unet.conv_in.weight.clone(), unet.mid_block.resnets[0].conv1.weight.clone()
+    before = {k: v.detach().clone() for k, v in adapter.named_parameters()}
+    batch = full_batch(stage, 1, "cpu")
+    batch["z"] = torch.randn_like(batch["z"])
+    cfg = finetune_config(**SHORT | dict(max_train_steps=1, train_batch_size=1, mixed_precision="bf16", ema_decay=0.0))
+    train(made, lambda i: batch, 1, replace(cfg, gradient_checkpointing=True, lr_warmup_steps=0), tmp_path)
+    assert torch.equal(unet.conv_in.weight, frozen[0])
+    assert torch.equal(unet.mid_block.resnets[0].conv1.weight, frozen[1])
+    assert any(not torch.equal(v, before[k]) for k, v in adapter.named_parameters())
+    print(f"{stage}: peak memory {peak_memory() / 1e9:.1f} GB")
+    assert peak_memory() < 20e9
 
 
 # --- what is looked at, and the command line
