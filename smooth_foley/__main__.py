@@ -20,6 +20,7 @@ def run():
     if code is None:
         os.write(2, b"smooth-foley: interrupted\n")
         code = 130
+    exec("")  # Ctrl-C within an `exec`, as imports use it, would otherwise be CPython's exit code
     sys.exit(code)
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ..clip import FrameEncoder
-from ..core import FoleyError, only_writer
-from ..data.tables import make_folder, write_json
+from ..core import FoleyError, make_folder, only_writer
+from ..data.tables import write_json
 from ..mel import MelTransform
 from ..model_card import write_model_card
 from ..published import new_folder
