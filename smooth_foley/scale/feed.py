@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..core import FoleyError, atomic_path, expand, own_folder, progress
+from ..core import FoleyError, atomic_path, expand, make_folder, progress
 from ..data.arrays import read_arrays
 from ..data.items import Item
 from ..data.shard_reader import Shards
@@ -70,7 +70,7 @@ def _copied(url, cache):
     "A tar from an address with its index, or all shards of a folder there; the path of the copy"
     base, _, name = url.rstrip("/").rpartition("/")
     folder = f"{base}/{name}" if not name.endswith(".tar") else base
-    dest = own_folder(Path(cache) / hashlib.sha256(folder.encode()).hexdigest()[:12])
+    dest = make_folder(Path(cache) / hashlib.sha256(folder.encode()).hexdigest()[:12])
     if name.endswith(".tar"):
         _copy(f"{folder}/{name.removesuffix('.tar')}.json", dest / f"{name.removesuffix('.tar')}.json")
         _copy(url, dest / name)

@@ -18,10 +18,10 @@ import torch
 from diffusers import ControlNetModel
 from torch import nn
 
-from ..core import FoleyError, expand, only_writer, say
+from ..core import FoleyError, expand, make_folder, only_writer, say
 from ..data.shard_reader import Shards
 from ..data.shard_rows import TrainRows
-from ..data.tables import FAULT_COLUMNS, make_folder, read_json, read_rows, write_json
+from ..data.tables import FAULT_COLUMNS, read_json, read_rows, write_json
 from ..frame_adapter import FrameAdapter
 from ..loading import fingerprint, load_component, read_index
 from ..published import resolve_weights
