@@ -187,15 +187,11 @@ def _frame_part(file, unet):
     return Part(FrameAdapter, adapter)
 
 # %% ../nbs/10e_published_parts.ipynb #redad001
-def read_adapter(
-    name: str,  # 'frame_adapter' or 'temporal_adapter'
-    file,  # As FoleyCrafter publishes it
-    unet: UNet2DConditionModel,  # It must be made for this one
-):  # `FrameAdapter` or `ControlNetModel`, float32, on the CPU
-    "An adapter of FoleyCrafter"
-    part = dict(frame_adapter=_frame_part, temporal_adapter=_temporal_part)[name](file, unet)
+def read_adapter(name: str, file, unet: UNet2DConditionModel):  # 'frame_adapter' or 'temporal_adapter'
+    "An adapter from a file of FoleyCrafter, float32, on the CPU; refused unless it was made for this UNet"
+    part = (_frame_part if name == "frame_adapter" else _temporal_part)(file, unet)
     if part.weights is not None:
-        part.model.load_state_dict({k: v.float() for k, v in part.weights.items()}, assign=True)
+        part.model.load_state_dict(part.weights, assign=True)
     return part.model.float()
 
 # %% ../nbs/10e_published_parts.ipynb #ccd88b80
