@@ -323,7 +323,7 @@ def from_pretrained(
     use_safetensors: bool = None,  # Never False
     low_cpu_mem_usage: bool = None,  # As in diffusers
     device_map=None,  # Name of the device it goes to
-    **kwargs,  # Components or settings to use instead of the stored ones, e.g. `scheduler=...`, `frame_scale=...`
+    **kwargs,  # Components (or their folders) and settings instead of the stored ones, e.g. `frame_adapter="runs/mine"`
 ) -> SmoothFoleyPipeline:  # Frozen, in evaluation mode
     "Load a pipeline; weights that do not fit are refused by name"
     parts, settings = (sorted(set(names) - {"self"}) for names in cls._get_signature_keys(cls))

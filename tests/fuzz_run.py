@@ -427,7 +427,11 @@ FIRST = {
     "generate": ["none.mp4"],
     "demo": ["--device", "cuda:99"],
     "labels": ["none.mp4"],
-    "train": ["maxi", "--out", "o"],
+    "train mini": ["--stages", "none", "--out", "o"],
+    "train diff-foley": ["--stages", "none", "--out", "o"],
+    "train projection": ["--shards", "none", "--out", "o"],
+    "train temporal-adapter": ["--shards", "none", "--out", "o"],
+    "train frame-adapter": ["--shards", "none", "--out", "o"],
     "fetch": ["full", "--from", "none", "--out", "o"],
     "bench": ["--out", "none/x.json"],
     "evaluate": ["--split", "none"],
@@ -444,9 +448,10 @@ SKIPPED = {"--passby", "--download", "--from", "--device"}
 
 def option_names():
     "Options of every command by its words"
-    from smooth_foley.app.main import _COMMANDS, DATA, INFO
+    from smooth_foley.app.main import _COMMANDS, ADAPTERS, DATA, INFO, TRAIN_DIFF_FOLEY, TRAIN_MINI
 
     named = {c.name: c for c in (*_COMMANDS, INFO)} | {f"data {c.name}": c for c in DATA}
+    named |= {f"train {c.name}": c for c in (TRAIN_MINI, TRAIN_DIFF_FOLEY, *ADAPTERS)}
     return {
         words: [row[0].split()[-1] for group in c.groups for row in group.rows if row[0].startswith("-")]
         for words, c in named.items()

@@ -355,7 +355,7 @@ Training reads of each clip what is computed here once, from tar files that are 
 --heard packs the timelines that grounding heard; --verify checks every byte against its checksum.
 
 A killed run goes on when the same command is given again. Nodes of a cluster each take their part with --part 0/4, 1/4,
-...; training reads the folder with smooth_foley.data.shard_rows.TrainRows."""
+...; smooth-foley train projection|temporal-adapter|frame-adapter --shards FOLDER reads them."""
 SHARDS = Command(
     "shards",
     _shards,

@@ -14,6 +14,7 @@ import threading
 from contextlib import nullcontext
 
 from .. import __version__
+from .adapter_commands import ADAPTERS
 from .bench_command import BENCH
 from .cli import DEMO, GENERATE, SHOW_LABELS
 from .data_commands import DATA
@@ -23,11 +24,17 @@ from .fetch_command import FETCH
 from .info_command import INFO
 from .listen_command import LISTEN
 from .options import Parser, add_command, in_shell_words, quietly
-from .train_command import TRAIN
+from .train_command import TRAIN_DIFF_FOLEY, TRAIN_MINI
 from ..core import FoleyError, PartlyDone
 
 # %% ../../nbs/app/99_main.ipynb #3afe9a27
-_COMMANDS = (GENERATE, DEMO, SHOW_LABELS, TRAIN, FETCH, BENCH, EVALUATE)
+_COMMANDS = (GENERATE, DEMO, SHOW_LABELS, FETCH, BENCH, EVALUATE)
+_TRAIN = "Train the small model, a baseline, or the adapters of any model."
+_TRAIN_EXAMPLES = """examples:
+  smooth-foley train mini --out runs/mini
+  smooth-foley train temporal-adapter --model full --shards audioset --out runs/temporal
+
+Each command has examples of its own: smooth-foley train frame-adapter --help"""
 _DATA = "Data sets: lists, clips, audits, grounding, filters, shards."
 _EXAMPLES = """examples:
   smooth-foley demo
@@ -49,6 +56,7 @@ _LISTEN_EXAMPLES = """examples:
 
 Each command has examples of its own: smooth-foley listen make --help"""
 _GROUPS = (  # Word, its commands, what they are about, examples
+    ("train", (TRAIN_MINI, TRAIN_DIFF_FOLEY, *ADAPTERS), _TRAIN, _TRAIN_EXAMPLES),
     ("data", DATA, _DATA, _DATA_EXAMPLES),
     ("listen", LISTEN, _LISTEN, _LISTEN_EXAMPLES),
 )

@@ -181,7 +181,10 @@ def _listed(folder):
 
 # %% ../../nbs/data/57a_shard_reader.ipynb #674785c1
 def _list_shards(folder):
-    "Paths of the shards of a set and how many clips each contains, if an index says so"
+    "Paths of the shards of a set, or of several, and how many clips each contains, if an index says so"
+    if isinstance(folder, (list, tuple)):
+        found = [_list_shards(f) for f in folder]
+        return sum((p for p, _ in found), []), sum((n or [None] * len(p) for p, n in found), [])
     folder = Path(folder)
     if folder.is_file():
         return [folder], None
@@ -205,11 +208,11 @@ class Shards(Dataset):
 
     def __init__(
         self,
-        folder,  # Folder of shards, or one tar
+        folder,  # Folder of shards, one tar, or a list of these
         fields=None,  # Which members to read besides `json`, e.g. `('clip', 'latent')`; None reads all
         report=None,  # `.csv` to which every member that cannot be used is added, by all processes that read
     ):
-        self.folder = Path(folder)
+        self.folder = folder if isinstance(folder, (list, tuple)) else Path(folder)
         self.report = report and own_file(report)
         self.faults = []
         if self.report and not self.report.exists():
@@ -218,7 +221,8 @@ class Shards(Dataset):
         self.paths, counts = _list_shards(folder)
         self._check_paths()
         self._open, self._files = {}, {}
-        self.counts = counts if counts is not None else [len(self.shard(k)) for k in range(len(self.paths))]
+        counts = counts or [None] * len(self.paths)
+        self.counts = [len(self.shard(k)) if n is None else n for k, n in enumerate(counts)]
         self.ends = np.cumsum(self.counts)
         if not len(self):
             raise FoleyError(f"{folder}: its shards hold no clip; see faults.csv")
@@ -316,11 +320,8 @@ def _member(self: Shards, k, row, field):
 
 # %% ../../nbs/data/57a_shard_reader.ipynb #7b3d8ba0
 @patch
-def __getitem__(
-    self: Shards,
-    i: int,  # Number of the clip
-) -> dict:  # `key`, what the JSON says, and arrays under `frames`, `clip`, `mel`, `latent`
-    "One clip"
+def _place(self: Shards, i):
+    "Number of a clip's shard, its index, and the clip's row in it"
     if not 0 <= i < len(self):
         raise IndexError(i)
     k = int(np.searchsorted(self.ends, i, "right"))
@@ -329,6 +330,23 @@ def __getitem__(
     if row >= len(s):
         detail = f"the shard holds {len(s)} clips that can be found, and {self.counts[k]} are listed"
         raise BadMember(s.path, f"clip {row}", "missing", detail)
+    return k, s, row
+
+
+@patch
+def key(self: Shards, i: int) -> str:
+    "Key of one clip, without reading it"
+    _, s, row = self._place(i)
+    return s.keys[row]
+
+
+@patch
+def __getitem__(
+    self: Shards,
+    i: int,  # Number of the clip
+) -> dict:  # `key`, what the JSON says, and arrays under `frames`, `clip`, `mel`, `latent`
+    "One clip"
+    k, s, row = self._place(i)
     clip = dict(key=s.keys[row])
     for field in self.fields or s.fields:
         value = self._member(k, row, field)

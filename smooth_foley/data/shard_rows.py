@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import FoleyError
-from .audioset import frame_sounding, per_label, sounding
+from .audioset import frame_sounding, per_label, sounding, strong_condition
 from .items import Item
 from .shard_reader import BadMember, Shards
 from ..media import COLUMNS_PER_SECOND
@@ -39,12 +39,16 @@ class TrainRows:
         text_encoder=None,  # Of the tokenizer
         timeline: bool = False,  # One row per clip and label, with the label's mask
         n_cols: int = 1024,  # Mel columns of the mask
+        events=None,  # `events(item)` for a clip without a timeline; clips for which it gives None are left out
+        compat: bool = False,  # FoleyCrafter's 102.4 columns a second in the mask
     ):
         self.shards = shards
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.timeline = timeline
         self.n_cols = n_cols
+        self.events = events
+        self.compat = compat
         self._ids = {}
         self.rows = self._timeline_rows() if timeline else [(i, None) for i in range(len(shards))]
 
@@ -53,18 +57,36 @@ class TrainRows:
 
 # %% ../../nbs/data/57b_shard_rows.ipynb #fb86854d
 @patch
-def _timeline_rows(self: TrainRows):
-    "Number and label of every row; reads only what the shards say about the clips"
-    known, rows = Shards(self.shards.folder, fields=()), []
+def item(self: TrainRows, sample) -> Item:
+    "A clip with its timeline, its own or the one that `events` gives"
+    item = item_of(sample)
+    if item.events is None and self.events:
+        item.events = self.events(item)
+    return item
+
+
+@patch
+def items(self: TrainRows):  # Yields number and `Item`
+    "What the shards say about all clips, without reading the rest of them"
+    known = Shards(self.shards.folder, fields=())
     for i in range(len(known)):
         try:
-            item = item_of(known[i])
+            yield i, self.item(known[i])
         except BadMember as e:
             self.shards.note(e)
-            continue
-        if item.events is None:
+
+
+@patch
+def _timeline_rows(self: TrainRows):
+    "Number and label of every row"
+    rows = []
+    for i, item in self.items():
+        if item.events is not None:
+            rows += [(i, r.label) for r in per_label([item])]
+        elif self.events is None:
             raise FoleyError(f"{item.name}: has no timeline; take clips with events, or ground them first")
-        rows += [(i, r.label) for r in per_label([item])]
+        else:
+            self.shards.note(BadMember("", self.shards.key(i), "events", "has no timeline"))
     return rows
 
 # %% ../../nbs/data/57b_shard_rows.ipynb #41fb5847
@@ -99,19 +121,38 @@ def example(
     row, label = {}, label or sample["label"]
     if "latent" in sample:
         row["z"] = torch.from_numpy(sample["latent"]).float()
+    elif "mel" in sample:
+        row["mel"] = torch.from_numpy(sample["mel"])
     if self.tokenizer:
         row["ids"] = row["ids_long"] = self._prompt_ids(label)
     if self.timeline:
-        row["sounding"] = torch.from_numpy(sounding(item_of(sample), label, self.n_cols))
+        row["sounding"] = torch.from_numpy(self._mask(sample, label))
+    return row | self._frames(sample)
+
+
+@patch
+def _mask(self: TrainRows, sample, label):
+    "When a label sounds, per mel column"
+    item = self.item(sample)
+    if self.compat:
+        return strong_condition(item, label, sample["fps"]).columns(self.n_cols, compat=True).numpy() > 0
+    return sounding(item, label, self.n_cols)
+
+
+@patch
+def _frames(self: TrainRows, sample):
+    "Embeddings of the frames, or else the frames themselves and how many they are; their times"
+    n, row = self._n_frames(sample["fps"]), {}
     if "clip" in sample:
-        n = self._n_frames(sample["fps"])
         row["emb"] = torch.from_numpy(_fit_frames(sample["clip"], n)).float()
-        row["times"] = torch.arange(n) / sample["fps"]
-    return row
+    elif isinstance(sample.get("frames"), np.ndarray):  # Else it is their number
+        row["frames"] = torch.from_numpy(_fit_frames(sample["frames"], n))
+        row["n_frames"] = torch.tensor(min(n, len(sample["frames"])))
+    return row and row | dict(times=torch.arange(n) / sample["fps"])
 
 # %% ../../nbs/data/57b_shard_rows.ipynb #f3e92ac4
 @patch
-def _read(self: TrainRows, row):
+def read(self: TrainRows, row: int) -> tuple:  # What `Shards` gives, and the label
     "The clip of a row and its label; a damaged clip is replaced by the next"
     for step in range(len(self)):
         i, label = self.rows[(int(row) + step) % len(self)]
@@ -128,7 +169,7 @@ def __call__(
     indices,  # Numbers of rows, `(b,)`
 ) -> dict:  # Tensors, `(b, ...)`
     "Rows for the diffusion stages: base, temporal adapter, frame adapter"
-    rows = [self.example(*self._read(i)) for i in indices]
+    rows = [self.example(*self.read(i)) for i in indices]
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
 # %% ../../nbs/data/57b_shard_rows.ipynb #06fa04bd
@@ -139,16 +180,22 @@ def projection(
     labels: list,  # All labels, in the order of the stage's text embeddings
 ) -> dict:  # `emb (b, T, D)`, `sounding (b, T)`, `label (b,)`
     "Rows for the label-frame projection"
-    rows = []
-    for i in indices:
-        sample, label = self._read(i)
-        label = label or sample["label"]
-        n = self._n_frames(sample["fps"])
-        on = frame_sounding(item_of(sample), label, sample["fps"], n)
-        emb = torch.from_numpy(_fit_frames(sample["clip"], n)).float()
-        rows.append((emb, torch.from_numpy(on), labels.index(label)))
-    emb, on, label = zip(*rows)
-    return dict(emb=torch.stack(emb), sounding=torch.stack(on), label=torch.tensor(label))
+    rows = [self.projection_example(*self.read(i), labels) for i in indices]
+    return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+
+
+@patch
+def projection_example(
+    self: TrainRows,
+    sample: dict,  # A clip of `Shards`
+    label: str,  # Whose frames; None takes the clip's own label
+    labels: list,  # All labels
+) -> dict:  # `emb (T, D)`, `sounding (T,)`, `label`
+    "One clip as the label-frame projection reads it"
+    label, fps = label or sample["label"], sample["fps"]
+    frames = self._frames(sample)
+    on = frame_sounding(self.item(sample), label, fps, len(frames.pop("times")))
+    return frames | dict(sounding=torch.from_numpy(on), label=torch.tensor(labels.index(label)))
 
 # %% ../../nbs/data/57b_shard_rows.ipynb #da5c8b5a
 @patch
@@ -158,7 +205,7 @@ def images(
     mel,  # `MelTransform` of the shards
 ) -> dict:  # `image (b, C, h, w)` in [-1, 1]
     "Rows for the autoencoder"
-    mels = np.stack([self._read(i)[0]["mel"] for i in indices])
+    mels = np.stack([self.read(i)[0]["mel"] for i in indices])
     return dict(image=mel.to_image(torch.from_numpy(mels).float()))
 
 # %% ../../nbs/data/57b_shard_rows.ipynb #483896d8

@@ -11,11 +11,13 @@ import os
 import random
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -51,7 +53,7 @@ def _named(state):
     "Every tensor of a state by name"
     found = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     for i, moments in state.opt.state_dict()["state"].items():
-        found |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+        found |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in moments.items()}
     for j, ema in enumerate(state.emas):
         found |= {f"average.{j}.{i}": v for i, v in enumerate(ema.shadow_params)}
     return found
@@ -112,6 +114,23 @@ def _remove(path):
         path.unlink(missing_ok=True)
 
 # %% ../../nbs/train/30b_checkpoints.ipynb #ckp00013
+_NO_ROOM = ("No space left", "Disk quota exceeded", "File too large")
+
+
+@contextmanager
+def _room_for(tmp):
+    "A block that writes; where there is no space, what it wrote goes and the checkpoint before stays"
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        why = next((text for text in _NO_ROOM if text.lower() in str(e).lower()), None)
+        if why is None:
+            raise
+        shutil.rmtree(tmp, ignore_errors=True)
+        advice = "make room and run again, it goes on from the checkpoint before"
+        raise FoleyError(f"{tmp.parent}: no checkpoint written ({why.lower()}); {advice}") from e
+
+
 def save_checkpoint(
     accelerator,
     out,  # Folder of the stage
@@ -124,11 +143,13 @@ def save_checkpoint(
     tmp, final = Path(out) / f".tmp-{step}", Path(out) / f"checkpoint-{step}"
     if accelerator.is_main_process:
         _remove(tmp)
-        tmp.mkdir()
-        save_file(_unshared(_named(state)), tmp / _TENSORS)
-        (tmp / _FACTS).write_text(json.dumps(_facts(state)) + "\n")
+        with _room_for(tmp):
+            tmp.mkdir()
+            save_file(_unshared(_named(state)), tmp / _TENSORS)
+            (tmp / _FACTS).write_text(json.dumps(_facts(state)) + "\n")
     accelerator.wait_for_everyone()
-    (tmp / f"random-{accelerator.process_index}.json").write_text(json.dumps(_random_states()) + "\n")
+    with _room_for(tmp):
+        (tmp / f"random-{accelerator.process_index}.json").write_text(json.dumps(_random_states()) + "\n")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _remove(final)
@@ -181,6 +202,8 @@ def _expected(state):
     for j, ema in enumerate(state.emas):
         must |= {f"average.{j}.{i}": (v.shape, v.dtype) for i, v in enumerate(ema.shadow_params)}
     may = {}
+    if not isinstance(state.opt, torch.optim.AdamW):  # Others name what they keep themselves
+        return must, None
     for i, p in enumerate(state.params):
         may |= {f"optimizer.{i}.{k}": (p.shape, p.dtype) for k in ("exp_avg", "exp_avg_sq")}
         may[f"optimizer.{i}.step"] = torch.Size(()), torch.float32
@@ -189,6 +212,8 @@ def _expected(state):
 
 def _misfits(tensors, must, may):
     "One phrase for each kind of difference"
+    if may is None:
+        may = {k: (v.shape, v.dtype) for k, v in tensors.items() if k.startswith("optimizer.")}
     known = must | may
     moments = {k.rsplit(".", 1)[0] for k in tensors if k in may}
     missing = [k for k in must if k not in tensors]
@@ -210,6 +235,15 @@ def _check(folder, state, tensors, facts):
         raise FoleyError(f"{folder}: does not fit this run ({'; '.join(wrong)}); {_ADVICE}")
 
 # %% ../../nbs/train/30b_checkpoints.ipynb #ckp00017
+def _moment(value, like):
+    "One value of an optimiser, laid out in memory like its parameter where it has the same shape"
+    if value.dim() == 0:
+        return value if value.is_floating_point() else value.item()
+    if (value.shape, value.dtype) != (like.shape, like.dtype):
+        return value
+    return torch.empty_like(like, device="cpu", requires_grad=False).copy_(value)
+
+
 def _take_optimizer(opt, params, tensors):
     "Give the optimiser its moments, laid out in memory like their parameters"
     moments = {}
@@ -217,8 +251,7 @@ def _take_optimizer(opt, params, tensors):
         if name.startswith("optimizer."):
             _, i, key = name.split(".")
             like = params[int(i)]
-            own = value if key == "step" else torch.empty_like(like, device="cpu", requires_grad=False).copy_(value)
-            moments.setdefault(int(i), {})[key] = own
+            moments.setdefault(int(i), {})[key] = _moment(value, like)
     opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()["param_groups"]))
 
 

@@ -227,10 +227,11 @@ class FrameStage(DiffusionStage):
         *args,  # As for `DiffusionStage`
         frame_wise: bool = True,  # Every frame for itself, or the mean of all
         span: float = passby.DURATION,  # Duration of a latent's columns, s
+        frame_dropout: float = 0.1,  # Share of clips that lose their frames in training
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.frame_wise, self.span = frame_wise, span
+        self.frame_wise, self.span, self.frame_dropout = frame_wise, span, frame_dropout
 
     def predict(self, zt, t, ctx, batch, draw=None):
         adapter, unet = self.part("adapter"), self.part("unet")
@@ -242,9 +243,9 @@ class FrameStage(DiffusionStage):
         return unet(zt, t, ctx, added_cond_kwargs={"image_embeds": [tokens]}).sample
 
     def dropped(self, batch, draw):
-        "Which clips lose their frames: one in ten in training, else those that `batch['drop']` names"
+        "Which clips lose their frames: some in training, else those that `batch['drop']` names"
         if draw is not None:
-            return draw.uniform() < 0.1
+            return draw.uniform() < self.frame_dropout
         return batch.get("drop", torch.zeros(len(batch["z"]), dtype=torch.bool, device=batch["z"].device))
 
 # %% ../../nbs/train/38_diffusion.ipynb #dif00016

@@ -16,7 +16,8 @@ import numpy as np
 
 from ..core import FoleyError
 from ..data.tables import read_json, write_json
-from .loop import TrainConfig, is_main, wait_for_all
+from .config import UNCOUNTED, TrainConfig
+from .loop import is_main, wait_for_all
 from .recipe import STAGES, Recipe
 from ..world import passby
 
@@ -41,16 +42,6 @@ _READ_BY = dict(
     frame_wise=("frame_adapter",),
     vocoder=("scenes", "vocoder"),
     passby=("scenes", "pictures", "features"),
-)
-# Fields of `TrainConfig` that may change in a folder
-_UNCOUNTED = (
-    "gradient_accumulation_steps",
-    "checkpointing_steps",
-    "log_steps",
-    "report_to",
-    "validation_steps",
-    "sample_steps",
-    "keep_checkpoints_at",
 )
 # Stage that fills the cache -> its arrays, the flags of finished chunks last
 _CACHED = dict(
@@ -126,7 +117,7 @@ def _differences(runs, known, asked, stages, again=()):
 
 def _config_differences(name, there, here):
     "The same for the configuration of a stage"
-    changed = [k for k in here if k not in _UNCOUNTED and k in there and there[k] != here[k]]
+    changed = [k for k in here if k not in UNCOUNTED and k in there and there[k] != here[k]]
     return [(f"{name}.{k}", there[k], here[k]) for k in changed]
 
 # %% ../../nbs/train/32a_folder.ipynb #fld00013

@@ -83,12 +83,13 @@ def _on(device, batch):
 def steady_loss(
     batch_of,  # Examples of the validation set
     batch_size: int = 16,
+    n: int = N_VAL,  # How many examples there are
 ):  # `validate` for `train`
-    "The training loss on validation scenes, always with the same draws"
+    "The training loss on validation examples, always with the same draws; what does not fill a batch is left out"
 
     def validate(stage, step):
         losses = []
-        for k in range(N_VAL // batch_size):
+        for k in range(n // batch_size):
             batch = _on(stage.device, batch_of(np.arange(k * batch_size, (k + 1) * batch_size)))
             losses.append(float(stage(batch, Draw(0, k, batch_size, device=stage.device))))
         return [dict(loss=float(np.mean(losses)))]
@@ -99,18 +100,23 @@ def steady_loss(
 def level_losses(
     batch_of,  # Examples of the validation set
     levels: int = 8,  # Timesteps, evenly spread
+    n: int = N_VAL,  # How many examples there are
+    batch_size: int = N_VAL,  # So many at once
 ):  # `validate` for `train`: one row per timestep
     "The diffusion loss at fixed noise levels with fixed noise"
 
     def validate(stage, step):
-        batch, rows = _on(stage.device, batch_of(np.arange(N_VAL))), []
-        ctx = stage.read(batch["ids_long"])
-        for k in range(levels):
-            t = int((k + 0.5) / levels * len(stage.acp))
-            eps = Draw(0, k, N_VAL, device=stage.device).normal(*batch["z"].shape[1:])
-            loss = stage.loss(batch, torch.full((N_VAL,), t, device=stage.device), ctx, eps)
-            rows.append(dict(timestep=t, loss=round(float(loss), 6)))
-        return rows
+        steps = [int((k + 0.5) / levels * len(stage.acp)) for k in range(levels)]
+        sums = np.zeros(levels)
+        for first in range(0, n, batch_size):
+            part = slice(first, min(first + batch_size, n))
+            batch = _on(stage.device, batch_of(np.arange(n)[part]))
+            ctx = stage.read(batch["ids_long"])
+            for k, t in enumerate(steps):
+                eps = Draw(0, k, n, part, stage.device).normal(*batch["z"].shape[1:])
+                loss = stage.loss(batch, torch.full((len(eps),), t, device=stage.device), ctx, eps)
+                sums[k] += len(eps) * float(loss)
+        return [dict(timestep=t, loss=round(float(s) / n, 6)) for t, s in zip(steps, sums)]
 
     return validate
 
@@ -127,12 +133,14 @@ def sample_latents(
     scheduler = type(stage.scheduler).from_config(stage.scheduler.config)
     scheduler.set_timesteps(steps)
     z = noise_like(batch["z"].shape, [derive_generator(0, f"sample {k}") for k in range(n)]).to(device)
+    z = z * scheduler.init_noise_sigma
     text, empty = stage.read(batch["ids_long"]), stage.read(stage.empty.expand(n, -1))
     without = dict(batch, drop=torch.ones(n, dtype=torch.bool, device=device))
     for t in scheduler.timesteps:
         when = t.to(device).expand(n)
-        on = stage.predict(z, when, text, batch)
-        off = stage.predict(z, when, empty, without)
+        seen = scheduler.scale_model_input(z, t)
+        on = stage.predict(seen, when, text, batch)
+        off = stage.predict(seen, when, empty, without)
         z = scheduler.step(off + guidance_scale * (on - off), t, z).prev_sample
     return z.float().cpu()
 

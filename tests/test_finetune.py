@@ -1,0 +1,481 @@
+"""Adapters from shards: the same as from arrays in memory, killed and resumed, in two processes, with wrong input"""
+
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import in_two_processes
+from safetensors.torch import load_file
+from test_published import TINY, write_published
+from test_training import Elsewhere, overwrite, tensors
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from smooth_foley.app import main
+from smooth_foley.core import FoleyError, only_writer
+from smooth_foley.data.arrays import write_arrays
+from smooth_foley.data.audioset import read_strong
+from smooth_foley.data.shard_reader import Shard, Shards
+from smooth_foley.data.shard_rows import TrainRows
+from smooth_foley.data.shards import ShardConfig, write_shards
+from smooth_foley.data.vggsound import join_clips
+from smooth_foley.loading import load_component
+from smooth_foley.media import Clip
+from smooth_foley.pipeline import SmoothFoleyPipeline
+from smooth_foley.published import convert
+from smooth_foley.scale import finetune as ft
+from smooth_foley.scale.adapters import STAGES, Frames, start_adapter
+from smooth_foley.scale.cost import full_batch, full_stage
+from smooth_foley.scale.feed import ClipFeed, local_shards
+from smooth_foley.scale.finetune import Finetune, finetune, finetune_config
+from smooth_foley.train import diffusion, parts
+from smooth_foley.train.checkpoints import latest_checkpoint
+from smooth_foley.train.loop import Draw, train
+from smooth_foley.train.records import peak_memory
+from smooth_foley.world.as_vggsound import passby_folder
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+SHORT = dict(
+    max_train_steps=6,
+    train_batch_size=4,
+    learning_rate=1e-3,
+    lr_warmup_steps=2,
+    ema_decay=0.9,
+    mixed_precision="no",
+    log_steps=1,
+    checkpointing_steps=3,
+    validation_steps=0,
+    sample_steps=0,
+)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    "A tiny untrained pipeline"
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    SmoothFoleyPipeline.from_random().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    folder = passby_folder(tmp_path_factory.mktemp("clips") / "passby", 12, seed=40, seconds=1.5)
+    strong = read_strong(folder / "audioset_strong.tsv", folder / "mid_to_display_name.tsv", duration=1.5)
+    return join_clips(strong, folder / "video")
+
+
+@pytest.fixture(scope="module")
+def shards(items, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "train"
+    write_shards(items, out, ShardConfig(weights=str(model), per_shard=3))
+    return out
+
+
+@pytest.fixture
+def settings(model, shards, tmp_path):
+    "A short run of a stage"
+
+    def make(stage="temporal-adapter", config=None, **kw):
+        how = dict(shards=(shards,), out=tmp_path / "run", model=str(model), init="random")
+        return Finetune(stage, train=finetune_config(**SHORT | (config or {})), **how | kw)
+
+    return make
+
+
+def column(path, name):
+    with open(path, newline="") as f:
+        return [float(row[name]) for row in csv.DictReader(f)]
+
+
+def same(a, b, tol=0.0):
+    a, b = load_file(a / WEIGHTS), load_file(b / WEIGHTS)
+    assert a.keys() == b.keys()
+    assert max((a[k] - b[k]).abs().max().item() for k in a) <= tol
+
+
+# --- the same as from memory
+def from_memory(stage, s, model, monkeypatch):
+    "`batch_of` as mini's recipe makes it, of the clips that the shards hold"
+    data = Shards(s.shards[0])
+    rows = TrainRows(data, timeline=stage != "frame-adapter")
+    clips = [(data[i], label or data[i]["label"]) for i, label in rows.rows]
+    labels = sorted({label for _, label in clips})
+    n_cols = dict(projection=1, **dict.fromkeys(("temporal-adapter", "frame-adapter"), 1024))[stage]
+    arrays = dict(
+        label=np.array([labels.index(label) for _, label in clips]), sounding=np.zeros((len(clips), n_cols), bool)
+    )
+    if stage == "temporal-adapter":
+        arrays["sounding"] = np.stack([rows._mask(sample, label) for sample, label in clips])
+    emb = np.zeros((len(clips), 153, 24), np.float16)
+    on = np.zeros((len(clips), 153), bool)
+    for k, (sample, label) in enumerate(clips):
+        emb[k, : len(sample["clip"])] = sample["clip"]
+        if stage == "projection":
+            on[k] = rows.projection_example(sample, label, labels)["sounding"]
+    if stage == "projection":
+        plain = parts._projection_rows(arrays, dict(emb=emb, frame_sounding=on))
+
+        def in_order(i):  # The recipe sorts the scenes of a batch
+            back = np.argsort(np.argsort(i))
+            return {k: v[back] for k, v in plain(i).items()}
+
+        return in_order, len(clips)
+    monkeypatch.setattr(diffusion, "stored_caption", lambda arrays, i, long=True: labels[arrays["label"][i]])
+    text = load_component(model, "tokenizer"), load_component(model, "text_encoder")
+    plain = diffusion._diffusion_rows(arrays, np.stack([sample["latent"] for sample, _ in clips]), *text)
+    return diffusion._frame_rows(plain, dict(emb=emb), 15.0) if stage == "frame-adapter" else plain, len(clips)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_from_shards_are_those_from_memory(stage, settings, model, tmp_path, monkeypatch):
+    s = settings(stage)
+    finetune(s)
+    batch_of, n = from_memory(stage, s, model, monkeypatch)
+    torch.manual_seed(0)
+    frozen = ft._load_parts(s, model)
+    adapter = load_component(model, STAGES[stage]) if stage == "projection" else ft._start(s, model, frozen)
+    labels = ft._read_data(s, model, frozen, *ft._find_data(s, model)).labels
+    text_emb = ft._text_embeddings(model, labels) if labels else None
+    train(ft.make_stage(s, frozen, adapter, text_emb), batch_of, n, s.train, tmp_path / "memory")
+    ours, theirs = (column(folder / "log.csv", "loss") for folder in (tmp_path / "run", tmp_path / "memory"))
+    assert len(ours) == 6 and len(set(ours)) == 6
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+# --- interrupted, and in two processes
+def command(s, *words):
+    "The same run on the command line"
+    names = {k: v for k, v in SHORT.items()} | dict(max_train_steps=s.train.max_train_steps)
+    options = [w for k, v in names.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    where = ["--model", s.model, "--init", s.init, "--shards", *map(str, s.shards), "--out", str(s.out)]
+    return ["-m", "smooth_foley", "train", s.stage, *where, *options, *words]
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(settings, tmp_path):
+    s = settings(config=dict(max_train_steps=30))
+    whole = finetune(replace(s, out=tmp_path / "whole"))
+    words = [sys.executable, *command(s, "--dataloader-num-workers", "1")]
+    p = subprocess.Popen(words, env=ENV, stderr=subprocess.PIPE)
+    until = time.time() + 500
+    while not list(Path(s.out).glob("checkpoint-*")) and time.time() < until and p.poll() is None:
+        time.sleep(0.01)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert not (s.out / "done.json").exists(), "it finished before it was killed"
+    assert latest_checkpoint(s.out), p.stderr.read().decode()[-2000:]
+    until = time.time() + 20
+    while time.time() < until:  # Until its worker process is gone, too
+        try:
+            with only_writer(s.out):
+                break
+        except FoleyError:
+            time.sleep(0.1)
+    finetune(s)
+    same(whole, s.out)
+    assert column(s.out / "log.csv", "step") == list(range(1, 31))
+
+
+def test_two_processes_do_the_work_of_one(settings, tmp_path):
+    s = settings()
+    finetune(replace(s, out=tmp_path / "one"))
+    r = subprocess.run(in_two_processes(command(s), 29583), env=ENV, capture_output=True, text=True, timeout=280)
+    assert r.returncode == 0, r.stderr[-3000:]
+    same(tmp_path / "one", s.out, tol=2e-4)
+
+
+# --- where it begins
+PATTERNS = [
+    Frames(),
+    Frames("sinusoidal"),
+    Frames("none", True),
+    Frames("window", None, 1e7),
+    Frames("residual", True, 1e7),
+]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    "FoleyCrafter's files, and the model made of them"
+    folder = tmp_path_factory.mktemp("published")
+    sources = write_published(folder / "files")
+    return sources, convert(sources, folder / "model", configs=TINY)
+
+
+def sound(model, **replaced):
+    pipe = SmoothFoleyPipeline.from_pretrained(model, **replaced)
+    pipe.set_progress_bar_config(disable=True)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
+    clip = Clip(frames, np.arange(4) * 0.004, 0.016)
+    call = dict(label="train", condition=[(0.004, 0.012)], num_inference_steps=2, output_type="latent")
+    return pipe(clip, temporal_scale=1.0, **call).latents
+
+
+@pytest.mark.parametrize("frames", PATTERNS, ids=lambda f: f"{f.frame_position}-{f.frame_motion}")
+def test_a_frame_adapter_begins_at_the_outputs_of_foleycrafters(published, frames):
+    sources, model = published
+    unet = load_component(model, "unet")
+    ours = [
+        start_adapter("frame-adapter", init, model, unet, frames=frames)
+        for init in ("foleycrafter", str(sources["foleycrafter"]))
+    ]
+    want = sound(model)
+    for adapter in ours:
+        if frames.frame_position in ("window", "residual"):  # Added to attention scores: rounding
+            assert torch.allclose(sound(model, frame_adapter=adapter), want, atol=1e-5)
+        else:
+            assert torch.equal(sound(model, frame_adapter=adapter), want)
+
+
+def test_a_temporal_adapter_begins_at_the_outputs_of_foleycrafters(published):
+    sources, model = published
+    unet, want = load_component(model, "unet"), sound(model)
+    for init in ("foleycrafter", str(sources["foleycrafter"]), str(model)):
+        assert torch.equal(sound(model, temporal_adapter=start_adapter("temporal-adapter", init, model, unet)), want)
+    other = start_adapter("temporal-adapter", "random", model, unet)
+    assert not torch.equal(sound(model, temporal_adapter=other), want)
+
+
+def test_foleycrafter_has_no_projection(published):
+    with pytest.raises(FoleyError, match="no label projection"):
+        start_adapter("projection", "foleycrafter", published[1])
+
+
+# --- devices and types
+def batch_for(s, model):
+    "A stage with its first batch"
+    s.out.mkdir()
+    frozen = ft._load_parts(s, model)
+    data = ft._read_data(s, model, frozen, *ft._find_data(s, model))
+    text_emb = ft._text_embeddings(model, data.labels) if data.labels else None
+    return ft.make_stage(s, frozen, ft._start(s, model, frozen), text_emb), data.train([0, 1])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_runs_on_cuda_with_all_it_reads(stage, settings, model, monkeypatch):
+    stage, batch = batch_for(settings(stage), model)
+    monkeypatch.setattr(nn.Module, "_apply", overwrite)
+    with FakeTensorMode(allow_non_fake_inputs=True), Elsewhere() as elsewhere:
+        stage.place("cuda")
+        assert {t.device.type for t in tensors(stage)} == {"cuda"}
+        batch = {k: v.to("cuda") for k, v in batch.items()}
+        elsewhere.seen.clear()
+        loss = stage(batch, Draw(0, 0, 2, device="cuda"))
+    assert loss.device.type == "cuda" and loss.requires_grad
+    assert elsewhere.seen <= {"randn", "rand", "randint", "slice", "alias", "detach", "lift_fresh"}
+
+
+KINDS = [("temporal-adapter", {})] + [
+    ("frame-adapter", dict(frame_position=p, frame_motion=p == "residual")) for p in ("none", "window", "residual")
+]
+
+
+@pytest.mark.parametrize("kind,how", KINDS, ids=lambda x: x if isinstance(x, str) else x.get("frame_position", ""))
+def test_frozen_parts_keep_their_own_type_and_only_the_adapter_learns(kind, how, settings, model):
+    s = settings(
+        kind, dict(mixed_precision="bf16", gradient_checkpointing=True, max_train_steps=1, lr_warmup_steps=0), **how
+    )
+    stage, batch = batch_for(s, model)
+    stage.place("cpu").equip(s.train)
+    assert stage.frozen["unet"].conv_in.weight.dtype == torch.bfloat16
+    trained = {id(p) for p in stage.parameters() if p.requires_grad}
+    assert {p.dtype for p in stage.parameters()} == {torch.float32} and len(trained) == len(list(stage.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = stage(batch, Draw(0, 0, 2))
+    loss.backward()
+    assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in stage.parameters())
+    frozen = [p for m in stage.frozen.parts.values() for p in m.parameters() if id(p) not in trained]
+    assert frozen and all(p.grad is None for p in frozen)
+
+
+@pytest.mark.skipif(not os.environ.get("FULL_SIZE"), reason="takes minutes and some 10 GB: FULL_SIZE=1")
+@pytest.mark.parametrize("stage", ["temporal-adapter", "frame-adapter"])
+def test_one_step_of_full_size_changes_the_adapter_alone(stage, tmp_path):
+    made = full_stage(stage, device="cpu", dtype=torch.bfloat16)
+    adapter, unet = next(iter(made.trained.values())), made.frozen["unet"]
+    frozen = unet.conv_in.weight.clone(), unet.mid_block.resnets[0].conv1.weight.clone()
+    before = {k: v.detach().clone() for k, v in adapter.named_parameters()}
+    batch = full_batch(stage, 1, "cpu")
+    batch["z"] = torch.randn_like(batch["z"])
+    cfg = finetune_config(**SHORT | dict(max_train_steps=1, train_batch_size=1, mixed_precision="bf16", ema_decay=0.0))
+    train(made, lambda i: batch, 1, replace(cfg, gradient_checkpointing=True, lr_warmup_steps=0), tmp_path)
+    assert torch.equal(unet.conv_in.weight, frozen[0])
+    assert torch.equal(unet.mid_block.resnets[0].conv1.weight, frozen[1])
+    assert any(not torch.equal(v, before[k]) for k, v in adapter.named_parameters())
+    print(f"{stage}: peak memory {peak_memory() / 1e9:.1f} GB")
+    assert peak_memory() < 20e9
+
+
+# --- what is looked at, and the command line
+def test_the_command_leaves_samples_and_a_component_that_loads(model, shards, tmp_path, capsys):
+    file, out = tmp_path / "run.yaml", tmp_path / "run"
+    out_options = {**SHORT, "max_train_steps": 2, "sample_steps": 2, "validation_steps": 1, "lr_warmup_steps": 0}
+    rows = dict(out_options, shards=[str(shards)], val_shards=[str(shards / "shard-000001.tar")], model=str(model))
+    rows |= dict(init="random", sample_clips=2, num_inference_steps=2, frame_position="window", learning_rate=9.0)
+    file.write_text(json.dumps(rows))
+    words = ["train", "frame-adapter", "--config", str(file), "--out", str(out), "--learning-rate", "1e-3"]
+    assert main.main(words) == 0 and "frame_adapter=" in capsys.readouterr().out
+    assert json.loads((out / "settings.json").read_text())["learning_rate"] == 1e-3
+    assert len(column(out / "validation.csv", "loss")) == 16
+    assert len(column(out / "samples.csv", "mel_distance")) == 2
+    assert {p.suffix for p in (out / "samples").iterdir()} == {".png", ".wav"}
+    pipe = SmoothFoleyPipeline.from_pretrained(model, frame_adapter=out)
+    assert pipe.frame_adapter.config.frame_position == "window" and (out / "ip_adapter.safetensors").exists()
+    assert "SmoothFoleyPipeline.from_pretrained" in (out / "README.md").read_text()
+    assert main.main([*words, "--seed", "1"]) == 2 and "seed 0 there and 1 now" in capsys.readouterr().err
+
+
+def test_a_compiled_network_learns_the_same(settings, tmp_path):
+    plain = finetune(replace(settings("projection"), out=tmp_path / "plain"))
+    compiled = finetune(settings("projection", config=dict(dynamo_backend="eager")))
+    same(plain, compiled, tol=1e-5)
+
+
+# --- data from elsewhere, and without events
+def test_shards_at_an_address_are_copied_once(shards, tmp_path):
+    import fsspec
+
+    there = fsspec.filesystem("memory")
+    for file in shards.iterdir():
+        there.pipe(f"/set/{file.name}", file.read_bytes())
+    (copy,) = local_shards("memory://set", tmp_path)
+    assert {p.name: p.read_bytes() for p in copy.glob("shard-*")} == {
+        p.name: p.read_bytes() for p in shards.glob("shard-*")
+    }
+    there.rm("/set", recursive=True)
+    assert local_shards("memory://set", tmp_path) == [copy]
+    with pytest.raises(FoleyError, match="memory://other/plan.json: cannot be fetched"):
+        local_shards("memory://other", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def silent(items, model, tmp_path_factory):
+    "Shards of clips without events"
+    out = tmp_path_factory.mktemp("silent") / "shards"
+    write_shards([replace(i, events=None) for i in items[:4]], out, ShardConfig(weights=str(model), content=("clip",)))
+    return out
+
+
+def test_curves_of_grounding_stand_in_for_events(items, silent, settings, tmp_path):
+    with pytest.raises(FoleyError, match="none of its clips has a timeline"):
+        finetune(settings("projection", shards=(silent,)))
+    (tmp_path / "grounding").mkdir()
+    times = np.arange(15) / 10
+    for k, item in enumerate(items[:3]):
+        write_arrays(
+            tmp_path / "grounding" / f"{item.name}.npz",
+            label=item.label,
+            times=times,
+            probabilities=1.0 * (times > k / 10),
+        )
+    s = settings("projection", shards=(silent,), grounding=str(tmp_path), out=tmp_path / "heard")
+    out = finetune(s)
+    assert len(column(out / "log.csv", "loss")) == 6
+    with open(out / "faults.csv", newline="") as f:
+        faults = list(csv.DictReader(f))
+    assert [(f["reason"], items[3].name in f["id"]) for f in faults] == [("events", True)]
+
+
+def test_a_damaged_member_is_skipped_counted_and_named(shards, settings, tmp_path, capsys):
+    bad = tmp_path / "bad"
+    shutil.copytree(shards, bad)
+    shard = Shard(bad / "shard-000001.tar")
+    at, data = int(shard.offset[1, shard.fields.index("latent.npy")]) + 500, bytearray(shard.path.read_bytes())
+    data[at] ^= 1
+    shard.path.write_bytes(bytes(data))
+    out = finetune(settings(shards=(bad,), config=dict(dataloader_num_workers=2)))
+    assert f"1 clips could not be used: {shard.keys[1]}" in capsys.readouterr().out
+    assert len(column(out / "log.csv", "loss")) == 6
+
+
+# --- wrong input
+def test_shards_of_another_mel_are_refused(model, settings, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    config = json.loads((other / "mel" / "config.json").read_text())
+    (other / "mel" / "config.json").write_text(json.dumps(config | dict(fmin=20.0)))
+    with pytest.raises(FoleyError, match="encoded by other networks: mel [0-9a-f]{16} there"):
+        finetune(settings(model=str(other)))
+    finetune(settings("projection", model=str(other)))  # Reads no mel
+
+
+WRONG = {
+    "proportion_empty_prompts is 2": dict(proportion_empty_prompts=2),
+    "stage is 'base'": dict(stage="base"),
+    "frame_wise is False": dict(stage="frame-adapter", frame_wise=False, frame_position="window"),
+    "nowhere: no such folder; begin from": dict(init="nowhere"),
+    "nowhere: no such folder or tar": dict(shards=("nowhere",)),
+    "was not made from FoleyCrafter": dict(init="foleycrafter"),
+    "holds no clip": dict(stage="frame-adapter", shards="latents"),
+    "no folder `grounding`": dict(grounding="nowhere"),
+    "dynamo_backend is 'abacus'": dict(config=dict(dynamo_backend="abacus")),
+    "use_8bit_adam": dict(config=dict(use_8bit_adam=True)),
+    "report_to is 'abacus'": dict(config=dict(report_to="abacus")),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_wrong_input_is_one_line(said, settings, items, model, tmp_path):
+    change = dict(WRONG[said])
+    if change.get("shards") == "latents":
+        change["shards"] = (tmp_path / "latents",)
+        write_shards(items[:1], tmp_path / "latents", ShardConfig(weights=str(model), content=("latent",)))
+    with pytest.raises(FoleyError, match=said) as e:
+        finetune(settings(**change))
+    assert "\n" not in str(e.value) and not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_a_checkpoint_cut_short_or_of_another_stage_is_refused(settings, tmp_path):
+    s = settings()
+    finetune(s, stop_at=3)
+    state = latest_checkpoint(s.out) / "state.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[:1000])
+    with pytest.raises(FoleyError, match="cannot be read"):
+        finetune(s)
+    state.write_bytes(whole)
+    with pytest.raises(FoleyError, match="stage 'temporal-adapter' there and 'frame-adapter' now"):
+        finetune(replace(s, stage="frame-adapter"))
+    other = replace(s, stage="frame-adapter", out=tmp_path / "frames")
+    finetune(other, stop_at=3)
+    shutil.copy(state, latest_checkpoint(other.out) / "state.safetensors")
+    with pytest.raises(FoleyError, match="does not fit this run"):
+        finetune(other)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_clips(settings, shards):
+    with pytest.raises(FoleyError, match=r"loss is (nan|inf) at step \d+, of the examples") as e:
+        finetune(settings(config=dict(learning_rate=1e30, lr_warmup_steps=0, max_grad_norm=1e9)))
+    keys = {key for k in range(len(list(shards.glob("*.tar")))) for key in Shards(shards).shard(k).keys}
+    assert any(key in str(e.value) for key in keys)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(settings):
+    s = settings()
+    finetune(s, stop_at=3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(FoleyError, match="no checkpoint written .*make room and run again"):
+            finetune(s)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert latest_checkpoint(s.out).name == "checkpoint-3" and not list(s.out.glob(".tmp-*"))
+    finetune(s)
+
+
+def test_feeds_name_their_clips(shards):
+    feed = ClipFeed(TrainRows(Shards(shards), timeline=True))
+    assert feed.names([0]) == [Shards(shards)[0]["key"]]
