@@ -33,9 +33,10 @@ class FoleyOutput(BaseOutput):
     prompts: list[str]  # Text the sound was made with
     conditions: list  # `TemporalCondition` of each clip, None for text alone
     proposals: list  # Labels proposed by CLIP with their scores, best first, where none was given; else None
-    latents: Tensor  # What the UNet made, `(b, c, h, w)`
+    latents: Tensor  # What the UNet made, `(b, c, h, w)`; a list where widths differ
     mels: Tensor | None = None  # Natural-log mel, `(b, n_mels, n_cols)`; columns past the clip's end are not played
-    clips: list | None = None  # `Clip` of each, None for text alone
+    clips: list | None = None  # `Clip` of each, None for text alone; of a long video only some frames
+    seen: list | None = None  # What the model knows of each clip, for `SmoothFoleyPipeline.redo`
 
 # %% ../nbs/11a_output.ipynb #852fbe7d
 def plot_foley(

@@ -188,11 +188,12 @@ def _generators(self: TextToAudio, generator, seed, names):
 
 # %% ../nbs/11d_text_to_audio.ipynb #bcf9bdda
 @patch
-def _check_latents(self: TextToAudio, latents, n):
-    "Noise for `n` clips, or None"
+def _check_latents(self: TextToAudio, latents, n, columns=None):
+    "Noise for `n` clips of equal numbers of columns, or None"
     if latents is None:
         return None
-    want, got = (n, *self.latent_shape), tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
+    c, h, w = self.latent_shape
+    want, got = (n, c, h, columns or w), tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
     if got != want:
         raise FoleyError(f"`latents` is {got}: give unit noise of shape {want}")
     return latents
