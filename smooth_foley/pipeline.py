@@ -22,6 +22,7 @@ from .backbone import PatchAutoencoder
 from .callbacks import step_callback
 from .clip import FrameEncoder, rank_labels
 from .core import FoleyError
+from .events import event_call, mix_output
 from .frame_adapter import FrameAdapter
 from .frame_cache import EmbeddingCache
 from .load_options import check_keywords, load_options
@@ -115,10 +116,16 @@ def __call__(
     window: float | None = None,  # What the networks see of a clip at once, seconds; None for all they can
     overlap: float | None = None,  # What neighbouring windows share at least, seconds; None for a quarter of one
     window_batch_size: int = 8,  # Windows of a long clip that are denoised together
+    events: list | None = None,  # `Event`s: several sounds of one video, each with its label, condition and seed
     frame_guidance_scale: float = None,  # Guidance of the frames alone, a third prediction; None for `guidance_scale`
     return_dict: bool = True,  # False gives a tuple of what `output_type` names
-) -> FoleyOutput:
+) -> FoleyOutput:  # With `events` a `FoleyMix`
     "The sound of silent videos"
+    if events is not None:
+        when = None if isinstance(condition, str) and condition == "auto" else condition
+        single = dict(label=label, prompt=prompt, condition=when, generator=generator, latents=latents)
+        asked = event_call(self.read, video, events, seed, single, output_type)
+        video, label, prompt, condition, generator = asked.values()
     on_step = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
     guidance = self._guidance(
         guidance_scale=guidance_scale,
@@ -151,7 +158,11 @@ def __call__(
         steer = partial(self._steer, frame_wise=frame_wise)
         z = self.denoise_clips(guidance, seen, steer, generators, latents, window_batch_size, how)
     clips, durations = [preview(c) for c in clips], [c.duration for c in clips]
-    return self._play_long(z, plans, durations, output_type, return_dict, clips=clips, seen=seen, **decided)
+    decided |= dict(clips=clips, seen=seen)
+    if events is None:
+        return self._play_long(z, plans, durations, output_type, return_dict, **decided)
+    mix = mix_output(events, self._play_long(z, plans, durations, output_type, True, **decided))
+    return mix if return_dict else (mix.audios,)
 
 # %% ../nbs/12_pipeline.ipynb #e90ecbcf
 @patch(cls_method=True)
