@@ -82,14 +82,22 @@ class Seen:
         row: int,  # Which window
         column: float,  # Seconds of a column
     ):  # `Seen` on the clock of the window
-        "What one window sees; the frame on the screen if none appears in it"
-        start = self.windows.starts[row] * column
-        end = start + self.windows.width * column
+        "What one window sees"
+        first = self.windows.starts[row]
+        return self.between(first * column, (first + self.windows.width) * column)
+
+    def between(
+        self,
+        start: float,  # Seconds, inside the clip
+        end: float,  # Seconds
+        windows: Windows | None = None,  # How this stretch is looked at
+    ):  # `Seen` whose time 0 is `start`
+        "A stretch of the clip; the frame on the screen if none appears in it"
         first, last = np.searchsorted(self.times, (start - 1e-6, end - 1e-6))
         if first == last:
             first, last = max(0, first - 1), max(1, first)
         times = (self.times[first:last] - start).clip(0)
-        return Seen(times, self.embeddings[first:last], self.condition.cut(start, end))
+        return Seen(times, self.embeddings[first:last], self.condition.cut(start, end), windows)
 
 # %% ../nbs/11g_long.ipynb #lon00012
 @patch

@@ -27,18 +27,19 @@ from .frame_adapter import FrameAdapter
 from .frame_cache import EmbeddingCache
 from .load_options import check_keywords, load_options
 from .loading import load_parts
-from .long import AnyLength, Seen
+from .long import Seen
 from .long_video import LongClip, batches, preview, read_video
 from .media import Clip
 from .mel import MelTransform
 from .output import FoleyOutput
 from .published import resolve_weights
+from .redo import Redo
 from .temporal_condition import LabelProjection, TemporalCondition
 from .tiny import tiny_parts
 from .vocoder import PhaseVocoder
 
 # %% ../nbs/12_pipeline.ipynb #190743bc
-class SmoothFoleyPipeline(AnyLength):
+class SmoothFoleyPipeline(Redo):
     "Video to audio under the guidance of frames and a label"
 
     def __init__(
