@@ -34,7 +34,7 @@ def _as_json(event):
 def _as_rows(event):
     "An event as rows of a table"
     spans = _spans(event)
-    pairs = [("" if spans == "auto" else spans, "")] if isinstance(spans, str) else spans
+    pairs = [("" if spans == "auto" else spans, "")] if isinstance(spans, str) else spans or [("never", "")]
     rest = (event.gain_db, event.seed, event.prompt, event.name)
     return [[event.label, *pair, *("" if v is None else v for v in rest)] for pair in pairs]
 
@@ -94,8 +94,8 @@ def _number(path, line, row, key, kind=float):
 def _csv_row(path, line, row):
     "A row as an event with one span"
     start = (row.get("start") or "").strip()
-    if start in ("", "auto", "always"):
-        condition = start or "auto"
+    if start in ("", "auto", "always", "never"):
+        condition = [] if start == "never" else start or "auto"
     else:
         condition = [(_number(path, line, row, "start"), _number(path, line, row, "end"))]
         if condition[0][1] is None:

@@ -23,11 +23,12 @@ from .fetch_command import FETCH
 from .info_command import INFO
 from .listen_command import LISTEN
 from .options import Parser, add_command, in_shell_words, quietly
+from .timeline_command import TIMELINE
 from .train_command import TRAIN
 from ..core import FoleyError, PartlyDone
 
 # %% ../../nbs/app/99_main.ipynb #3afe9a27
-_COMMANDS = (GENERATE, DEMO, SHOW_LABELS, TRAIN, FETCH, BENCH, EVALUATE)
+_COMMANDS = (GENERATE, TIMELINE, DEMO, SHOW_LABELS, TRAIN, FETCH, BENCH, EVALUATE)
 _DATA = "Data sets: lists, clips, audits, grounding, filters, shards."
 _EXAMPLES = """examples:
   smooth-foley demo
