@@ -337,8 +337,12 @@ _SOUND = (
     ("--condition", _WHEN, 'auto (default), always, or spans like "0.5-2.0,3-4.5" in seconds', "auto"),
     ("--frame-wise", YES_NO, "one token per frame, or one for the whole clip", True),
     ("--fps", number(1, 120), "frames per second to look at"),
-    ("--window", number(0.1, 1000), "seconds of a long video that the networks see at once (default: all they can)"),
-    ("--overlap", number(0, 1000), "seconds that neighbouring windows share (default: a quarter)"),
+    (
+        "--window",
+        number(0.64, LONGEST),
+        "seconds of a long video that the networks see at once (default: all they can)",
+    ),
+    ("--overlap", number(0, LONGEST), "seconds that neighbouring windows share (default: a quarter)"),
     ("--takes", number(1, 64, int), "make so many, of seeds that count up", 1),
     ("--pick", ("best", "all"), "which takes are written (default: the best)", "best"),
 )
