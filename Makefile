@@ -19,6 +19,7 @@ $(STAMP): $(CONSTRAINTS) settings.ini setup.py
 	@echo 'setting up $(VENV); the first time takes some minutes'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,train,data,lora]'
+	$(BIN)/python tools/first_import.py
 	@touch $@
 
 demo: $(STAMP)
@@ -29,6 +30,7 @@ test: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/nbs.py check
 	$(BIN)/ruff format --check --quiet . || { echo 'not formatted: run ruff format .'; exit 1; }
 	$(BIN)/ruff check --quiet . || { echo 'not clean: run ruff check .'; exit 1; }
+	$(BIN)/ruff check --quiet --isolated --select F821 smooth_foley
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/nbs.py test
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q tests
 	@seconds=$$(($$(date +%s) - $$(cat $(BEGAN)))); echo "make test took $$((seconds / 60)) min $$((seconds % 60)) s"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['escaped', 'printable', 'FoleyError', 'PartlyDone', 'say', 'refuse_code', 'suggest', 'derive_seed', 'derive_generator',
            'default_device', 'mini_path', 'expand', 'check_writable', 'atomic_path', 'only_writer', 'own_file',
-           'own_folder', 'bar_options', 'progress']
+           'make_folder', 'own_folder', 'bar_options', 'progress']
 
 # %% ../nbs/00_core.ipynb #32b9f55e
 import errno
@@ -299,15 +299,23 @@ def own_file(
     return path
 
 
-def own_folder(
-    path,  # A folder to write into, made if needed
+def make_folder(
+    path,  # Folder, with its parents
 ) -> Path:
-    "The same folder, without links that lead out of it"
+    "Make a folder unless it exists"
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise FoleyError(f"{path}: cannot be made ({_os_reason(e)}); write elsewhere") from e
+        raise FoleyError(f"{path}: cannot be made ({_os_reason(e)}); write elsewhere") from None
+    return path
+
+
+def own_folder(
+    path,  # A folder to write into, made if needed
+) -> Path:
+    "The same folder, without links that lead out of it"
+    path = make_folder(path)
     for found in list(path.rglob("*")):
         _remove_link(found, path)
     return path

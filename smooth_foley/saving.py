@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .core import FoleyError, own_folder
+from .core import FoleyError, expand, own_folder
 from .load_options import check_variant
 from .loading import quiet
 from .lora import has_lora
@@ -66,7 +66,7 @@ def save_pretrained(
     _check_save(self, save_directory, safe_serialization, variant)
     if kwargs and not push_to_hub:
         raise FoleyError(f"save_pretrained knows no {', '.join(kwargs)}; leave it out, or add push_to_hub=True")
-    folder = Path(save_directory).expanduser().absolute()
+    folder = expand(save_directory).absolute()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as tmp, quiet():

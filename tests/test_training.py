@@ -422,6 +422,7 @@ def test_a_run_that_is_looked_at_ends_with_the_same_weights(tiny, tmp_path, monk
         x.flush()
     images = mel_images(a, MelTransform.mini(), range(looks.N_VAL))
     PatchAutoencoder().fit(images + 0.01 * torch.randn(images.shape)).save_pretrained(runs / "components" / "weights")
+    os.utime(runs / "latents.npy")  # As if they came from this autoencoder
     recipes.run_stage("frame_adapter", runs, r, lambda audio, sr, scene: dict(peak=float(abs(audio).max())))
     out = runs / "frame_adapter"
     assert column(out / "log.csv", "loss") == column(tiny / "frame_adapter" / "log.csv", "loss")
@@ -526,7 +527,7 @@ def test_a_folder_without_a_recipe_is_adopted_as_its_stages_say(tmp_path):
     with pytest.raises(FoleyError, match="base.learning_rate 0.0005 there and 0.0007 now"):
         claim(tmp_path, ("base",))
     (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(FoleyError, match="recipe.json: cannot be read"):
+    with pytest.raises(FoleyError, match="recipe.json: is damaged"):
         claim(tmp_path)
 
 

@@ -137,4 +137,6 @@ def exit_code(
             _empty(sys.stdout)
             raise
         except BaseException as e:
+            if seen:  # Said once
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             return _ended(KeyboardInterrupt() if seen else e)

@@ -15,8 +15,7 @@ from .clips import TEST, Take
 from .evaluate import processes
 from .folders import claim, is_whole, read_results, write_results
 from .systems import build, load_with_folder, parse_systems
-from ..core import FoleyError, only_writer, progress
-from ..data.tables import make_folder
+from ..core import FoleyError, make_folder, only_writer, progress
 from ..media import SR, Clip, read_audio, write_wav
 from ..metrics.doppler import MODULATION, f0_range, f0_track
 from ..metrics.intervals import bootstrap_interval, share_interval

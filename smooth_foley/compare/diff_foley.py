@@ -20,7 +20,7 @@ from .diff_foley_cavp import Cavp, pick_frames
 from .diff_foley_ldm import AlignmentClassifier, ConditionStage, decode_spectrogram
 from .diff_foley_mel import DiffFoleyMel
 from .diff_foley_sampler import AlignmentGuidance, dpm_solver, sample
-from ..core import FoleyError, derive_generator, derive_seed, mini_path, progress
+from ..core import FoleyError, derive_generator, derive_seed, expand, mini_path, progress
 from ..load_options import LoadOptions, check_keywords
 from ..loading import load_parts, quiet
 from ..media import SR, Clip, read_clip, seconds_to_samples
@@ -115,7 +115,7 @@ def from_random(cls: DiffFoley, seed: int = 0, **settings) -> DiffFoley:
 def diff_foley_path() -> Path:  # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
     "Where the converted published weights are"
     home = os.environ.get("SMOOTH_FOLEY_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "smooth_foley") / "diff_foley"
+    return (expand(home) if home else Path.home() / ".cache" / "smooth_foley") / "diff_foley"
 
 
 def find_diff_foley(
@@ -128,7 +128,7 @@ def find_diff_foley(
     elif name == "full":
         folder, how = diff_foley_path(), "run `smooth-foley fetch diff-foley` first"
     else:
-        folder, how = Path(name).expanduser(), "give a folder that training, `fetch` or `save_pretrained` wrote"
+        folder, how = expand(name), "give a folder that training, `fetch` or `save_pretrained` wrote"
     if not (folder / "model_index.json").is_file():
         raise FoleyError(f"Diff-Foley: no model_index.json in {folder}; {how}")
     return folder

@@ -20,7 +20,7 @@ from .diff_foley_cavp import Cavp
 from .diff_foley_ldm import AlignmentClassifier, ConditionStage
 from .diff_foley_mel import DiffFoleyMel
 from .diff_foley_sampler import UnroundedDPMSolver, dpm_solver
-from ..core import FoleyError
+from ..core import FoleyError, expand
 from ..hub import HubFile, NotHere, Repository, check_room, download, plan, show_plan
 from ..loading import read_weights
 from ..published import new_folder, write_part
@@ -303,7 +303,7 @@ def fetch_diff_foley(
     **hub,  # `cache_dir`, `token`, `local_files_only`, as in huggingface_hub
 ) -> Path:  # `out`
     "Bring the published weights and make a folder of them"
-    out = Path(out).expanduser() if out else diff_foley_path()
+    out = expand(out) if out else diff_foley_path()
     found = None if folders is None else find_files(folders)
     if found is None:
         say(show_plan(plan(SOURCES)))

@@ -26,8 +26,8 @@ from smooth_foley.compare.folders import (
 )
 from .sound_folders import compare_folders, save_folders, show_folders
 from .systems import build, load_with_folder, parse_systems
-from ..core import FoleyError, atomic_path, default_device, only_writer
-from ..data.tables import FAULT_COLUMNS, fault_row, make_folder, read_rows, write_rows
+from ..core import FoleyError, atomic_path, default_device, make_folder, only_writer
+from ..data.tables import FAULT_COLUMNS, fault_row, read_rows, write_rows
 from ..listen.judges import load_judges
 
 # %% ../../nbs/compare/77_evaluate.ipynb #a8f2d2e5

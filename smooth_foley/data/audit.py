@@ -21,9 +21,9 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import FoleyError, atomic_path, progress
+from ..core import FoleyError, atomic_path, make_folder, progress
 from .inspection import Limits, find_faults, inspect_clip
-from .tables import CLIP_FAULT_COLUMNS, RowLog, make_folder, plain_row, sheet_cell
+from .tables import CLIP_FAULT_COLUMNS, RowLog, plain_row, sheet_cell
 from .workers import unseen_interrupts
 
 # %% ../../nbs/data/51_audit.ipynb #6248397f

@@ -30,9 +30,9 @@ from smooth_foley.containers import (
     open_path,
     picture_stream,
 )
-from ..core import FoleyError, atomic_path, progress
+from ..core import FoleyError, atomic_path, make_folder, progress
 from .items import Item, check_youtube_id
-from .tables import RowLog, make_folder, write_cells
+from .tables import RowLog, write_cells
 
 # %% ../../nbs/data/52_download.ipynb #355e4771
 def _seek(f, stream, start):

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import FoleyError, atomic_path, mini_path, only_writer, progress
+from ..core import FoleyError, atomic_path, make_folder, mini_path, only_writer, progress
 from .items import Item
 from .shard_index import read_shard_index, seal
 from .sources import can_read, read_item
 from .store import file_stamps, one_thread
-from .tables import FAULT_COLUMNS, fault_row, make_folder, write_rows
+from .tables import FAULT_COLUMNS, fault_row, write_rows
 from .workers import worker_pool
 
 # %% ../../nbs/data/57_shards.ipynb #7f63481f

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import FoleyError, only_writer, progress
+from ..core import FoleyError, make_folder, only_writer, progress
 from .arrays import read_arrays, write_arrays
 from .items import Item
-from .tables import fault_row, make_folder, read_json, write_json
+from .tables import fault_row, read_json, write_json
 from .workers import worker_pool
 
 # %% ../../nbs/data/54_store.ipynb #03950a71

@@ -13,9 +13,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ..core import FoleyError
+from ..core import FoleyError, make_folder
 from .items import Item, check_vggsound_label, check_youtube_id, distinct_names, file_names
-from .tables import CLIP_FAULT_COLUMNS, make_folder, open_list, write_cells
+from .tables import CLIP_FAULT_COLUMNS, open_list, write_cells
 
 # %% ../../nbs/data/50_vggsound.ipynb #2cc4bf2a
 _SPLITS = ("train", "val", "test")

@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 
-from ..core import FoleyError, mini_path, progress
+from ..core import FoleyError, make_folder, mini_path, progress
 from smooth_foley.data.challenge import (
     ChallengeRule,
     challenge,
@@ -25,7 +25,7 @@ from smooth_foley.data.challenge import (
 )
 from ..data.continuous import THRESHOLDS, GroundingFilter, Heard, decide, select_labels
 from ..data.store import weights_hash
-from ..data.tables import make_folder, write_json, write_rows
+from ..data.tables import write_json, write_rows
 
 # %% ../../nbs/paper/82_filter_proof.ipynb #1c7e2b04
 FAMILIES = (

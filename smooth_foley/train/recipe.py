@@ -71,7 +71,7 @@ def _stage_configs():
             mixed_precision="no",
         ),
         temporal_adapter=TrainConfig(max_train_steps=700, **adapter),
-        frame_adapter=TrainConfig(max_train_steps=1000, **adapter),
+        frame_adapter=TrainConfig(max_train_steps=3000, lr_cycles=3, **adapter),
     )
 
 # %% ../../nbs/train/32_recipe.ipynb #rcp00008

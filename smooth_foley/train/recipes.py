@@ -7,6 +7,7 @@ __all__ = ['run_stage', 'train_mini', 'assemble', 'forget_origin', 'plot_trainin
 
 # %% ../../nbs/train/39_recipes.ipynb #cd2d9376
 import json
+import os
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -17,8 +18,8 @@ import torch
 from torch import nn
 
 from ..clip import FrameEncoder
-from ..core import FoleyError, only_writer
-from ..data.tables import make_folder, write_json
+from ..core import FoleyError, make_folder, only_writer
+from ..data.tables import write_json
 from ..mel import MelTransform
 from ..model_card import write_model_card
 from ..published import new_folder

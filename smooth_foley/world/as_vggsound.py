@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import FoleyError, progress
+from ..core import FoleyError, make_folder, progress
 from ..data.items import Item, file_names, segment_id
-from ..data.tables import make_folder, write_cells
+from ..data.tables import write_cells
 from ..media import seconds_to_frames, seconds_to_samples, write_video
 from .passby import DURATION, LABELS, draw_dials, motion, render_frames, scene
 
