@@ -146,7 +146,7 @@ def __call__(
         clips = self.read(video)
     generators = self._generators(generator, seed, [c.name for c in clips])
     plans = [self.plan(c.duration, window, overlap) for c in clips]
-    latents = self._check_latents(latents, len(clips), plans[0].columns)
+    latents = self._check_latents(latents, len(clips), [p.columns for p in plans])
     with self.stage("frames"):
         embs = self._see(clips, frame_batch_size, reuse)
     with self.stage("condition"):
