@@ -2,6 +2,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Clip": "media",
+    "Event": "events",
     "SmoothFoleyPipeline": "pipeline",
     "mux": "media",
 }  # Where the names that the package offers are defined

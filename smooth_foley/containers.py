@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TICKS', 'error_text', 'check_file', 'open_path', 'open_media', 'default_stream', 'decodable', 'picture_stream',
-           'Span', 'measure_span', 'decode', 'decode_timed', 'display_matrix', 'encode_picture', 'encode_sound',
-           'by_time', 'add_sound', 'add_picture']
+           'Span', 'measure_span', 'decode', 'decode_timed', 'display_matrix', 'upright', 'encode_picture',
+           'encode_sound', 'by_time', 'add_sound', 'add_picture']
 
 # %% ../nbs/00a_containers.ipynb #ca110003
 import heapq
@@ -190,6 +190,20 @@ def display_matrix(frame):
     "The display matrix `a, b, _, c, d, ...` of a frame: a pixel at `(x, y)` is shown at `(ax+cy, bx+dy)`"
     data = frame.side_data.get("DISPLAYMATRIX")
     return None if data is None else np.frombuffer(bytes(data), np.int32)
+
+# %% ../nbs/00a_containers.ipynb #9660411e
+def _turn(picture, matrix):
+    "Rows and columns as the display matrix asks: transposed, mirrored, or both"
+    a, b, _, c, d = (int(v) for v in matrix[:5])
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def upright(frame):
+    "RGB array of a decoded frame, turned and mirrored as the file asks"
+    picture, matrix = frame.to_ndarray(format="rgb24"), display_matrix(frame)
+    return picture if matrix is None else _turn(picture, matrix)
 
 # %% ../nbs/00a_containers.ipynb #20330531
 TICKS = 90000  # Clock of the videos we write, per second

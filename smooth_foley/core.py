@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['escaped', 'printable', 'FoleyError', 'PartlyDone', 'say', 'refuse_code', 'suggest', 'derive_seed', 'derive_generator',
            'default_device', 'mini_path', 'expand', 'check_writable', 'atomic_path', 'only_writer', 'own_file',
-           'make_folder', 'own_folder', 'progress']
+           'make_folder', 'own_folder', 'bar_options', 'progress']
 
 # %% ../nbs/00_core.ipynb #32b9f55e
 import errno
@@ -321,6 +321,16 @@ def own_folder(
     return path
 
 # %% ../nbs/00_core.ipynb #84b57030
+def bar_options(
+    desc: str = "",  # What is being done
+    unit: str = "it",  # What is counted
+) -> dict:  # For `tqdm`, or a pipeline's `set_progress_bar_config`
+    "How bars look, and where there are none"
+    quiet = any(os.environ.get(k) for k in ("IN_TEST", "CI", "TQDM_DISABLE"))
+    disable = True if quiet else None  # None: tqdm looks whether it writes to a terminal
+    return dict(desc=printable(desc), unit=unit, disable=disable, dynamic_ncols=True)
+
+
 def progress(
     it,  # Items to work on
     desc: str = "",  # What is being done
@@ -328,6 +338,4 @@ def progress(
     total: int = None,  # How many, where `it` has no length
 ):  # The same items
     "`it` with a progress bar, silent under test, in CI and where nobody looks"
-    quiet = any(os.environ.get(k) for k in ("IN_TEST", "CI", "TQDM_DISABLE"))
-    disable = True if quiet else None  # None: tqdm looks whether it writes to a terminal
-    return tqdm(it, desc=printable(desc), unit=unit, total=total, disable=disable, dynamic_ncols=True)
+    return tqdm(it, total=total, **bar_options(desc, unit))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SR', 'HOP', 'COLUMNS_PER_SECOND', 'seconds_to_samples', 'seconds_to_columns', 'columns_to_seconds',
-           'seconds_to_frames', 'write_video', 'probe', 'clip_resize', 'Clip', 'check_length', 'read_clip',
-           'read_audio', 'write_wav', 'check_output', 'fit_duration', 'plan_mux', 'container_for', 'mux']
+           'seconds_to_frames', 'write_video', 'probe', 'clip_resize', 'Clip', 'check_length', 'stream_frames',
+           'video_span', 'read_clip', 'read_audio', 'write_wav', 'check_output', 'fit_duration', 'plan_mux',
+           'container_for', 'mux']
 
 # %% ../nbs/01_media.ipynb #af27d4e9
 import os
@@ -26,13 +27,13 @@ from smooth_foley.containers import (
     decode,
     decode_timed,
     default_stream,
-    display_matrix,
     encode_picture,
     encode_sound,
     error_text,
     measure_span,
     open_media,
     picture_stream,
+    upright,
 )
 from .core import FoleyError, atomic_path, check_writable
 from .tracks import open_output, plan_picture, plan_sounds, write_tracks
@@ -124,20 +125,6 @@ def _shown_at(decoded, times, eps=1e-4):
     if current is not None:
         yield current, len(times) - k
 
-# %% ../nbs/01_media.ipynb #9660411e
-def _turn(picture, matrix):
-    "Rows and columns as the display matrix asks: transposed, mirrored, or both"
-    a, b, _, c, d = (int(v) for v in matrix[:5])
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        picture, a, d = picture.swapaxes(0, 1), c, b
-    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-
-
-def _upright(frame):
-    "RGB array of a decoded frame, turned and mirrored as the file asks"
-    picture, matrix = frame.to_ndarray(format="rgb24"), display_matrix(frame)
-    return picture if matrix is None else _turn(picture, matrix)
-
 # %% ../nbs/01_media.ipynb #ca11000b
 def clip_resize(
     picture,  # `(H, W, 3)` uint8
@@ -192,6 +179,29 @@ def _check_memory(path, n, height, width, limit=2**30):
     need = f"{n} frames of {width}x{height} need {n * height * width * 3 / 2**30:.1f} GB"
     raise FoleyError(f"{path}: {need}; pass `size` to have them resized while reading")
 
+# %% ../nbs/01_media.ipynb #lng01001
+def stream_frames(
+    path,  # A video file
+    span,  # What `measure_span` says about it
+    times,  # Seconds from the first frame, rising
+    size: int = None,  # Side of the middle square, px; None keeps the picture as it is
+):  # Yields `(H, W, 3)` uint8, one for each time
+    "The picture on the screen at each time, one after the other"
+    with open_media(path) as f:
+        stream = picture_stream(f, path)
+        if size is None:
+            _check_memory(path, len(times), stream.height, stream.width)
+        eps = min(max(1e-4, 0.6 * float(stream.time_base)), 6e-4)  # an .mkv rounds times to milliseconds
+        for frame, n in _shown_at(decode_timed(f, stream, path), times + span.start, eps):
+            picture = upright(frame)
+            yield from [clip_resize(picture, size) if size else picture] * n
+
+
+def video_span(path):
+    "What a player shows of a video file, as a `Span`"
+    with open_media(path) as f:
+        return measure_span(f, picture_stream(f, path), path)
+
 # %% ../nbs/01_media.ipynb #0cb4618d
 def read_clip(
     path,  # A video file
@@ -202,20 +212,11 @@ def read_clip(
     "Sample a video by timestamp: frame k is the one on the screen at `k/fps`"
     if not (np.isfinite(fps) and fps > 0):
         raise FoleyError(f"fps={fps}: must be above 0; 15 is usual")
-    with open_media(path) as f:
-        span = measure_span(f, picture_stream(f, path), path)
+    span = video_span(path)
     check_length(path, span.duration, max_duration, span.frames / span.duration)
     duration = min(span.duration, max_duration or span.duration)
     times = np.arange(seconds_to_frames(duration, fps)) / fps
-    frames = []
-    with open_media(path) as f:
-        stream = picture_stream(f, path)
-        if size is None:
-            _check_memory(path, len(times), stream.height, stream.width)
-        eps = min(max(1e-4, 0.6 * float(stream.time_base)), 6e-4)  # an .mkv rounds times to milliseconds
-        for frame, n in _shown_at(decode_timed(f, stream, path), times + span.start, eps):
-            picture = _upright(frame)
-            frames += [clip_resize(picture, size) if size else picture] * n
+    frames = list(stream_frames(path, span, times, size))
     if not frames:
         raise FoleyError(f"{path}: no frame can be decoded; copy or export it again")
     return Clip(np.stack(frames), times, duration, Path(path))
@@ -240,15 +241,21 @@ def read_audio(
         return audio[: round(stream.duration * stream.time_base * sr)] if stream.duration else audio
 
 # %% ../nbs/01_media.ipynb #e8e232bf
+def _waveform(path, audio):
+    "A sound that can be written"
+    audio = np.asarray(audio, np.float32)
+    if audio.ndim != 1 or not np.isfinite(audio).all():
+        raise FoleyError(f"{path}: the sound to write must be (n,) and finite, got {audio.shape}")
+    return audio
+
+
 def write_wav(
     path,  # Where to
     audio,  # `(n,)` in [-1, 1]; louder is clipped
     sr: int = SR,  # Sample rate, Hz
 ) -> Path:
     "Write 16-bit PCM"
-    audio = np.asarray(audio, np.float32)
-    if audio.ndim != 1 or not np.isfinite(audio).all():
-        raise FoleyError(f"{path}: the sound to write must be (n,) and finite, got {audio.shape}")
+    audio = _waveform(path, audio)
     pcm = np.round(audio.clip(-1, 1) * 32767).astype("<i2")
     with atomic_path(path) as tmp, wave.open(str(tmp), "wb") as w:
         w.setnchannels(1)
@@ -287,7 +294,7 @@ def fit_duration(
     "Cut a waveform, or fill it with silence, to exactly `duration`"
     n = seconds_to_samples(duration, sr)
     audio = np.asarray(audio, np.float32)[:n]
-    return np.pad(audio, (0, n - len(audio)))
+    return audio if len(audio) == n else np.pad(audio, (0, n - len(audio)))
 
 # %% ../nbs/01_media.ipynb #c0d1a7ea
 def plan_mux(
@@ -297,8 +304,7 @@ def plan_mux(
 ):  # How, for `mux`; its `notes` tell what does not come out as it was
     "How a video gets into a container, found out by a trial run; a `FoleyError` names a container that works"
     suffix = suffix.lower()
-    with open_media(video) as f:
-        span = measure_span(f, picture_stream(f, video), video)
+    span = video_span(video)
     plan, why = plan_picture(video, suffix, span)
     if plan:
         return plan_sounds(video, suffix, span, plan) if keep_original else plan
@@ -334,18 +340,17 @@ def mux(
     keep_original: bool = False,  # Keep the sounds that are there as further tracks?
     overwrite: bool = False,  # May `out` exist already?
     tell=None,  # Function that takes a line about what does not come out as it was, e.g. `print`
+    stems: dict = None,  # Name -> waveform, each a further track of that title
 ) -> Path:
     "Lay a waveform beside the untouched picture of a video"
-    audio = np.asarray(audio, np.float32)
-    if audio.ndim != 1 or not np.isfinite(audio).all():
-        raise FoleyError(f"{out}: the sound to write must be (n,) and finite, got {audio.shape}")
+    sounds = [_waveform(out, x) for x in (audio, *(stems or {}).values())]
     out = check_output(out, overwrite, source=video)
     suffix = out.suffix.lower()
     plan = plan_mux(video, suffix, keep_original)
-    with open_media(video) as f:
-        span = measure_span(f, picture_stream(f, video), video)
+    span = video_span(video)
     with atomic_path(out) as tmp, open_output(str(tmp), suffix, sr) as file:
-        write_tracks(file, video, span, plan, fit_duration(audio, span.duration, sr), sr)
+        audio, *more = (fit_duration(x, span.duration, sr) for x in sounds)
+        write_tracks(file, video, span, plan, audio, sr, zip(stems or {}, more))
     for note in plan.notes if tell else ():
         tell(note)
     return out

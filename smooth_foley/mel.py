@@ -215,11 +215,12 @@ def from_image(
 def condition_image(
     self: MelTransform,
     columns: Tensor,  # Temporal condition, `(b, n_cols)`, values in {-1, +1}
+    n_cols: int = None,  # Columns of the image, a multiple of `fold`; None for those of the model
 ) -> Tensor:  # ControlNet image, `(b, fold**2, n_mels/fold, n_cols/fold)`
     "Repeat the condition over all rows, folded as the mel is folded"
-    c = self.config
-    if columns.dim() != 2 or columns.shape[1] != c.n_cols:
-        raise FoleyError(f"columns has shape {tuple(columns.shape)}; give (b, {c.n_cols}), one value per mel column")
+    c, n = self.config, n_cols or self.config.n_cols
+    if columns.dim() != 2 or columns.shape[1] != n:
+        raise FoleyError(f"columns has shape {tuple(columns.shape)}; give (b, {n}), one value per mel column")
     return self.fold(columns[:, None, None].expand(-1, 1, c.n_mels, -1).contiguous())
 
 # %% ../nbs/02_mel.ipynb #85e35a44

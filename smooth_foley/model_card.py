@@ -227,7 +227,7 @@ must not be passed off as a recording of the event.""",
     other="Nothing about its training is recorded in this folder.",
 )
 _ABOUT = """Sound for silent video under the guidance of its frames and a label, after Smooth-Foley.
-A clip lasts at most {seconds:g} s."""
+The networks see {seconds:g} s at once; a longer clip is made in overlapping windows."""
 _FROM_NOTHING = """Trained from nothing on Passby, a synthetic world in which every scene knows its truth;
 there is no base model."""
 

@@ -9,6 +9,7 @@ __all__ = ['FoleyOutput', 'plot_foley']
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from diffusers.utils import BaseOutput
 from fastcore.basics import patch
 from torch import Tensor
@@ -33,9 +34,19 @@ class FoleyOutput(BaseOutput):
     prompts: list[str]  # Text the sound was made with
     conditions: list  # `TemporalCondition` of each clip, None for text alone
     proposals: list  # Labels proposed by CLIP with their scores, best first, where none was given; else None
-    latents: Tensor  # What the UNet made, `(b, c, h, w)`
+    latents: Tensor  # What the UNet made, `(b, c, h, w)`; a list where widths differ
     mels: Tensor | None = None  # Natural-log mel, `(b, n_mels, n_cols)`; columns past the clip's end are not played
-    clips: list | None = None  # `Clip` of each, None for text alone
+    clips: list | None = None  # `Clip` of each, None for text alone; of a long video only some frames
+    seen: list | None = None  # What the model knows of each clip, for `SmoothFoleyPipeline.redo`
+
+    def only(
+        self,
+        rows: list,  # Numbers of the sounds wanted
+    ):  # `FoleyOutput`
+        "Some of the sounds"
+        kept = {k: [v[i] for i in rows] for k, v in self.items() if isinstance(v, (list, Tensor))}
+        tensors = {k: torch.stack(kept[k]) for k in kept if isinstance(self[k], Tensor)}
+        return FoleyOutput(**{**self, "audios": self.audios, **kept, **tensors})
 
 # %% ../nbs/11a_output.ipynb #852fbe7d
 def plot_foley(

@@ -9,6 +9,7 @@ __all__ = ['SmoothFoleyPipeline']
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, SchedulerMixin, UNet2DConditionModel
@@ -21,21 +22,24 @@ from .backbone import PatchAutoencoder
 from .callbacks import step_callback
 from .clip import FrameEncoder, rank_labels
 from .core import FoleyError
+from .events import event_call, mix_output
 from .frame_adapter import FrameAdapter
 from .frame_cache import EmbeddingCache
 from .load_options import check_keywords, load_options
 from .loading import load_parts
-from .media import Clip, read_clip, seconds_to_samples
+from .long import Seen
+from .long_video import LongClip, batches, preview, read_video
+from .media import Clip
 from .mel import MelTransform
 from .output import FoleyOutput
 from .published import resolve_weights
+from .redo import Redo
 from .temporal_condition import LabelProjection, TemporalCondition
-from .text_to_audio import TextToAudio
 from .tiny import tiny_parts
 from .vocoder import PhaseVocoder
 
 # %% ../nbs/12_pipeline.ipynb #190743bc
-class SmoothFoleyPipeline(TextToAudio):
+class SmoothFoleyPipeline(Redo):
     "Video to audio under the guidance of frames and a label"
 
     def __init__(
@@ -91,7 +95,7 @@ class SmoothFoleyPipeline(TextToAudio):
 @torch.no_grad()
 def __call__(
     self: SmoothFoleyPipeline,
-    video,  # Path, `Clip`, or a list of these; at most `max_duration` seconds each
+    video,  # Path, `Clip`, or a list of these, of any length
     label=None,  # What sounds, one for all or one each; None lets CLIP propose
     prompt=None,  # Text for the sound; None takes the label, "" is no text at all
     negative_prompt: str = "",  # What the sound should not be
@@ -110,10 +114,19 @@ def __call__(
     latents: Tensor | None = None,  # Unit noise, `(b, c, h, w)`, instead of `seed`
     reuse: bool = None,  # Compute once what stays the same; None for `pipe.reuse`
     frame_batch_size: int = 32,  # Frames CLIP sees at once
+    window: float | None = None,  # What the networks see of a clip at once, seconds; None for all they can
+    overlap: float | None = None,  # What neighbouring windows share at least, seconds; None for a quarter of one
+    window_batch_size: int = 8,  # Windows of a long clip that are denoised together
+    events: list | None = None,  # `Event`s: several sounds of one video, each with its label, condition and seed
     frame_guidance_scale: float = None,  # Guidance of the frames alone, a third prediction; None for `guidance_scale`
     return_dict: bool = True,  # False gives a tuple of what `output_type` names
-) -> FoleyOutput:
+) -> FoleyOutput:  # With `events` a `FoleyMix`
     "The sound of silent videos"
+    if events is not None:
+        when = None if isinstance(condition, str) and condition == "auto" else condition
+        single = dict(label=label, prompt=prompt, condition=when, generator=generator, latents=latents)
+        asked = event_call(self.read, video, events, seed, single, output_type)
+        video, label, prompt, condition, generator = asked.values()
     on_step = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
     guidance = self._guidance(
         guidance_scale=guidance_scale,
@@ -132,17 +145,25 @@ def __call__(
     with self.stage("decode"):
         clips = self.read(video)
     generators = self._generators(generator, seed, [c.name for c in clips])
-    latents = self._check_latents(latents, len(clips))
+    plans = [self.plan(c.duration, window, overlap) for c in clips]
+    latents = self._check_latents(latents, len(clips), [p.columns for p in plans])
     with self.stage("frames"):
-        embs = [self._see(c, frame_batch_size, reuse) for c in clips]
+        embs = self._see(clips, frame_batch_size, reuse)
     with self.stage("condition"):
         decided = self._decide(clips, embs, label, prompt, condition)
-        guidance = self._steer(guidance, clips, embs, decided["conditions"], frame_wise)
+        seen = [Seen(c.times, *found) for c, *found in zip(clips, embs, decided["conditions"], plans)]
     with self.stage("text"):
         guidance = replace(guidance, text=self._text(decided["prompts"], negative_prompt))
     with self.stage("denoise"):
-        z = self._denoise_groups(guidance, generators, steps, on_step, latents, reuse)
-    return self._play(z, [c.duration for c in clips], output_type, return_dict, clips=clips, **decided)
+        how = dict(num_inference_steps=steps, on_step=on_step, reuse=reuse)
+        steer = partial(self._steer, frame_wise=frame_wise)
+        z = self.denoise_clips(guidance, seen, steer, generators, latents, window_batch_size, how)
+    clips, durations = [preview(c) for c in clips], [c.duration for c in clips]
+    decided |= dict(clips=clips, seen=seen)
+    if events is None:
+        return self._play_long(z, plans, durations, output_type, return_dict, **decided)
+    mix = mix_output(events, self._play_long(z, plans, durations, output_type, True, **decided))
+    return mix if return_dict else (mix.audios,)
 
 # %% ../nbs/12_pipeline.ipynb #e90ecbcf
 @patch(cls_method=True)
@@ -167,8 +188,8 @@ def labels(self: SmoothFoleyPipeline) -> list:
 def read(
     self: SmoothFoleyPipeline,
     video,  # Path of a video, a `Clip`, or a list of either
-) -> list[Clip]:
-    "Clips of at most `max_duration` seconds"
+) -> list:  # Of `Clip`, and of `LongClip` for files longer than `max_duration`
+    "Clips of any length"
     videos = list(video) if isinstance(video, (list, tuple)) else [video]
     if not videos:
         raise FoleyError("`video` is an empty list: give at least one video")
@@ -179,12 +200,11 @@ def read(
 def _read_one(self: SmoothFoleyPipeline, video):
     "A clip, from a file if need be"
     if isinstance(video, (str, os.PathLike)):
-        return read_clip(video, self.config.fps, size=self.frame_encoder.image_size, max_duration=self.max_duration)
+        return read_video(video, self.config.fps, self.frame_encoder.image_size, self.max_duration)
+    if isinstance(video, LongClip):
+        return video
     if not isinstance(video, Clip):
         raise FoleyError(f"`video` is a {type(video).__name__}: give a path, a Clip, or a list of these")
-    if seconds_to_samples(video.duration) > seconds_to_samples(self.max_duration):
-        lasts, most = f"lasts {video.duration:.2f} s", f"at most {self.max_duration:g} s are supported for now"
-        raise FoleyError(f"{video.name}: {lasts}, and {most}; cut it shorter")
     n, n_times = len(video.frames), len(video.times)
     if not n == n_times > 0:
         raise FoleyError(f"{video.name}: {n} frames with {n_times} times; give one time per frame")
@@ -192,8 +212,25 @@ def _read_one(self: SmoothFoleyPipeline, video):
 
 # %% ../nbs/12_pipeline.ipynb #3d9c2093
 @patch
-def _see(self: SmoothFoleyPipeline, clip, batch_size, reuse):
-    "Frame embeddings of a clip, `(T, D)`"
+def _see(self: SmoothFoleyPipeline, clips, batch_size, reuse):
+    "Frame embeddings of clips, `(T, D)` each; a clip that comes twice is seen once"
+    found = {}
+    for clip in clips:
+        if id(clip) not in found:
+            found[id(clip)] = self._see_one(clip, batch_size, reuse)
+    return [found[id(clip)] for clip in clips]
+
+
+@patch
+def _see_one(self: SmoothFoleyPipeline, clip, batch_size, reuse):
+    "Frame embeddings of a clip; of a long one a few frames at a time"
+    if isinstance(clip, LongClip):
+        parts, encode = [], self.frame_encoder.encode_frames
+        with self.progress_bar(total=len(clip.times)) as bar:
+            for frames in batches(clip, batch_size):
+                parts.append(encode(frames, batch_size))
+                bar.update(len(frames))
+        return torch.cat(parts)
     if self.reuse if reuse is None else reuse:
         return self.embeddings.encode(self.frame_encoder, clip.frames, batch_size)
     return self.frame_encoder.encode_frames(clip.frames, batch_size, unique=False)
@@ -266,47 +303,25 @@ def _decide(self: SmoothFoleyPipeline, clips, embs, labels, prompts, asks):
 
 # %% ../nbs/12_pipeline.ipynb #476203a9
 @patch
-def _steer(self: SmoothFoleyPipeline, guidance, clips, embs, conditions, frame_wise):
-    "Guidance with frame tokens and condition image"
+def _steer(self: SmoothFoleyPipeline, guidance, seen, columns=None, frame_wise=True):
+    "Guidance with frame tokens and condition image, of clips or windows; `columns` of the mel where they are fewer"
     if guidance.frame_scale > 0:
-        times = [torch.as_tensor(c.times) for c in clips]
-        tokens = [self.frame_adapter.tokens(e[None], t[None], frame_wise)[0] for e, t in zip(embs, times)]
+        times = [torch.as_tensor(s.times) for s in seen]
+        embs = [s.embeddings[None] for s in seen]
+        tokens = [self.frame_adapter.tokens(e, t[None], frame_wise)[0] for e, t in zip(embs, times)]
         guidance = replace(guidance, tokens=tokens, times=times if frame_wise else None)
     if guidance.temporal_scale > 0:
-        guidance = replace(guidance, condition=self._condition_image(conditions))
+        guidance = replace(guidance, condition=self._condition_image([s.condition for s in seen], columns))
     return guidance
 
 # %% ../nbs/12_pipeline.ipynb #5a9d9ce5
 @patch
-def _condition_image(self: SmoothFoleyPipeline, conds):
+def _condition_image(self: SmoothFoleyPipeline, conds, n_cols=None):
     "What the temporal adapter reads, `(b, C', h', w')`"
     c = self.mel.config
-    rate = c.sample_rate / c.hop_length
-    columns = torch.stack([k.columns(c.n_cols, rate, compat=self.config.compat_columns) for k in conds])
-    return self.mel.condition_image(columns.to(self.unet.device)).to(self.unet.dtype)
-
-# %% ../nbs/12_pipeline.ipynb #c5eb3d77
-@patch
-def _denoise_groups(self: SmoothFoleyPipeline, guidance, generators, steps, callback, latents, reuse):
-    "Latents of every clip"
-    groups, done = guidance.groups(len(generators)), {}
-    self.scheduler.set_timesteps(steps)
-    bar = self.progress_bar(total=len(groups) * len(self.scheduler.timesteps))
-
-    def on_step(pipe, i, t, z, g):
-        bar.update()
-        return (z, g) if callback is None else callback(pipe, i, t, z, g)
-
-    with bar, self.frame_adapter.installed(self.unet, guidance.frame_scale):
-        for clips in groups:
-            g = guidance.of(clips)
-            if g.times is not None:
-                seconds = torch.stack(list(g.times)).float()
-                self.frame_adapter.look(self.unet, seconds, self.max_duration, self.latent_shape)
-            noise = None if latents is None else latents[clips]
-            z = self.denoise(g, [generators[i] for i in clips], steps, on_step, noise, reuse)
-            done.update(zip(clips, z))
-    return torch.stack([done[i] for i in range(len(generators))])
+    rate, n_cols = c.sample_rate / c.hop_length, n_cols or c.n_cols
+    columns = torch.stack([k.columns(n_cols, rate, compat=self.config.compat_columns) for k in conds])
+    return self.mel.condition_image(columns.to(self.unet.device), n_cols).to(self.unet.dtype)
 
 # %% ../nbs/12_pipeline.ipynb #cce1f8fd
 @patch(cls_method=True)

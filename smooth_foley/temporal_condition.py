@@ -177,6 +177,22 @@ def _columns_foleycrafter(self: TemporalCondition, n_cols):
     on = on[np.arange(n_cols) * length // n_cols] if length > n_cols else np.r_[on, -np.ones(n_cols - length)]
     return torch.from_numpy(on).float()
 
+# %% ../nbs/07_temporal_condition.ipynb #lng07002
+@patch
+def cut(
+    self: TemporalCondition,
+    start: float,  # Seconds, inside the clip
+    end: float,  # Seconds
+) -> TemporalCondition:  # Its time 0 is `start`
+    "The condition from `start` to `end`"
+    if not 0 <= start < min(end, self.duration):
+        raise FoleyError(f"stretch from {start:g} to {end:g} s: give one that begins inside the {self.duration:g} s")
+    first = max(0, np.searchsorted(self.times, start, side="right") - 1)
+    last = max(first + 1, np.searchsorted(self.times, end, side="left"))
+    times, rows = (self.times[first:last] - start).clip(0), slice(first, last)
+    duration = min(end, self.duration) - start
+    return TemporalCondition(times, self.similarity[rows], self.active[rows], duration, self.threshold)
+
 # %% ../nbs/07_temporal_condition.ipynb #572fb1ad
 @patch
 def plot(

@@ -188,11 +188,19 @@ def _generators(self: TextToAudio, generator, seed, names):
 
 # %% ../nbs/11d_text_to_audio.ipynb #bcf9bdda
 @patch
-def _check_latents(self: TextToAudio, latents, n):
-    "Noise for `n` clips, or None"
+def _check_latents(self: TextToAudio, latents, n, columns=()):
+    "Noise for `n` clips, or None; `columns` of each where they may be longer than the model's own"
     if latents is None:
         return None
-    want, got = (n, *self.latent_shape), tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
+    c, h, w = self.latent_shape
+    if len(set(columns)) > 1:
+        raise FoleyError(
+            f"`latents` is given for latents of {min(columns)} to {max(columns)} columns: call clip by clip"
+        )
+    want, got = (
+        (n, c, h, *(columns[:1] or [w])),
+        tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__,
+    )
     if got != want:
         raise FoleyError(f"`latents` is {got}: give unit noise of shape {want}")
     return latents

@@ -152,12 +152,13 @@ class Plan:
     notes: tuple = ()  # What does not come out as it was, a line each
 
 # %% ../nbs/00b_tracks.ipynb #482401f4
-def write_tracks(out, video, span, plan, audio, sr):
-    "Write the picture of `video`, a waveform, and the sounds that are kept"
+def write_tracks(out, video, span, plan, audio, sr, stems=()):
+    "Write the picture of `video`, a waveform, further ones `(title, waveform)`, and the sounds that are kept"
     with ExitStack() as files:
         f = files.enter_context(open_media(video))
         out.metadata.update((k, v) for k, v in f.metadata.items() if k in _TAGS)
         streams = [_picture_into(out, f, span, plan, video), _new_sound(out, audio, sr)]
+        streams += [_new_sound(out, waveform, sr, title) for title, waveform in stems]
         for index in plan.sounds:
             streams.append(_kept_sound(out, files.enter_context(open_media(video)), index, span.start))
         for packet in by_time(*streams):
@@ -171,9 +172,12 @@ def _picture_into(out, f, span, plan, path):
     return _copied(f, stream, _add_copy(out, stream, plan.keep_tag), span.start, span.last)
 
 
-def _new_sound(out, audio, sr):
+def _new_sound(out, audio, sr, title=None):
     target = add_sound(out, sr)
-    target.disposition = Disposition.default
+    if title is None:
+        target.disposition = Disposition.default
+    else:
+        target.metadata.update(title=title, handler_name=title)  # .mkv shows the first, the MOV family the second
     return encode_sound(target, audio, sr)
 
 # %% ../nbs/00b_tracks.ipynb #74c1e57e

@@ -62,6 +62,9 @@ def inputs(tmp_path_factory):
     write_video(folder / "good.mp4", noise)
     write_video(folder / "long.mp4", noise[:22], fps=2)
     write_video(folder / "one.mp4", noise[:1])
+    (folder / "late.csv").write_text("label,start,end\ndog barking,1,2\ndog barking,4,5\n")
+    (folder / "wrong.csv").write_text("label,start,end\ndog barking,1,2\ndog barking,soon,5\n")
+    (folder / "near.json").write_text('{"events": [\n{"label": "dog barkin"}\n]}')
     write_wav(folder / "sound.wav", np.zeros(SR))
     (folder / "sound.mp4").write_bytes((folder / "sound.wav").read_bytes())
     (folder / "text.mp4").write_text("words\n" * 100)
@@ -85,7 +88,33 @@ WRONG = {  # name: (words, what the line must say)
     "empty file": (["generate", "empty.mp4"], "empty.mp4: cannot be read"),
     "only sound": (["generate", "sound.mp4"], "only sound"),
     "one frame": (["generate", "one.mp4"], "single picture"),
-    "too long": (["generate", "long.mp4"], "11.00 s, and at most 10.24"),
+    "window too long": (["generate", "long.mp4", "--window", "11"], "--window: must be from 0.64 to 10.24, got 11"),
+    "no takes": (["generate", "good.mp4", "--takes", "0"], "--takes: must be from 1 to 64, got 0"),
+    "a label twice": (["generate", "good.mp4", *["--label", "dog barking"] * 2], "'dog barking': is given twice"),
+    "stems of nothing": (["generate", "good.mp4", "--stems", "s"], "--label: is missing"),
+    "stems into a file": (
+        ["generate", "good.mp4", "--label", "dog barking", "--stems", "exists.mp4"],
+        "exists.mp4: is no folder",
+    ),
+    "all takes of two sounds": (
+        ["generate", "good.mp4", "--timeline", "late.csv", "--takes", "2", "--pick", "all"],
+        "--pick all: goes with one sound",
+    ),
+    "a timeline and a label": (
+        ["generate", "good.mp4", "--timeline", "late.csv", "--label", "dog barking"],
+        "--label: does not go with --timeline",
+    ),
+    "spans outside of the video": (
+        ["generate", "good.mp4", "--timeline", "late.csv"],
+        "dog barking: a span ends at 5 s, after the clip's end at 2.00 s",
+    ),
+    "a wrong line of a timeline": (["generate", "good.mp4", "--timeline", "wrong.csv"], "wrong.csv: line 3: start is"),
+    "a label that a timeline misspells": (
+        ["generate", "good.mp4", "--timeline", "near.json"],
+        "near.json: line 2: the model does not know 'dog barkin'; did you mean 'dog barking'?",
+    ),
+    "a timeline of no video": (["timeline", "text.mp4"], "text.mp4: cannot be read"),
+    "a timeline of another kind": (["timeline", "good.mp4", "-o", "x.txt"], "cannot write .txt"),
     "several into a file": (
         ["generate", "good.mp4", "one.mp4", "-o", "x.mp4"],
         "several videos need an existing folder",
@@ -162,7 +191,6 @@ WRONG = {  # name: (words, what the line must say)
 OUTSIDE = {
     "no command",
     "missing file",
-    "too long",
     "unknown label",
     "output exists",
     "nan scale",
@@ -228,7 +256,9 @@ def test_the_package_offers_the_pipeline():
         _ = package.nothing
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "labels", "train", "fetch", "bench", "evaluate", "info"])
+@pytest.mark.parametrize(
+    "command", ["generate", "timeline", "demo", "labels", "train", "fetch", "bench", "evaluate", "info"]
+)
 def test_every_command_explains_itself(command):
     r = smooth_foley(command, "--help")
     assert r.returncode == 0 and r.stdout.startswith(f"usage: smooth-foley {command}")
@@ -318,6 +348,37 @@ def test_a_folder_and_the_seed(video, tmp_path, inside):
     )
     assert (first == again).all()  # alone or in company: the same sound
     assert not np.allclose(first, other)
+
+
+@needs_mini
+def test_several_sounds_takes_and_a_timeline(video, tmp_path, inside):
+    ask = ["--label", "airplane flyby", "--label", "Dog Barking"]
+    r = inside("timeline", video, *ask, "-o", tmp_path / "t.csv")
+    assert r.returncode == 0 and (tmp_path / "t.csv").read_text().startswith("label,start,end,gain_db"), r.stderr
+    (tmp_path / "t.csv").write_text("label,start,end,gain_db\nairplane flyby,0,1.5,0\ndog barking,always,,-6\n")
+    how = ["--timeline", tmp_path / "t.csv", "--steps", "1", "--takes", "2", "--stems", tmp_path / "stems", "--tracks"]
+    r = inside("generate", video, *how, "-o", tmp_path / "mix.mkv")
+    assert r.returncode == 0 and "'airplane flyby' and 'dog barking'" in r.stdout, r.stderr
+    stems = [read_audio(p) for p in sorted((tmp_path / "stems").glob("*.wav"))]
+    with av.open(str(tmp_path / "mix.mkv")) as f:
+        assert [s.metadata.get("title") for s in f.streams.audio] == [None, "airplane flyby", "dog barking"]
+    assert len(stems) == 2 and np.corrcoef(read_audio(tmp_path / "mix.mkv")[:32000], sum(stems))[0, 1] > 0.98
+    r = inside(
+        "generate",
+        video,
+        "--label",
+        "airplane flyby",
+        "--steps",
+        "1",
+        "--takes",
+        "2",
+        "--pick",
+        "all",
+        "-o",
+        tmp_path / "a.wav",
+    )
+    assert r.returncode == 0 and sorted(p.name for p in tmp_path.glob("a*")) == ["a_seed0.wav", "a_seed1.wav"]
+    assert "seed 1: agrees with the condition" in r.stdout
 
 
 @needs_mini

@@ -216,8 +216,8 @@ def embeddings_normalised(s):
 
 
 class ZeroOne(MelTransform):
-    def condition_image(self, columns):
-        return (super().condition_image(columns) + 1) / 2
+    def condition_image(self, *columns):
+        return (super().condition_image(*columns) + 1) / 2
 
 
 @mistake("controlnet_mid", *(f"controlnet_down_{i}" for i in range(4)), *RUN, factor=70)

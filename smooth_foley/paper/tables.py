@@ -268,7 +268,16 @@ def plot_by_label(
     return ax
 
 # %% ../../nbs/paper/80_tables.ipynb #5fceffc3
-_README = ("condition F1", "activity IoU", "f0 adherence", "recognised", "MKL", "FAD text")
+_README = (
+    "condition F1",
+    "activity IoU",
+    "level adherence",
+    "closest approach by level (s)",
+    "f0 adherence",
+    "recognised",
+    "MKL",
+    "FAD text",
+)
 
 
 def results_table(
