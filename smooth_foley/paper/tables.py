@@ -187,6 +187,9 @@ ours ours-clipwise centroid correlation | ours: brightness follows the passage b
 ours paper centroid correlation | ours: brightness follows the passage better than with order-free frames
 ours ours-clipwise level adherence | ours: loudness follows the passage better than clip-wise
 ours paper level adherence | ours: loudness follows the passage better than with order-free frames
+ours ours-clipwise onset F1 | ours: strikes come on time more often than clip-wise
+ours paper onset F1 | ours: strikes come on time more often than with order-free frames
+ours foleycrafter onset F1 | ours: strikes come on time more often than FoleyCrafter's
 ours other level adherence | ours: loudness follows the passage better than the sound of another scene
 ours other f0 adherence | ours: frames in time order follow the Doppler shift better than the sound of another scene
 """  # System, against, measure | what is claimed
