@@ -247,7 +247,7 @@ def read_log(path) -> tuple:  # Steps, losses
 
 
 def plot_loss_difference(
-    logs: dict,  # Name -> (steps, losses), runs of the same seed
+    logs: dict,  # Name -> (steps, losses), runs of the same seed; some may be shorter
     against: str,  # Whose losses are subtracted
     ax=None,  # Matplotlib axes
 ):  # The axes
@@ -258,7 +258,7 @@ def plot_loss_difference(
         _, ax = plt.subplots(figsize=(8, 2.4), dpi=80, layout="constrained")
     for name, (step, loss) in logs.items():
         if name != against:
-            ax.plot(step, loss - logs[against][1], lw=1, marker=".", ms=3, label=name)
+            ax.plot(step, loss - logs[against][1][: len(loss)], lw=1, marker=".", ms=3, label=name)
     ax.axhline(0, color="k", lw=0.8)
     ax.set(xlabel="step", ylabel=f"loss - {against}")
     ax.legend(fontsize=7)
