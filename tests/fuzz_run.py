@@ -548,7 +548,7 @@ def work(folder, first, stop, seed):
     for number in range(first, stop):
         print(json.dumps(dict(begins=number)), file=out, flush=True)
         row = try_one(originals, number, seed)
-        row["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        row["memory"] = most_memory()
         print(json.dumps(row), file=out, flush=True)
 
 
@@ -602,6 +602,15 @@ def fuzz(folder, n, seed=0, first=0, out=None):
     bad = [r for r in rows if r["bad"]]
     print(f"{len(rows)} inputs, {len(bad)} bad, at most {most / 1e6:.0f} MB")
     return bad if most < MEMORY else [*bad, dict(bad=f"{most} bytes of memory")]
+
+
+def most_memory():
+    "Bytes this process has used at most; `getrusage` would count what its parent had when it started it"
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # --- kills

@@ -198,6 +198,6 @@ def imported(path):
 
 def test_every_import_is_a_requirement():
     asked = {r.name for r in requirements("train", "data", "completion")}
-    names = {"PIL": "pillow", "open_clip": "open_clip_torch", "yt_dlp": "yt-dlp"}
+    names = {"PIL": "pillow", "open_clip": "open_clip_torch", "yt_dlp": "yt-dlp", "yaml": "pyyaml"}
     used = {names.get(n, n) for f in (ROOT / "smooth_foley").rglob("*.py") for n in imported(f)}
     assert used - asked - set(sys.stdlib_module_names) - {"smooth_foley"} == set()

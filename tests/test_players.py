@@ -145,7 +145,8 @@ def test_stored_players(name):
     assert rows
     for row in rows:
         assert all(len(audio) / rate <= 3.05 for audio, rate in row)
-        assert np.ptp([loudness(audio, rate) for audio, rate in row]) < 1.5
+        loud = [loudness(audio, rate) for audio, rate in row]
+        assert np.ptp([x for x in loud if x > -35]) < 1.5  # What is silent in these seconds stays so
     before = json.dumps(book["cells"])
     clean_nb(book)
     assert json.dumps(book["cells"]) == before

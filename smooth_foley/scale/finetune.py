@@ -18,7 +18,7 @@ import torch
 from diffusers import ControlNetModel
 from torch import nn
 
-from ..core import FoleyError, expand, make_folder, only_writer, say
+from ..core import FoleyError, expand, make_folder, only_writer, own_file, say
 from ..data.shard_reader import Shards
 from ..data.shard_rows import TrainRows
 from ..data.tables import FAULT_COLUMNS, read_json, read_rows, write_json
@@ -297,7 +297,7 @@ def _finish(s, out, stage, adapter, parts, start):
             write_ip_adapter(adapter, out / "ip_adapter.safetensors")
         done = dict(stage=s.stage, model=str(s.model), seconds_of_last_run=round(time.time() - start, 1))
         write_json(out / "done.json", done | dict(hardware=hardware(), config=asdict(s.train)))
-        (out / "README.md").write_text(run_card(out), encoding="utf-8")
+        own_file(out / "README.md").write_text(run_card(out), encoding="utf-8")
     wait_for_all()
 
 
