@@ -8,6 +8,7 @@ __all__ = ['write_arrays', 'write_array', 'read_arrays', 'read_array']
 # %% ../../nbs/data/16b_arrays.ipynb #arr00004
 import zipfile
 from pathlib import Path
+from tokenize import TokenError  # What numpy lets through of a damaged head
 
 import numpy as np
 
@@ -103,5 +104,5 @@ def read_array(
     "One array"
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as e:
         raise FoleyError(f"{path}: cannot be read ({str(e).splitlines()[0][:120]}); {_ADVICE}") from e

@@ -16,6 +16,7 @@ import tarfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from tokenize import TokenError  # What numpy lets through of a damaged head
 
 import numpy as np
 from fastcore.basics import patch
@@ -315,7 +316,7 @@ def _member(self: Shards, k, row, field):
     data = self._bytes_of(k, row, s.fields.index(field))
     try:
         return _value(field, data)
-    except (ValueError, EOFError, KeyError) as e:
+    except (ValueError, EOFError, KeyError, SyntaxError, TokenError) as e:
         raise BadMember(s.path, s.keys[row], "unreadable", f"{field} ({e})") from None
 
 # %% ../../nbs/data/57a_shard_reader.ipynb #7b3d8ba0

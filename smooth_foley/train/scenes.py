@@ -11,6 +11,7 @@ import io
 import os
 from functools import partial
 from pathlib import Path
+from tokenize import TokenError  # What numpy lets through of a damaged head
 
 import av
 import numpy as np
@@ -52,7 +53,7 @@ def _mapped(path, how, dtype, shape):
     "One memory-mapped array, or None if the file is damaged or holds another one"
     try:
         array = np.lib.format.open_memmap(path, how, dtype=dtype, shape=shape)
-    except (ValueError, EOFError, FileNotFoundError):
+    except (ValueError, EOFError, FileNotFoundError, SyntaxError, TokenError):
         return None
     return array if (array.dtype, array.shape) == (np.dtype(dtype), shape) else None
 
