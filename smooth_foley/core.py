@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['escaped', 'printable', 'FoleyError', 'PartlyDone', 'say', 'refuse_code', 'suggest', 'derive_seed', 'derive_generator',
-           'default_device', 'mini_path', 'expand', 'check_writable', 'atomic_path', 'only_writer', 'own_file',
-           'make_folder', 'own_folder', 'bar_options', 'progress']
+           'default_device', 'mini_path', 'expand', 'cache_folder', 'check_writable', 'atomic_path', 'only_writer',
+           'own_file', 'make_folder', 'own_folder', 'bar_options', 'progress']
 
 # %% ../nbs/00_core.ipynb #32b9f55e
 import errno
@@ -149,6 +149,14 @@ def expand(
         raise FoleyError(f"{path}: nobody of that name has a home folder here; write the path without ~") from None
 
 
+def cache_folder(
+    name: str,  # What is kept there
+) -> Path:  # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
+    "Where converted weights and copied data are kept"
+    home = os.environ.get("SMOOTH_FOLEY_HOME")
+    return (expand(home) if home else Path.home() / ".cache" / "smooth_foley") / name
+
+# %% ../nbs/00_core.ipynb #oldmode1
 def _old_mode(path: Path):
     "Permissions of the file that is replaced; `None` for a new one"
     try:
@@ -298,7 +306,7 @@ def own_file(
     _remove_link(path, path.parent)
     return path
 
-
+# %% ../nbs/00_core.ipynb #mkfolder1
 def make_folder(
     path,  # Folder, with its parents
 ) -> Path:

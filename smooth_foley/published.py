@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from .clip import CONFIG_FILE, WEIGHTS_FILE, FrameEncoder
-from .core import FoleyError, expand, progress, say
+from .core import FoleyError, cache_folder, expand, progress, say
 from .hub import REPOSITORIES, NotHere, check_room, download, plan, show_plan
 from .layout import OPTIONAL, locate
 from .load_options import as_dtype
@@ -201,8 +201,7 @@ def convert(
 # %% ../nbs/11_published.ipynb #61ee4bb7
 def full_path() -> Path:  # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
     "Where the converted `full` is"
-    home = os.environ.get("SMOOTH_FOLEY_HOME")
-    return (expand(home) if home else Path.home() / ".cache" / "smooth_foley") / "full"
+    return cache_folder("full")
 
 
 def _show_found(found):

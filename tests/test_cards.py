@@ -126,9 +126,9 @@ def test_training_of_a_card_is_what_the_logs_say(tmp_path):
     assert "## Training" not in model_card(folder)
     (folder / "training").mkdir()
     (folder / "training" / "recipe.json").write_text(json.dumps(dict(n_scenes=12, stages=dict(vae={}, base={}))))
-    machine = dict(device="abacus", cores=8, threads=4, torch="9.9")
+    abacus = dict(device="abacus", cores=8, threads=4, torch="9.9")
     for name, seconds in (("base", 1800), ("vae", 900)):
-        done = dict(stage=name, seconds_of_last_run=1.0, hardware=machine, config=dict(train_batch_size=16))
+        done = dict(stage=name, seconds_of_last_run=1.0, hardware=abacus, config=dict(train_batch_size=16))
         (folder / "training" / f"{name}.json").write_text(json.dumps(done))
         (folder / "training" / f"{name}.csv").write_text(f"step,loss,seconds\n25,1,1\n50,1,{seconds}\n")
     card = model_card(folder)

@@ -18,9 +18,7 @@ import torch
 from launch import in_two_processes
 from safetensors.torch import load_file
 from test_published import TINY, write_published
-from test_training import Elsewhere, overwrite, tensors
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from test_training import loss_on_cuda
 
 from smooth_foley.app import main
 from smooth_foley.core import FoleyError, only_writer
@@ -266,15 +264,7 @@ def batch_for(s, model):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_runs_on_cuda_with_all_it_reads(stage, settings, model, monkeypatch):
     stage, batch = batch_for(settings(stage), model)
-    monkeypatch.setattr(nn.Module, "_apply", overwrite)
-    with FakeTensorMode(allow_non_fake_inputs=True), Elsewhere() as elsewhere:
-        stage.place("cuda")
-        assert {t.device.type for t in tensors(stage)} == {"cuda"}
-        batch = {k: v.to("cuda") for k, v in batch.items()}
-        elsewhere.seen.clear()
-        loss = stage(batch, Draw(0, 0, 2, device="cuda"))
-    assert loss.device.type == "cuda" and loss.requires_grad
-    assert elsewhere.seen <= {"randn", "rand", "randint", "slice", "alias", "detach", "lift_fresh"}
+    loss_on_cuda(stage, batch, monkeypatch)
 
 
 KINDS = [("temporal-adapter", {})] + [

@@ -9,7 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from smooth_foley.core import FoleyError
+from smooth_foley.app.cli import SAMPLE
+from smooth_foley.core import FoleyError, mini_path
+from smooth_foley.media import read_clip
 from smooth_foley.world import passby
 from smooth_foley.world.passby import (
     DURATION,
@@ -214,3 +216,11 @@ def test_bad_arguments_are_named(call, word):
 if __name__ == "__main__":
     for x in SHOWN:
         print(f"    '{x[1]} {x[0]}': {fingerprint(*x)},")
+
+
+def test_the_sample_is_a_scene_of_todays_passby():
+    "Eyes that are trained on today's pictures need not know those of an older world"
+    shown = read_clip(mini_path().parents[1] / "assets" / "sample.mp4", fps=SAMPLE["fps"], size=SAMPLE["size"])
+    frames = passby.scene(**SAMPLE, audio=False).frames
+    assert shown.frames.shape == frames.shape
+    assert np.abs(shown.frames.astype(int) - frames).mean() < 3

@@ -379,20 +379,26 @@ class Elsewhere(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", GPU_STAGES)
-def test_every_stage_runs_on_cuda_with_all_it_reads(name, monkeypatch):
-    stage, batch = GPU_STAGES[name]()
-    keys = set(stage.state_dict())
+def loss_on_cuda(stage, batch, monkeypatch):
+    "A stage's loss where cuda is pretended, after a look at where everything was computed"
     monkeypatch.setattr(nn.Module, "_apply", overwrite)
     with FakeTensorMode(allow_non_fake_inputs=True), Elsewhere() as elsewhere:
         stage.place("cuda")
         assert {t.device.type for t in tensors(stage)} == {"cuda"}
         batch = {k: v.to("cuda") for k, v in batch.items()}
         elsewhere.seen.clear()
-        loss = stage(batch, Draw(0, 0, 3, device="cuda"))
-    assert loss.device.type == "cuda" and loss.shape == () and loss.requires_grad
+        loss = stage(batch, Draw(0, 0, len(next(iter(batch.values()))), device="cuda"))
     drawn = {"randn", "rand", "randint", "slice", "alias", "detach", "lift_fresh"}
     assert elsewhere.seen <= drawn, f"computed on the CPU: {elsewhere.seen - drawn}"
+    assert loss.device.type == "cuda" and loss.shape == () and loss.requires_grad
+    return loss
+
+
+@pytest.mark.parametrize("name", GPU_STAGES)
+def test_every_stage_runs_on_cuda_with_all_it_reads(name, monkeypatch):
+    stage, batch = GPU_STAGES[name]()
+    keys = set(stage.state_dict())
+    loss_on_cuda(stage, batch, monkeypatch)
     assert set(stage.state_dict()) == keys and not any(k.startswith("frozen") for k in keys)
 
 

@@ -6,7 +6,6 @@
 __all__ = ['AS_SHIPPED', 'DiffFoley', 'diff_foley_path', 'find_diff_foley', 'window_starts', 'join_windows']
 
 # %% ../../nbs/compare/71d_diff_foley.ipynb #dfpi0003
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from .diff_foley_cavp import Cavp, pick_frames
 from .diff_foley_ldm import AlignmentClassifier, ConditionStage, decode_spectrogram
 from .diff_foley_mel import DiffFoleyMel
 from .diff_foley_sampler import AlignmentGuidance, dpm_solver, sample
-from ..core import FoleyError, derive_generator, derive_seed, expand, mini_path, progress
+from ..core import FoleyError, cache_folder, derive_generator, derive_seed, expand, mini_path, progress
 from ..load_options import LoadOptions, check_keywords
 from ..loading import load_parts, quiet
 from ..media import SR, Clip, read_clip, seconds_to_samples
@@ -114,8 +113,7 @@ def from_random(cls: DiffFoley, seed: int = 0, **settings) -> DiffFoley:
 # %% ../../nbs/compare/71d_diff_foley.ipynb #dfpi0009
 def diff_foley_path() -> Path:  # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
     "Where the converted published weights are"
-    home = os.environ.get("SMOOTH_FOLEY_HOME")
-    return (expand(home) if home else Path.home() / ".cache" / "smooth_foley") / "diff_foley"
+    return cache_folder("diff_foley")
 
 
 def find_diff_foley(

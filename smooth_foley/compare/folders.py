@@ -177,7 +177,7 @@ def _generate_group(systems, group, encoder, out):
             if not _has_sound(out, s, c):
                 save_sound(out / s, c.id, audio, cond, seconds)
 
-
+# %% ../../nbs/compare/76_folders.ipynb #gmload01
 def _load_all(group):
     "Clips that can be read, and what they are"
     usable, takes = [], []

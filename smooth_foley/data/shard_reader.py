@@ -16,13 +16,13 @@ import tarfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
-from tokenize import TokenError  # What numpy lets through of a damaged head
 
 import numpy as np
 from fastcore.basics import patch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..core import FoleyError, own_file, progress
+from .arrays import DAMAGED
 from .shard_index import read_shard_index
 from .shards import CONTENT
 from .tables import FAULT_COLUMNS, fault_row, read_json, sheet_cell, write_rows
@@ -316,7 +316,7 @@ def _member(self: Shards, k, row, field):
     data = self._bytes_of(k, row, s.fields.index(field))
     try:
         return _value(field, data)
-    except (ValueError, EOFError, KeyError, SyntaxError, TokenError) as e:
+    except (KeyError, *DAMAGED) as e:
         raise BadMember(s.path, s.keys[row], "unreadable", f"{field} ({e})") from None
 
 # %% ../../nbs/data/57a_shard_reader.ipynb #7b3d8ba0

@@ -38,7 +38,7 @@ def unseen_interrupts():
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-
+# %% ../../nbs/data/16c_workers.ipynb #wrkpool1
 def _leave(number, frame):
     "Give up the present work, which cleans up after itself, and take no other"
     end = threading.Timer(1.0, os._exit, (1,))

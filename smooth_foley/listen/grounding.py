@@ -10,7 +10,6 @@ __all__ = ['PAD', 'UNKNOWN', 'HUB', 'mel_db', 'PooledConvs', 'Cnn8Rnn', 'MeanWor
 # %% ../../nbs/listen/40_grounding.ipynb #217548fe
 import importlib.util
 import json
-import os
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import FoleyError, expand
+from ..core import FoleyError, cache_folder
 from .phrases import phrases_of, words_of
 from ..mel import mel_filters
 from ..vocoder import load_checked
@@ -423,8 +422,7 @@ def convert_grounding(
 # %% ../../nbs/listen/40_grounding.ipynb #3ba680f5
 def grounding_path() -> Path:  # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
     "Where the converted published model is kept by default"
-    home = os.environ.get("SMOOTH_FOLEY_HOME")
-    return (expand(home) if home else Path.home() / ".cache" / "smooth_foley") / "grounding"
+    return cache_folder("grounding")
 
 
 def download_grounding(

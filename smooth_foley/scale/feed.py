@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..core import FoleyError, atomic_path, expand, make_folder, progress
+from ..core import FoleyError, atomic_path, cache_folder, expand, make_folder, progress
 from ..data.arrays import read_arrays
 from ..data.items import Item
 from ..data.shard_reader import Shards
@@ -31,8 +31,7 @@ from ..listen.curves import segments
 # %% ../../nbs/scale/58_feed.ipynb #fed00006
 def shard_cache() -> Path:  # Below `$SMOOTH_FOLEY_HOME`, or `~/.cache/smooth_foley`
     "Where shards from elsewhere are copied to"
-    home = os.environ.get("SMOOTH_FOLEY_HOME")
-    return (expand(home) if home else Path.home() / ".cache" / "smooth_foley") / "shards"
+    return cache_folder("shards")
 
 
 def _expanded(urls):

@@ -11,13 +11,13 @@ import io
 import os
 from functools import partial
 from pathlib import Path
-from tokenize import TokenError  # What numpy lets through of a damaged head
 
 import av
 import numpy as np
 import torch
 
 from ..core import FoleyError, own_file, progress
+from ..data.arrays import DAMAGED
 from ..data.workers import worker_pool
 from ..media import clip_resize
 from ..mel import MelTransform
@@ -53,7 +53,7 @@ def _mapped(path, how, dtype, shape):
     "One memory-mapped array, or None if the file is damaged or holds another one"
     try:
         array = np.lib.format.open_memmap(path, how, dtype=dtype, shape=shape)
-    except (ValueError, EOFError, FileNotFoundError, SyntaxError, TokenError):
+    except (FileNotFoundError, *DAMAGED):
         return None
     return array if (array.dtype, array.shape) == (np.dtype(dtype), shape) else None
 
