@@ -9,6 +9,7 @@ __all__ = ['shard_cache', 'local_shards', 'plan_of', 'check_networks', 'HeardEve
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..core import FoleyError, atomic_path, cache_folder, expand, make_folder, progress
+from ..core import FoleyError, atomic_path, cache_folder, expand, make_folder, progress, say
 from ..data.arrays import read_arrays
 from ..data.items import Item
 from ..data.shard_reader import Shards
@@ -124,6 +125,9 @@ def check_networks(
     ours = network_hashes(ShardConfig(content=asked, weights=str(model)))
     for path in paths:
         theirs = plan_of(path).get("parts", {})
+        if unnamed := sorted(_CALLED[part] for part in needed - set(theirs)):
+            what = ", ".join(unnamed)
+            say(f"{path}: does not tell by which {what} it was encoded; taken to be the model's", file=sys.stderr)
         other = [part for part in sorted(needed) if part in theirs and theirs[part] != ours[part]]
         if other:
             said = ", ".join(f"{_CALLED[p]} {theirs[p]} there and {ours[p]} in the model" for p in other)
