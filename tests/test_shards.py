@@ -341,7 +341,8 @@ def test_workers_add_what_is_bad_to_one_report(whole, tmp_path):
         raw[int(s.offset[1, s.fields.index("latent.npy")]) + 200] ^= 1
         s.path.write_bytes(raw)
     stream = ShardStream(Shards(tmp_path, ("latent",), report=tmp_path / "bad.csv"))
-    got = list(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2))
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    got = list(loader)
     rows = list(csv.DictReader(open(tmp_path / "bad.csv")))
     assert len(got) == len(stream.shards) - 2 and sorted(Path(r["path"]).name for r in rows) == [
         "shard-000001.tar",

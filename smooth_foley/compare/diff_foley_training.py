@@ -40,11 +40,11 @@ def _configs():
     "How each trained stage runs"
     common = dict(weight_decay=0.01, mixed_precision="no", checkpointing_steps=250)
     return dict(
-        vae=TrainConfig(max_train_steps=2500, train_batch_size=8, learning_rate=8e-4, ema_decay=0.998, **common),
-        cavp=TrainConfig(max_train_steps=2000, train_batch_size=12, learning_rate=8e-4, lr_warmup_steps=200, **common),
-        ldm=TrainConfig(max_train_steps=5000, train_batch_size=8, learning_rate=8e-4, lr_warmup_steps=200, **common),
+        vae=TrainConfig(max_train_steps=1500, train_batch_size=8, learning_rate=8e-4, ema_decay=0.998, **common),
+        cavp=TrainConfig(max_train_steps=1200, train_batch_size=12, learning_rate=8e-4, lr_warmup_steps=200, **common),
+        ldm=TrainConfig(max_train_steps=2800, train_batch_size=8, learning_rate=8e-4, lr_warmup_steps=200, **common),
         classifier=TrainConfig(
-            max_train_steps=2000, train_batch_size=16, learning_rate=4e-4, ema_decay=0.998, **common
+            max_train_steps=1500, train_batch_size=16, learning_rate=4e-4, ema_decay=0.998, **common
         ),
     )
 
@@ -53,7 +53,7 @@ def _configs():
 class DiffFoleyRecipe:
     "All that decides what the small Diff-Foley becomes"
 
-    n_scenes: int = 3000
+    n_scenes: int = 2500
     first_seed: int = 400_000  # Of the scenes, in Passby's training seeds
     seed: int = 0  # Of initial weights
     fps: float = 4.0  # Pictures per second, 4 as in the paper

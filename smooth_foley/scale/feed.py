@@ -26,7 +26,7 @@ from ..data.shard_reader import Shards
 from ..data.shard_rows import TrainRows
 from ..data.shards import ShardConfig, network_hashes
 from ..data.tables import read_json
-from ..data.workers import die_with_parent
+from ..data.workers import die_with_parent, unseen_interrupts
 from ..listen.curves import segments
 
 # %% ../../nbs/scale/58_feed.ipynb #fed00006
@@ -228,9 +228,12 @@ class ClipFeed:
             num_workers=workers,
             pin_memory=pin,
             worker_init_fn=_begin_reading,
+            multiprocessing_context="spawn",  # A fork would hang where a lock was held by a thread it does not have
             generator=torch.Generator(),  # So that it leaves the one of the run alone
         )
-        return map(self.encode, loader)
+        with unseen_interrupts():
+            batches = iter(loader)
+        return map(self.encode, batches)
 
 # %% ../../nbs/scale/58_feed.ipynb #fed00019
 def _embed(encoder, frames, n_frames):
