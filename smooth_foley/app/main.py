@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 from .. import __version__
 from .adapter_commands import ADAPTERS
@@ -85,6 +85,19 @@ def _stop(signal_number, frame):
     sys.exit(128 + signal_number)
 
 
+@contextmanager
+def _sigterm_is_an_end():
+    "Within the block SIGTERM ends the command as an error would, so that it cleans up"
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _complete(parser):
     "Answer the shell where it asks what may come next"
     if "_ARGCOMPLETE" in os.environ:
@@ -94,15 +107,13 @@ def _complete(parser):
 
 
 def _run(words):
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
     if words is None:
         os.environ["MPLBACKEND"] = "Agg"  # Figures go into files, whatever windows there may be
     parser = build_parser()
     _complete(parser)
     args = parser.parse_args(words)
     try:
-        with quietly(args.prints) if args.quiet else nullcontext():
+        with _sigterm_is_an_end(), quietly(args.prints) if args.quiet else nullcontext():
             args.run(args)
     except FoleyError as e:
         kind = PartlyDone if isinstance(e, PartlyDone) else FoleyError
