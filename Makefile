@@ -32,7 +32,7 @@ test: $(STAMP)
 	$(BIN)/ruff check --quiet . || { echo 'not clean: run ruff check .'; exit 1; }
 	$(BIN)/ruff check --quiet --isolated --select F821 smooth_foley
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/nbs.py test
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q --timeout 900 --durations 12 tests
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --timeout 900 --durations 12 tests
 	@seconds=$$(($$(date +%s) - $$(cat $(BEGAN)))); echo "make test took $$((seconds / 60)) min $$((seconds % 60)) s"
 
 lab: $(STAMP)

@@ -29,7 +29,7 @@ needs_mini = pytest.mark.skipif(not HAS_MINI, reason="the shipped model is not i
 
 
 def smooth_foley(*words, cwd=None):
-    return subprocess.run([*COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_a_reader_that_stops_early_is_no_error():
         shell=True,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert (r.stdout.count("\n"), r.stderr) == (1, "")
 
@@ -467,7 +467,7 @@ def test_a_kill_leaves_nothing(video, tmp_path):
         said += (more := os.read(ours, 200))
         assert more, said
     p.send_signal(signal.SIGTERM)
-    assert p.wait(60) == 143
+    assert p.wait(300) == 143
     os.close(ours)
     assert list(tmp_path.iterdir()) == []
 

@@ -165,7 +165,7 @@ def test_a_pipe_of_the_shell_is_refused(video):
         ["bash", "-c", f"{shlex.join(COMMAND)} generate <(cat {shlex.quote(str(video))})"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert r.returncode == 2 and "save it to a file first" in r.stderr and r.stderr.count("\n") == 1, r.stderr
 
@@ -228,7 +228,7 @@ def on_a_terminal(words, cwd):
     with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as f:
         while more := f.read(4096):
             written += more
-    assert running.wait(300) == 0, written
+    assert running.wait(600) == 0, written
     return written.decode(errors="replace")
 
 
@@ -249,7 +249,7 @@ def completions(line):
         env=os.environ | asked,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     return [word.strip() for word in r.stdout.split("\n")]
 

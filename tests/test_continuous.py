@@ -221,12 +221,13 @@ def test_two_processes_hear_what_one_hears(clips, tmp_path):
 
 def test_killed_and_run_again(folder, clips, tmp_path):
     code = (
-        "import sys; from smooth_foley.data.continuous import *; from smooth_foley.data.vggsound import *\n"
+        "import os, sys, time; from smooth_foley.data.continuous import *; from smooth_foley.data.vggsound import *\n"
+        "replace = os.replace; os.replace = lambda *a: (replace(*a), time.sleep(0.5))\n"  # Time to be killed in
         'clips = join_clips(read_vggsound(sys.argv[1]+"/vggsound.csv"), sys.argv[1]+"/video")\n'
         "ground_clips(clips, sys.argv[2])"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(folder), str(tmp_path / "killed")])
-    end, done = time.time() + 120, lambda: len([p for p in (tmp_path / "killed").rglob("*.npz") if p.name[0] != "."])
+    end, done = time.time() + 600, lambda: len([p for p in (tmp_path / "killed").rglob("*.npz") if p.name[0] != "."])
     while done() < 3 and run.poll() is None and time.time() < end:
         time.sleep(0.005)
     run.send_signal(signal.SIGKILL)

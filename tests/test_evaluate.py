@@ -95,7 +95,7 @@ def test_an_order_free_system_does_not_turn_with_the_film(tmp_path):
 
 def test_stopped_between_clips_and_resumed_ends_with_the_same_files(whole, tmp_path):
     p = subprocess.Popen([*RUN, str(tmp_path), "--slow"], env=ENV, stderr=subprocess.DEVNULL)
-    until = time.time() + 300
+    until = time.time() + 600
     while not list(tmp_path.glob("ours/passby*.wav")) and time.time() < until:
         time.sleep(0.02)
     p.send_signal(signal.SIGKILL)

@@ -20,7 +20,7 @@ def shell(words, end="", **env):
     "A command with its output sent somewhere"
     line = [sys.executable if w == "python" else w for w in words]
     said = ["sh", "-c", f'"$@" {end}', "sh", *line]
-    return subprocess.run(said, capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
+    return subprocess.run(said, capture_output=True, text=True, env={**os.environ, **env}, timeout=600)
 
 
 @needs_proc
@@ -114,7 +114,7 @@ def interrupted(words, when, **kw):
     when(p)
     os.killpg(p.pid, signal.SIGINT)
     start = time.time()
-    _, said = p.communicate(timeout=120)
+    _, said = p.communicate(timeout=600)
     return time.time() - start, p.returncode, said
 
 

@@ -66,7 +66,7 @@ def browser():
         chromium = p.chromium.launch(
             executable_path=path,
             args=["--no-sandbox", "--mute-audio", "--autoplay-policy=no-user-gesture-required"],
-            timeout=180_000,
+            timeout=400_000,
         )
         yield chromium
         chromium.close()
