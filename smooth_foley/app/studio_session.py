@@ -298,6 +298,6 @@ def command(
         words += ["--" + name.replace("_", "-"), f"{call[name]:g}"]
     if call["negative_prompt"]:
         words += ["--negative-prompt", call["negative_prompt"]]
-    if not self._is_mini:
+    if self.pipe.name_or_path and not self._is_mini:
         words += ["--model", self.pipe.name_or_path]
     return shlex.join(map(str, words))
