@@ -219,7 +219,7 @@ def level(audio, start, end):
 def test_what_is_exported_follows_the_edited_span_and_the_command_makes_it_again(mini, plane, tmp_path):
     s = StudioSession(plane, mini)
     s.add("airplane flyby")
-    s.change(takes=1, num_inference_steps=6, negative_prompt="it's raining")
+    s.change(takes=1, num_inference_steps=4, negative_prompt="it's raining")
     spans, audios = [(0.5, 1.5), (2.5, 3.5)], []
     for k, span in enumerate(spans):
         s.edit("airplane flyby", spans=[span])
@@ -253,21 +253,21 @@ def test_the_film_has_our_sound_or_the_one_that_came_with_it(s, tmp_path):
     assert s.has_original
 
 
-def test_minutes_of_irregular_frames(random_pipe, tmp_path):
+def test_a_minute_of_irregular_frames(random_pipe, tmp_path):
     rng = np.random.default_rng(0)
-    times = np.r_[0, np.cumsum(rng.uniform(0.05, 1.2, 199))]
-    frames = rng.integers(0, 255, (200, 48, 64, 3), np.uint8)
+    times = np.r_[0, np.cumsum(rng.uniform(0.05, 1.4, 99))]
+    frames = rng.integers(0, 255, (100, 48, 64, 3), np.uint8)
     told, path = [], write_video(tmp_path / "vfr.mkv", frames, 5, times=times)
     s = StudioSession(path, random_pipe, tell=lambda *t: told.append(t[2]))
-    assert s.duration > 100 and isinstance(s.clip, Clip) and "reading the video" in told
+    assert s.duration > 60 and isinstance(s.clip, Clip) and "reading the video" in told
     s.add("siren")
-    s.edit("siren", spans=[(60.0, 90.0)])
+    s.edit("siren", spans=[(30.0, 50.0)])
     s.change(takes=1, num_inference_steps=1)
     s.generate()
-    s.redo("siren", 70.0, 71.0)
+    s.redo("siren", 40.0, 41.0)
     files = s.export(tmp_path / "long.wav")
     assert len(read_audio(files[0])) == round(probe(path)["duration"] * SR)
-    assert probe_bytes(s.film(s.heard()), tmp_path)["duration"] > 100
+    assert probe_bytes(s.film(s.heard()), tmp_path)["duration"] > 60
 
 
 def probe_bytes(film, folder):
@@ -334,7 +334,7 @@ def test_buttons_from_label_to_file(studio, tmp_path):
     studio.strip.children[0].children[2].children[1].value = True
     assert studio.wait().session.takes[0].kept
     studio.redo.click()
-    assert len(studio.wait().strip.children) == 3
+    assert (studio.wait().error.value, len(studio.strip.children)) == ("", 3)
     studio.export.click()
     assert "without what was made anew" in studio.wait().written.value and (tmp_path / "noise_foley.mp4").is_file()
     panel.remove.click()

@@ -49,6 +49,7 @@ def _build(self: Studio):
     self.stop.on_click(lambda _: self.session and self.session.stop())
     self.video = w.Video(autoplay=False, loop=False, width=420)
     self.versions = w.ToggleButtons(options=["ours", "original"], tooltips=["with the chosen take", "as it came"])
+    self.versions.style.button_width = "6rem"
     self.versions.observe(self._when_changed(lambda value: self._start(lambda: None)), "value")
     self.labels, self.rows, self.strip = w.HBox(layout=wrap), w.VBox(), w.HBox(layout=wrap)
     self.other = w.Combobox(placeholder="another label", ensure_option=False)
@@ -274,6 +275,7 @@ def _show(self: Studio):
     titles = [t for t in s.take().mix.named() if t in s.rows] if s.takes else []
     if tuple(titles) != tuple(self.which.options):
         self.which.options = titles
+        self.which.value = titles[0] if titles else None
     self._show_film()
     self._note()
 
