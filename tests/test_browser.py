@@ -185,6 +185,59 @@ def test_the_studio_from_a_label_to_a_file(page, lab, tmp_path):
     assert not errors(page)
 
 
+@pytest.fixture
+def app(tmp_path):
+    "`smooth-foley studio` on a video: its process, and the address that it says"
+    pytest.importorskip("voila", reason="no voila: pip install -e '.[studio]'")
+    port, log = 20000 + os.getpid() % 2000, tmp_path / "app.log"
+    video = shutil.copy(ROOT / "smooth_foley" / "assets" / "sample.mp4", tmp_path / "sample.mp4")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-u", "-m", "smooth_foley", "studio", str(video), f"--port={port}"]
+    with open(log, "w") as out:
+        server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=out)
+    try:
+        while True:
+            assert server.poll() is None, log.read_text()
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/static/none", timeout=5).close()
+            if "running at" in log.read_text() or "is running" in log.read_text():
+                break
+            time.sleep(0.5)
+        yield server, re.search(r"open (http\S+)", log.read_text())[1]
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def test_the_studio_as_an_app_has_one_model_for_all_pages(app, page, browser, tmp_path):
+    import psutil
+
+    server, address = app
+    playwright.expect.set_options(timeout=MINUTES)
+    refused = page.goto(address.split("?")[0])
+    assert refused.status == 403 or "login" in page.url
+    page.goto(address)
+    label = page.get_by_role("button", name=re.compile(r"\(\d+%\)")).first
+    playwright.expect(label).to_be_enabled()
+    label.click()
+    shown(page, "takes").fill("1")
+    shown(page, "takes").press("Enter")
+    page.get_by_role("button", name="generate", exact=True).click()
+    page.get_by_text("in time").first.wait_for()
+    picture(page, "studio-app")
+    other = browser.new_page()
+    other.goto(address)
+    again = other.get_by_role("button", name=re.compile(r"\(\d+%\)")).first
+    playwright.expect(again).to_be_enabled(timeout=MINUTES)
+    assert other.get_by_text("in time").count() == 0
+    other.close()
+    kernels = [p for p in psutil.Process(server.pid).children(recursive=True) if "ipykernel" in " ".join(p.cmdline())]
+    assert len(kernels) == 1
+    page.get_by_role("button", name="export", exact=True).click()
+    page.get_by_text("wrote").wait_for()
+    assert (tmp_path / "sample_foley.mp4").is_file()
+
+
 def level(audio, start, end):
     return 10 * np.log10(np.mean(audio[round(start * SR) : round(end * SR)].astype(float) ** 2) + 1e-12)
 

@@ -356,3 +356,17 @@ def test_stop_leaves_what_was_there(studio):
     studio.generate.click()
     assert "stopped; nothing was changed" in studio.wait().error.value and not studio.session.takes
     assert not studio.generate.disabled and studio.stop.disabled
+
+
+def test_opening_can_be_stopped(random_pipe, tmp_path, monkeypatch):
+    def slow(self, *given, _open=StudioSession._open):
+        holder[0].stop.click()
+        _open(self)
+
+    holder = []
+    monkeypatch.setattr(StudioSession, "_open", slow)
+    monkeypatch.setattr(
+        Studio, "_start", lambda self, work, _start=Studio._start: holder.append(self) or _start(self, work)
+    )
+    studio = Studio(noise_video(tmp_path / "a.mp4", 1), random_pipe).wait()
+    assert "stopped" in studio.error.value and studio.session is None and studio.generate.disabled
