@@ -359,7 +359,7 @@ def test_stop_leaves_what_was_there(studio):
 
 
 def test_opening_can_be_stopped(random_pipe, tmp_path, monkeypatch):
-    def slow(self, *given, _open=StudioSession._open):
+    def slow(self, _open=StudioSession._open):
         holder[0].stop.click()
         _open(self)
 

@@ -12,6 +12,7 @@ from fastcore.basics import patch
 
 from .exits import error_line
 from .studio_panel import RowPanel, safe_html, widgets
+from .studio_rows import Stopped
 from .studio_session import StudioSession
 from ..players import mp3
 
@@ -25,7 +26,7 @@ class Studio:
         model="mini",  # As `--model`, or a `SmoothFoleyPipeline`
         device: str | None = None,  # As `--device`
     ):
-        self.w, self.session, self.busy = widgets(), None, False
+        self.w, self.session, self.busy, self._stopping = widgets(), None, False, False
         self._panels, self._thread, self._showing, self._filmed = {}, None, False, None
         self._build()
         self._start(lambda: self._open(video, model, device))
@@ -46,7 +47,7 @@ def _build(self: Studio):
     self.status, self.error = w.HTML(), w.HTML()
     self.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width="16rem"))
     self.stop = w.Button(description="stop", button_style="danger", disabled=True)
-    self.stop.on_click(lambda _: self.session and self.session.stop())
+    self.stop.on_click(lambda _: self._stop())
     self.video = w.Video(autoplay=False, loop=False, width=420)
     self.versions = w.ToggleButtons(options=["ours", "original"], tooltips=["with the chosen take", "as it came"])
     self.versions.style.button_width = "6rem"
@@ -132,7 +133,7 @@ def _start(self: Studio, work):
     "Work in a thread; nothing is done while there is other work"
     if self.busy:
         return
-    self.busy = True
+    self.busy, self._stopping = True, False
     self._enable()
     self._thread = threading.Thread(target=self._finish, args=(work,), daemon=True)
     self._thread.start()
@@ -143,9 +144,17 @@ def _finish(self: Studio, work):
     "Do the work, say what was wrong, and show what is there now"
     self._try(work)
     self._try(self._show, keep=True)
-    self.busy = False
+    self.busy, self._stopping = False, False
     self._told(0, 0, "")
     self._enable()
+
+
+@patch
+def _stop(self: Studio):
+    "End the work that goes on"
+    self._stopping = True
+    if self.session is not None:
+        self.session.stop()
 
 
 @patch
@@ -161,7 +170,9 @@ def _try(self: Studio, work, keep=False):
 
 @patch
 def _told(self: Studio, done, total, what):
-    "Show how far the work is"
+    "Show how far the work is; what is opened has no session yet that could be stopped"
+    if self._stopping and self.session is None:
+        raise Stopped
     self.bar.value = min(1.0, done / total) if total else 0.0
     self.status.value = safe_html(what or ("" if self.session is None else self._facts()))
 
@@ -178,7 +189,7 @@ def _enable(self: Studio):
     for widget in (self.finish, self.redo, self.which, self.region, self.export, *self._take_buttons()):
         widget.disabled = busy or not takes
     self.versions.disabled = busy or not takes or not s.has_original
-    self.stop.disabled = not self.busy or s is None
+    self.stop.disabled = not self.busy
 
 
 @patch
