@@ -203,7 +203,7 @@ def _open(self: Studio, video, model, device):
     w, s = self.w, StudioSession(video, model, device, self._told)
     buttons = []
     for label, score in s.proposals[:8]:
-        button = w.Button(description=f"{label} ({score:.0%})", layout=w.Layout(width="auto"))
+        button = w.Button(description=f"{label} ({score:.0%})", disabled=True, layout=w.Layout(width="auto"))
         button.on_click(lambda _, label=label: self._add(label))
         buttons.append(button)
     self.labels.children = buttons
@@ -282,6 +282,7 @@ def _show(self: Studio):
             self._panels[title].show(row)
         else:
             self._panels[title] = RowPanel(row, self._edit, self._remove)
+    self._enable()  # what is new cannot be moved before the work is done
     self.rows.children = [p.box for p in self._panels.values()]
     titles = [t for t in s.take().mix.named() if t in s.rows] if s.takes else []
     if tuple(titles) != tuple(self.which.options):
@@ -323,9 +324,10 @@ def _card(self: Studio, k):
     head = w.HTML(f"<b>{facts}</b>" if k == s.chosen else facts)
     sound = w.Audio(value=mp3(heard.audios[0], heard.sample_rate), format="mp3", autoplay=False, loop=False)
     sound.layout.width = "15rem"
-    choose = w.Button(description="chosen" if k == s.chosen else "choose", layout=w.Layout(width="6rem"))
+    choose = w.Button(description="chosen" if k == s.chosen else "choose", disabled=True)
+    choose.layout.width = "6rem"
     choose.on_click(lambda _: self._start(lambda: s.choose(k)))
-    keep = w.ToggleButton(value=take.kept, description="keep", tooltip="stays when new takes are made")
+    keep = w.ToggleButton(value=take.kept, description="keep", disabled=True, tooltip="stays when new takes are made")
     keep.layout.width = "6rem"
     keep.observe(lambda change: self._start(lambda: s.keep(k, change.new)), "value")
     return w.VBox([head, sound, w.HBox([choose, keep])], layout=w.Layout(margin="0 8px 8px 0"))
