@@ -15,7 +15,9 @@ def words(key):
     return cfg.get(key, "").split()
 
 
-extras = {name: words(f"{name}_requirements") for name in ("dev", "train", "data", "lora", "completion", "browser")}
+extras = {
+    name: words(f"{name}_requirements") for name in ("dev", "train", "data", "lora", "completion", "studio", "browser")
+}
 readme = here / "README.md"
 statuses = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 

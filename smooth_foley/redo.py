@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 
 from .arguments import check_number
+from .callbacks import step_callback
 from .core import FoleyError, derive_generator
 from .events import FoleyMix
 from .long import AnyLength
@@ -176,11 +177,13 @@ def redo(
     guidance_scale: float = None,
     frame_scale: float = None,
     temporal_scale: float = None,  # As in a call
+    callback_on_step_end=None,  # As in a call; what it raises ends the work
 ) -> FoleyOutput:  # With one sound; `FoleyMix` for a mix
     "The same sound with a stretch made anew; outside of it every sample stays"
     if isinstance(output, FoleyMix):
         again = dict(prompt=prompt, condition=condition, negative_prompt=negative_prompt, guidance_scale=guidance_scale)
         again |= dict(num_inference_steps=num_inference_steps, frame_scale=frame_scale, temporal_scale=temporal_scale)
+        again |= dict(callback_on_step_end=callback_on_step_end)
         return self._redo_event(output, event, start, end, seed, again)
     seen, z, mel, audio, duration = _known(output, i)
     region = self._region(start, end, duration)
@@ -191,7 +194,8 @@ def redo(
     near = surroundings(*region, z.shape[-1], seen.windows.width)
     with self.stage("text"):
         guidance = replace(guidance, text=self._text([prompt], [negative_prompt]))
-    how, name = dict(num_inference_steps=steps), output.clips[i].name
+    how = dict(num_inference_steps=steps, on_step=step_callback(callback_on_step_end))
+    name = output.clips[i].name
     with self.stage("denoise"), self.frame_adapter.installed(self.unet, guidance.frame_scale):
         new = self._inpaint(guidance, seen, z, region, near, check_number("seed", seed, whole=True), name, how)
     z = z.clone()

@@ -134,7 +134,7 @@ def test_an_export_keeps_the_lazy_names(tmp_path):
     assert (tmp_path / "__init__.py").read_text() == (ROOT / "smooth_foley" / "__init__.py").read_text()
 
 
-EXTRAS = ("dev", "train", "data", "lora")
+EXTRAS = ("dev", "train", "data", "lora", "studio")
 
 
 def requirements(*extras):
@@ -166,6 +166,7 @@ def test_every_requirement_has_a_lower_bound():
 def test_an_extra_holds_what_it_is_for():
     names = {extra: {r.name for r in requirements(extra)} - {r.name for r in requirements()} for extra in EXTRAS}
     assert names["train"] == {"tensorboard", "webdataset"} and names["lora"] == {"peft"}
+    assert names["studio"] == {"voila", "jupyter_server", "ipywidgets", "ipykernel"}
 
 
 def test_names_of_the_package_are_lazy():
@@ -197,7 +198,7 @@ def imported(path):
 
 
 def test_every_import_is_a_requirement():
-    asked = {r.name for r in requirements("train", "data", "completion")}
+    asked = {r.name for r in requirements("train", "data", "completion", "studio")}
     names = {"PIL": "pillow", "open_clip": "open_clip_torch", "yt_dlp": "yt-dlp", "yaml": "pyyaml"}
     used = {names.get(n, n) for f in (ROOT / "smooth_foley").rglob("*.py") for n in imported(f)}
     assert used - asked - set(sys.stdlib_module_names) - {"smooth_foley"} == set()

@@ -24,12 +24,13 @@ from .fetch_command import FETCH
 from .info_command import INFO
 from .listen_command import LISTEN
 from .options import Parser, add_command, in_shell_words, quietly
+from .studio_command import STUDIO
 from .timeline_command import TIMELINE
 from .train_command import TRAIN_DIFF_FOLEY, TRAIN_MINI
 from ..core import FoleyError, PartlyDone
 
 # %% ../../nbs/app/99_main.ipynb #3afe9a27
-_COMMANDS = (GENERATE, TIMELINE, DEMO, SHOW_LABELS, FETCH, BENCH, EVALUATE)
+_COMMANDS = (GENERATE, TIMELINE, STUDIO, DEMO, SHOW_LABELS, FETCH, BENCH, EVALUATE)
 _TRAIN = "Train the small model, a baseline, or the adapters of any model."
 _TRAIN_EXAMPLES = """examples:
   smooth-foley train mini --out runs/mini
