@@ -1,0 +1,262 @@
+"Fewer operations: every switch is off by default, changes what it says, and refuses what it cannot do"
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PNDMScheduler
+from torch.utils.flop_counter import FlopCounterMode
+
+from smooth_foley.core import FoleyError, mini_path
+from smooth_foley.effort import Effort
+from smooth_foley.media import Clip
+from smooth_foley.pipeline import SmoothFoleyPipeline
+from smooth_foley.presets import PRESETS, read_presets
+from smooth_foley.schedule import SAMPLERS
+
+FULL = dict(num_inference_steps=4, label="siren", seed=3)
+OFF = dict(
+    sampler="dpm++",  # what the tiny model has stored
+    guidance_interval=(0, 1),
+    temporal_interval=(0, 1),
+    cache_period=1,
+    clip_fps=15,
+    frame_threshold=0,
+    preset="quality",
+)
+ON = dict(
+    sampler="unipc",
+    guidance_interval=(0.3, 0.8),
+    temporal_interval=(0.6, 1),
+    cache_period=2,
+    clip_fps=3,
+    frame_threshold=0.3,
+    preset="preview",
+)
+
+
+def moving_clip(seconds=3.0, seed=0):
+    "Frames that all differ"
+    frames = np.random.default_rng(seed).integers(0, 255, (round(seconds * 15), 64, 64, 3), np.uint8)
+    return Clip(frames, np.arange(len(frames)) / 15, seconds, Path(f"clip{seed}.mp4"))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = SmoothFoleyPipeline.from_random()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def plain(pipe):
+    return latents(pipe)
+
+
+def latents(pipe, clip=None, **kw):
+    return pipe(moving_clip() if clip is None else clip, **{**FULL, **kw}, output_type="latent").latents
+
+
+def operations(pipe, **kw):
+    pipe.embeddings.clear()
+    with FlopCounterMode(display=False) as counter:
+        latents(pipe, **kw)
+    return counter.get_total_flops()
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_off_is_equal_to_the_bit(pipe, plain, name):
+    assert same(latents(pipe, **{name: OFF[name]}), plain)
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_off_is_equal_in_windows(pipe, name):
+    long = dict(window=1.28, frame_guidance_scale=3.0, reuse=False)
+    assert same(latents(pipe, **long, **{name: OFF[name]}), latents(pipe, **long))
+
+
+@pytest.mark.parametrize("window", [None, 1.28])
+@pytest.mark.parametrize("name", ON)
+def test_on_changes_the_sound(pipe, plain, name, window):
+    before = plain if window is None else latents(pipe, window=window)
+    after = latents(pipe, window=window, **{name: ON[name]})
+    assert not same(after, before) and torch.isfinite(torch.stack(list(after))).all()
+    assert same(latents(pipe, window=window), before)  # and leaves nothing behind
+
+
+@pytest.mark.parametrize("name", [name for name in ON if name != "sampler"])
+def test_on_costs_less(pipe, name):
+    assert operations(pipe, **{name: ON[name]}) < 0.97 * operations(pipe)
+
+
+def test_switches_do_not_depend_on_reuse(pipe):
+    on = {name: value for name, value in ON.items() if name != "preset"}
+    a, b = latents(pipe, **on, reuse=True), latents(pipe, **on, reuse=False)
+    assert float((a - b).abs().max() / b.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_take_over_other_schedules(pipe, name):
+    stored = pipe.scheduler
+    try:
+        pipe.scheduler = PNDMScheduler.from_config(stored.config, skip_prk_steps=True, steps_offset=1)
+        z = latents(pipe, sampler=name)
+    finally:
+        pipe.scheduler = stored
+    assert torch.isfinite(z).all() and float(z.std()) < 20
+
+
+def test_outside_the_interval_it_is_a_call_without_guidance(pipe):
+    a = latents(pipe, guidance_interval=(0.0, 0.01), guidance_scale=5.0)
+    assert same(a, latents(pipe, guidance_scale=1.0))
+    assert same(latents(pipe, temporal_interval=(0.0, 0.01)), latents(pipe, temporal_scale=0.0))
+
+
+def test_callbacks_go_with_switches(pipe):
+    seen = []
+
+    def stop_guiding(p, i, t, tensors):
+        seen.append(len(tensors["prompt_embeds"]))
+        p._guidance_scale = 1.0 if i == 1 else p._guidance_scale
+        return {}
+
+    how = dict(callback_on_step_end=stop_guiding, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    z = latents(pipe, cache_period=2, guidance_interval=(0.3, 1), **how)
+    assert torch.isfinite(z).all() and seen == [2, 2, 1, 1]
+
+
+def test_redo_and_text_take_presets(pipe):
+    made = pipe(moving_clip(), label="siren")
+    a, b = (pipe.redo(made, 1, 2, preset=p).latents for p in (None, "preview"))
+    assert not torch.equal(a, b)
+    a, b = (pipe.text_to_audio("siren", 2.0, preset=p).latents for p in (None, "preview"))
+    assert not torch.equal(a, b)
+
+
+def test_equal_frames_are_seen_once(pipe, monkeypatch):
+    clip, seen = moving_clip(), []
+    clip.frames[10:] = clip.frames[10]
+    encode = type(pipe.frame_encoder.model).encode_image
+    monkeypatch.setattr(
+        type(pipe.frame_encoder.model),
+        "encode_image",
+        lambda self, x, *a, **k: (seen.append(len(x)), encode(self, x, *a, **k))[1],
+    )
+    pipe.embeddings.clear()
+    latents(pipe, clip)
+    assert sum(seen) == 11
+    clip.frames[11:] += 1  # hardly
+    seen.clear()
+    latents(pipe, clip, frame_threshold=0.02)
+    assert sum(seen) == 11
+    seen.clear()
+    latents(pipe, clip, clip_fps=3)
+    assert sum(seen) < 10
+
+
+# presets
+
+
+@pytest.fixture
+def folder(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_every_preset_runs_and_arguments_win(pipe):
+    costs = [operations(pipe, preset=name, num_inference_steps=None) for name in PRESETS if name != "quality"]
+    assert costs == sorted(costs, reverse=True)
+    fast = vars(pipe.effort("fast"))
+    given = {k: v for k, v in fast.items() if v is not None}
+    assert same(latents(pipe, **given), latents(pipe, preset="fast", num_inference_steps=None))
+    assert same(latents(pipe, preset="fast", **vars(Effort(num_inference_steps=4, clip_fps=15))), latents(pipe))
+
+
+def test_presets_lie_in_the_folder_and_are_saved_again(folder, tmp_path):
+    assert not (folder / "presets.json").exists()
+    pipe = SmoothFoleyPipeline.from_pretrained(folder)
+    assert pipe.effort("fast") == Effort(**PRESETS["fast"])
+    (folder / "presets.json").write_text('{"fast": {"about": "mine", "cache_period": 5}}')
+    assert pipe.effort("fast") == Effort(cache_period=5)
+    pipe.save_pretrained(tmp_path / "again")
+    again = SmoothFoleyPipeline.from_pretrained(tmp_path / "again")
+    assert again.effort("fast") == Effort(cache_period=5)
+
+
+@pytest.mark.skipif(not (mini_path() / "model_index.json").is_file(), reason="needs the small model")
+def test_mini_has_the_four():
+    found = json.loads((mini_path() / "presets.json").read_text())
+    assert list(found) == ["quality", "balanced", "fast", "preview"] and all(p["about"] for p in found.values())
+    assert read_presets(mini_path())["quality"] == Effort()
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{", "no JSON"),
+        ("[]", "no presets by name"),
+        ('{"fast": 3}', "no presets by name"),
+        ('{"fast": {"cache_perod": 2}}', "cache_perod"),
+        ('{"fast": {"cache_period": 0}}', "preset 'fast': `cache_period` is 0"),
+        ('{"fast": {"guidance_interval": "0.5"}}', "preset 'fast': `guidance_interval`"),
+        ('{"fast": {"sampler": "os.system"}}', "preset 'fast': `sampler`"),
+        ('{"fast": {"guidance_scale": "many"}}', "preset 'fast': `guidance_scale`"),
+    ],
+)
+def test_a_damaged_file_is_named(folder, text, says):
+    (folder / "presets.json").write_text(text)
+    with pytest.raises(FoleyError, match=f"presets.json: .*{says}") as e:
+        SmoothFoleyPipeline.from_pretrained(folder).effort("fast")
+    assert "\n" not in str(e.value)
+
+
+# wrong input
+
+
+WRONG = {
+    "near preset": (dict(preset="fats"), "did you mean fast"),
+    "no preset": (dict(preset="zzz"), "know quality, balanced, fast, preview"),
+    "no name": (dict(preset=3), "`preset` is 3"),
+    "guidance above 1": (dict(guidance_interval=(0.2, 1.5)), "`guidance_interval` is (0.2, 1.5): give two noise"),
+    "guidance below 0": (dict(guidance_interval=(-0.2, 1)), "`guidance_interval`"),
+    "guidance turned": (dict(guidance_interval=(0.8, 0.2)), "the lower first"),
+    "guidance one": (dict(guidance_interval=0.5), "`guidance_interval` is 0.5"),
+    "adapter nan": (dict(temporal_interval=(0, float("nan"))), "`temporal_interval`"),
+    "period 0": (dict(cache_period=0), "`cache_period` is 0: give a whole number of 1 or more"),
+    "period 1.5": (dict(cache_period=1.5), "`cache_period` is 1.5"),
+    "fps of the clip": (dict(clip_fps=30), "`clip_fps` is 30: clip0.mp4 has 15 frames per second"),
+    "fps 0": (dict(clip_fps=0), "`clip_fps` is 0"),
+    "fps -1": (dict(clip_fps=-1), "`clip_fps` is -1"),
+    "threshold": (dict(frame_threshold=2), "`frame_threshold` is 2"),
+    "near sampler": (dict(sampler="DDIM2"), "did you mean ddim"),
+    "no sampler": (dict(sampler="heun"), "choose from ddim, dpm++, unipc"),
+}
+
+
+@pytest.mark.parametrize("wrong, says", WRONG.values(), ids=WRONG)
+def test_wrong_input_is_one_line(pipe, wrong, says):
+    with pytest.raises(FoleyError) as e:
+        latents(pipe, **wrong)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_preset_of_a_slow_video_sees_all_frames(pipe):
+    clip = moving_clip()
+    slow = Clip(clip.frames[:6], np.arange(6) / 2, 3.0, clip.path)
+    assert torch.isfinite(latents(pipe, slow, preset="balanced")).all()
+    with pytest.raises(FoleyError, match="has 2 frames per second"):
+        latents(pipe, slow, clip_fps=5)
+
+
+def test_switches_are_arguments_of_the_call():
+    import inspect
+
+    names = set(inspect.signature(SmoothFoleyPipeline.__call__).parameters)
+    assert {f.name for f in fields(Effort)} <= names
