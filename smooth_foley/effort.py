@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .arguments import check_number
 from .core import FoleyError
 from .guidance import Guidance
-from .schedule import make_sampler
+from .schedule import check_sampler, make_sampler
 
 # %% ../nbs/09e_effort.ipynb #eff00006
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Effort:
         for name, low in (("num_inference_steps", 1), ("cache_period", 1)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_number(name, getattr(self, name), low, whole=True))
+        check_sampler(self.sampler)
+        if self.guidance_scale is not None:
+            check_number("guidance_scale", self.guidance_scale)
         if self.clip_fps is not None and check_number("clip_fps", self.clip_fps) == 0:
             raise FoleyError("`clip_fps` is 0: give frames per second above 0, or leave it out")
         if check_number("frame_threshold", self.frame_threshold) > 1:

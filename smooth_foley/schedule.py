@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'SAMPLERS', 'make_scheduler', 'training_scheduler', 'alphas_cumprod', 'scheduler_class', 'add_noise',
-           'v_target', 'from_v', 'make_sampler', 'noise_like']
+           'v_target', 'from_v', 'check_sampler', 'make_sampler', 'noise_like']
 
 # %% ../nbs/04a_schedule.ipynb #5c4e0003
 import diffusers
@@ -122,20 +122,24 @@ def from_v(
 SAMPLERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 
 
+def check_sampler(
+    name,  # One of `SAMPLERS`, or None
+):
+    "Refuse a sampler that there is not"
+    if name is not None and name not in SAMPLERS:
+        near = suggest(str(name), SAMPLERS)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise FoleyError(f"`sampler` is {name!r}: {hint}choose from {', '.join(SAMPLERS)}")
+
+
 def make_sampler(
     name: str | None,  # One of `SAMPLERS`; None for the scheduler itself
     scheduler,  # Any diffusers scheduler of a discrete DDPM
 ):  # A scheduler of diffusers
     "A sampler for the noise schedule of another"
+    check_sampler(name)
     if name is None:
         return scheduler
-    if name not in SAMPLERS:
-        near = suggest(str(name), SAMPLERS)
-        raise FoleyError(
-            f"`sampler` is {name!r}: "
-            + (f"did you mean {near[0]}? " if near else "")
-            + f"choose from {', '.join(SAMPLERS)}"
-        )
     own = dict(clip_sample=False) if name == "ddim" else {}
     return SAMPLERS[name].from_config(scheduler.config, **own)
 
