@@ -299,3 +299,74 @@ def test_switches_are_arguments_of_the_call():
 
     names = set(inspect.signature(SmoothFoleyPipeline.__call__).parameters)
     assert {f.name for f in fields(Effort)} <= names
+
+
+def test_compile_without_a_compiler(monkeypatch):
+    from smooth_foley.app.bench import bench
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(FoleyError, match="`compile`: no compiler 'no-such-compiler' on this machine") as e:
+        bench(device="cpu", compile=True)
+    assert "\n" not in str(e.value)
+
+
+# the command line and the comparison
+
+
+def test_generate_knows_presets():
+    from smooth_foley.app.cli import GENERATE, _call_options, check_preset
+    from smooth_foley.app.options import parse
+
+    args = parse(GENERATE, [str(mini_path().parents[1] / "assets" / "sample.mp4"), "--preset", "fast"])
+    assert _call_options(args)["preset"] == "fast"
+    check_preset("fast", "mini")
+    with pytest.raises(FoleyError, match="^--preset fats: did you mean fast"):
+        check_preset("fats", "mini")
+
+
+def test_systems_with_presets(pipe):
+    from smooth_foley.compare.systems import Loaded, build, parse_system
+
+    spec = parse_system("ours@fast")
+    assert (spec.name, spec.base, spec.options) == ("ours@fast", "ours", {"preset": "fast"})
+    assert parse_system("mine=always@fast:cache_period=3").options == {"preset": "fast", "cache_period": 3}
+    assert build(parse_system("ours"), Loaded(pipe))[1].keys() == {*"base options weights settings seed steps".split()}
+    about = build(spec, Loaded(pipe))[1]
+    assert about["steps"] == 12 and about["effort"]["guidance_interval"] == [0.3, 1.0]
+    assert build(spec, Loaded(pipe), steps=3)[1]["steps"] == 3
+    json.dumps(about)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("ours@fats", "did you mean fast"),
+        ("a=ours:guidance_interval=0.5", "is no interval such as 0.2-0.8"),
+        ("a=ours:guidance_interval=0.5-2", "`guidance_interval` is"),
+        ("a=ours:cache_period=0", "`cache_period` is 0"),
+        ("a=ours:cache_period=two", "is no number"),
+        ("a=ours:sampler=heun", "choose from ddim"),
+    ],
+)
+def test_wrong_systems(pipe, text, says):
+    from smooth_foley.compare.systems import Loaded, build, parse_system
+
+    with pytest.raises(FoleyError, match=says):
+        build(parse_system(text), Loaded(pipe))
+
+
+def test_bench_of_points_refuses_what_it_does_not_use(tmp_path):
+    from smooth_foley.app.bench_command import BENCH
+    from smooth_foley.app.options import parse
+
+    for words, says in ((["--steps", "3"], "--steps: does not go"), (["--out", str(tmp_path / "a.json")], ".csv")):
+        args = parse(BENCH, ["--points", *words])
+        with pytest.raises(FoleyError, match=says):
+            args.run(args)
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    from smooth_foley.paper.frontier import frontier
+
+    with pytest.raises(FoleyError, match="no summary.csv, differences.csv, cost.csv in it"):
+        frontier(tmp_path)
