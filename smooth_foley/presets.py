@@ -18,8 +18,8 @@ PRESETS_FILE = "presets.json"
 PRESETS = dict(  # Of folders without a file
     quality={},
     balanced=dict(num_inference_steps=15, sampler="dpm++", guidance_interval=(0.2, 1.0), clip_fps=7.5),
-    fast=dict(num_inference_steps=12, sampler="unipc", guidance_interval=(0.3, 1.0), cache_period=2, clip_fps=5.0),
-    preview=dict(num_inference_steps=8, sampler="unipc", guidance_interval=(0.4, 1.0), cache_period=2, clip_fps=3.0),
+    fast=dict(num_inference_steps=10, sampler="unipc", guidance_interval=(0.3, 1.0), cache_period=2, clip_fps=4.0),
+    preview=dict(num_inference_steps=6, sampler="unipc", guidance_interval=(0.5, 1.0), cache_period=2, clip_fps=3.0),
 )
 _SWITCHES = tuple(f.name for f in fields(Effort))
 

@@ -332,7 +332,7 @@ def test_systems_with_presets(pipe):
     assert parse_system("mine=always@fast:cache_period=3").options == {"preset": "fast", "cache_period": 3}
     assert build(parse_system("ours"), Loaded(pipe))[1].keys() == {*"base options weights settings seed steps".split()}
     about = build(spec, Loaded(pipe))[1]
-    assert about["steps"] == 12 and about["effort"]["guidance_interval"] == [0.3, 1.0]
+    assert about["steps"] == 10 and about["effort"]["guidance_interval"] == [0.3, 1.0]
     assert build(spec, Loaded(pipe), steps=3)[1]["steps"] == 3
     json.dumps(about)
 
