@@ -120,7 +120,7 @@ def _reads_the_same(self: TextToAudio, guidance, known):
 @patch
 def _deep_features(self: TextToAudio, effort):
     "Deep parts of the UNet and the temporal adapter, if there is one"
-    return DeepFeatures(self.unet, self.components.get("temporal_adapter"), effort.cache_period)
+    return DeepFeatures(self.unet, getattr(self, "temporal_adapter", None), effort.cache_period)
 
 
 @patch

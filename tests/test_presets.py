@@ -365,6 +365,18 @@ def test_bench_of_points_refuses_what_it_does_not_use(tmp_path):
             args.run(args)
 
 
+def test_bench_of_points():
+    from smooth_foley.app.bench import bench_points
+    from smooth_foley.app.bench_command import points_table
+    from smooth_foley.compare.points import Point
+
+    which = [Point("preset", "ours"), Point("clip_fps", "fps3=ours:clip_fps=3:num_inference_steps=1")]
+    rows = bench_points(random_weights=True, seconds=1.0, device="cpu", repeats=1, which=which)
+    assert [r["system"] for r in rows] == ["ours", "fps3"] and rows[0]["seconds_ratio"] == 1
+    assert rows[1]["gflop_frames"] < rows[0]["gflop_frames"] and rows[1]["gflop_denoise"] < rows[0]["gflop_denoise"]
+    assert "fps3" in points_table(rows)
+
+
 def test_what_was_not_measured_is_said(tmp_path):
     from smooth_foley.paper.frontier import frontier
 
