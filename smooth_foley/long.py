@@ -9,6 +9,7 @@ __all__ = ['AnyLength', 'Seen']
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from .arguments import check_number
 from .autoencoder import decode_latents
 from .core import FoleyError
+from .effort import Effort, noise_level
 from .guidance import Guidance, guide
 from .media import seconds_to_samples
 from .output import FoleyOutput
@@ -101,7 +103,7 @@ class Seen:
 
 # %% ../nbs/11g_long.ipynb #lon00012
 @patch
-def _predict_windows(self: AnyLength, z, t, guidance, windows, steer, groups, reuse, bar):
+def _predict_windows(self: AnyLength, z, t, guidance, windows, steer, groups, reuse, bar, step):
     "Guided predictions of groups of windows, `(rows, (n, c, h, width))`"
     seconds, shape = windows.width * self.column, (self.latent_shape[1], windows.width)
     for rows in groups:
@@ -109,7 +111,7 @@ def _predict_windows(self: AnyLength, z, t, guidance, windows, steer, groups, re
         if g.times is not None:
             self.frame_adapter.look(self.unet, torch.stack(list(g.times)).float(), seconds, shape)
         parts = torch.cat([z[..., a : a + windows.width] for a in (windows.starts[r] for r in rows)])
-        with self._predictor(g, reuse) as predict:
+        with self._predictor(g, reuse) as predict, step(tuple(rows)):
             eps = predict(parts, t).float()
         yield rows, guide(eps, g.guidance_scale, g.guidance_rescale, g.w_f) if g.guided else eps
         bar.update()
@@ -136,9 +138,10 @@ def denoise_windows(
     on_step: Callable = None,  # `on_step(self, i, t, z, guidance)` gives latents and guidance for the next step
     reuse: bool = None,  # Compute once what both halves of a prediction share; None for `pipe.reuse`
     keep: tuple = None,  # Latents `(1, c, h, columns)`, their noise, and where they are known `(columns,)`
+    effort: Effort = Effort(),  # noqa: B008 (frozen) What is left out
 ) -> Tensor:  # Latents, `(c, h, columns)`, float32
     "From noise to the latents of a clip of any length"
-    scheduler, g = self.scheduler, guidance
+    scheduler, g, known = effort.scheduler(self.scheduler), guidance, None
     scheduler.set_timesteps(num_inference_steps, device=self.unet.device)
     draw = {"generator": [generator]} if "generator" in inspect.signature(scheduler.step).parameters else {}
     z = noise[None].float().to(self.unet.device) * scheduler.init_noise_sigma
@@ -147,8 +150,11 @@ def denoise_windows(
         for i, t in enumerate(scheduler.timesteps):
             if self.interrupt:
                 break
-            z_in = scheduler.scale_model_input(z, t).to(self.unet.dtype)
-            eps = windows.blend(self._predict_windows(z_in, t, g, windows, steer, groups, reuse, bar))
+            now = effort.at(g, noise_level(scheduler, i))
+            if known is None or not self._reads_the_same(now, known):
+                known, deep = now, self._deep_features(effort)
+            z_in, step = scheduler.scale_model_input(z, t).to(self.unet.dtype), partial(deep.step, i)
+            eps = windows.blend(self._predict_windows(z_in, t, now, windows, steer, groups, reuse, bar, step))
             z = scheduler.step(eps[None], t, z, **draw).prev_sample
             if keep is not None:
                 z = _restore(z, scheduler, i, keep)
@@ -180,7 +186,7 @@ def denoise_long(
     generator: torch.Generator,  # Of the clip
     batch_size: int = 8,  # Windows that are predicted together
     noise: Tensor | None = None,  # Unit noise, `(c, h, columns)`, instead of the generator's
-    **how,  # `num_inference_steps`, `on_step`, `reuse`, `keep`, as in `denoise_windows`
+    **how,  # `num_inference_steps`, `on_step`, `reuse`, `keep`, `effort`, as in `denoise_windows`
 ) -> Tensor:  # Latents, `(c, h, columns)`
     "Latents of one clip of any length"
     w = seen.windows
@@ -206,9 +212,10 @@ def mel_factor(self: AnyLength) -> int:
 def _denoise_groups(self: AnyLength, guidance, generators, latents, how):
     "Latents of clips that are one window"
     steps, callback, reuse = how["num_inference_steps"], how["on_step"], how["reuse"]
-    groups, done = guidance.groups(len(generators)), {}
-    self.scheduler.set_timesteps(steps)
-    bar = self.progress_bar(total=len(groups) * len(self.scheduler.timesteps))
+    effort, groups, done = how.get("effort") or Effort(), guidance.groups(len(generators)), {}
+    scheduler = effort.scheduler(self.scheduler)
+    scheduler.set_timesteps(steps)
+    bar = self.progress_bar(total=len(groups) * len(scheduler.timesteps))
 
     def on_step(pipe, i, t, z, g):
         bar.update()
@@ -221,7 +228,7 @@ def _denoise_groups(self: AnyLength, guidance, generators, latents, how):
                 seconds = torch.stack(list(g.times)).float()
                 self.frame_adapter.look(self.unet, seconds, self.max_duration, self.latent_shape)
             noise = None if latents is None else torch.stack([latents[i] for i in clips])
-            z = self.denoise(g, [generators[i] for i in clips], steps, on_step, noise, reuse)
+            z = self.denoise(g, [generators[i] for i in clips], steps, on_step, noise, reuse, effort)
             done.update(zip(clips, z))
     return [done[i] for i in range(len(generators))]
 
@@ -235,7 +242,7 @@ def denoise_clips(
     generators: list,  # One for each clip
     latents=None,  # Unit noise of each clip, instead of the generators'
     batch_size: int = 8,  # Windows that are predicted together
-    how: dict = None,  # `num_inference_steps`, `on_step`, `reuse`, as in `denoise_windows`
+    how: dict = None,  # `num_inference_steps`, `on_step`, `reuse`, `effort`, as in `denoise_windows`
 ) -> list:  # Latents of each clip, `(c, h, columns)`
     "Clips of one window in batches, longer ones by their windows"
     short = [i for i, s in enumerate(seen) if s.windows.single and s.windows.width == self.latent_shape[-1]]

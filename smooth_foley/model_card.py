@@ -240,6 +240,15 @@ def _settings(index):
     return _table(("setting", "default"), rows) + known
 
 
+def _presets(found):
+    "What each preset leaves out; nothing for folders that have the defaults"
+    rows = []
+    for name, entry in found.items():
+        switches = [f"`{k}={tuple(v) if isinstance(v, list) else v}`" for k, v in entry.items() if k != "about"]
+        rows.append((f"`{name}`", entry.get("about", ""), ", ".join(switches) or "–"))
+    return _table(("preset", "what it is", "switches"), rows) if rows else ""
+
+
 def _cost(results):
     "Seconds for a clip, and where; nothing if it was not measured"
     cost = _json(Path(results) / "cost.json") if results else {}
@@ -279,6 +288,7 @@ def model_card(
         "Results": "\n\n".join(filter(None, (_results(numbers), _cost(results)))),
         "Components": _table(("component", "class", "parameters", "size"), _components(folder, index)),
         "Settings": _settings(index),
+        "Presets": _presets(_json(folder / "presets.json")),
     }
     yaml = _metadata(_TITLES[kind], recipe, repositories, numbers).to_yaml()
     about = _ABOUT.format(seconds=_longest(folder)) + (f"\n{_FROM_NOTHING}" if kind == "mini" else "")

@@ -28,18 +28,19 @@ from .frame_cache import EmbeddingCache
 from .load_options import check_keywords, load_options
 from .loading import load_parts
 from .long import Seen
-from .long_video import LongClip, batches, preview, read_video
+from .long_video import LongClip, preview, read_video
 from .media import Clip
 from .mel import MelTransform
 from .output import FoleyOutput
 from .published import resolve_weights
 from .redo import Redo
+from .seeing import Seeing, check_clip_fps
 from .temporal_condition import LabelProjection, TemporalCondition
 from .tiny import tiny_parts
 from .vocoder import PhaseVocoder
 
 # %% ../nbs/12_pipeline.ipynb #190743bc
-class SmoothFoleyPipeline(Redo):
+class SmoothFoleyPipeline(Seeing, Redo):
     "Video to audio under the guidance of frames and a label"
 
     def __init__(
@@ -119,6 +120,13 @@ def __call__(
     window_batch_size: int = 8,  # Windows of a long clip that are denoised together
     events: list | None = None,  # `Event`s: several sounds of one video, each with its label, condition and seed
     frame_guidance_scale: float = None,  # Guidance of the frames alone, a third prediction; None for `guidance_scale`
+    preset: str | None = None,  # "quality", "balanced", "fast", "preview": settings of the weights; arguments win
+    sampler: str | None = None,  # "ddim", "dpm++" or "unipc"; None for the stored one
+    guidance_interval: tuple = None,  # Noise levels at which it is guided, e.g. `(0.2, 0.8)`; 1 is noise, 0 sound
+    temporal_interval: tuple = None,  # Noise levels at which the temporal adapter runs
+    cache_period: int = None,  # Deep features of the networks at one of so many steps
+    clip_fps: float = None,  # Frames per second that CLIP sees, at most the clip's own
+    frame_threshold: float = None,  # CLIP skips frames that differ less from the last it saw, 0 to 1
     return_dict: bool = True,  # False gives a tuple of what `output_type` names
 ) -> FoleyOutput:  # With `events` a `FoleyMix`
     "The sound of silent videos"
@@ -128,14 +136,25 @@ def __call__(
         asked = event_call(self.read, video, events, seed, single, output_type)
         video, label, prompt, condition, generator = asked.values()
     on_step = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-    guidance = self._guidance(
+    effort = self.effort(
+        preset,
+        num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        sampler=sampler,
+        guidance_interval=guidance_interval,
+        temporal_interval=temporal_interval,
+        cache_period=cache_period,
+        clip_fps=clip_fps,
+        frame_threshold=frame_threshold,
+    )
+    guidance = self._guidance(
+        guidance_scale=effort.guidance_scale,
         guidance_rescale=guidance_rescale,
         frame_guidance_scale=frame_guidance_scale,
         frame_scale=frame_scale,
         temporal_scale=temporal_scale,
     )
-    steps = self._check(num_inference_steps, output_type)
+    steps = self._check(effort.num_inference_steps, output_type)
     frame_batch_size = check_number("frame_batch_size", frame_batch_size, 1, whole=True)
     n = len(video) if isinstance(video, (list, tuple)) else 1
     label, prompt = per_clip_texts("label", label, n), per_clip_texts("prompt", prompt, n, empty=True)
@@ -144,18 +163,19 @@ def __call__(
 
     with self.stage("decode"):
         clips = self.read(video)
+    check_clip_fps(clip_fps, clips)
     generators = self._generators(generator, seed, [c.name for c in clips])
     plans = [self.plan(c.duration, window, overlap) for c in clips]
     latents = self._check_latents(latents, len(clips), [p.columns for p in plans])
     with self.stage("frames"):
-        embs = self._see(clips, frame_batch_size, reuse)
+        embs = self._see(clips, frame_batch_size, reuse, effort)
     with self.stage("condition"):
         decided = self._decide(clips, embs, label, prompt, condition)
         seen = [Seen(c.times, *found) for c, *found in zip(clips, embs, decided["conditions"], plans)]
     with self.stage("text"):
         guidance = replace(guidance, text=self._text(decided["prompts"], negative_prompt))
     with self.stage("denoise"):
-        how = dict(num_inference_steps=steps, on_step=on_step, reuse=reuse)
+        how = dict(num_inference_steps=steps, on_step=on_step, reuse=reuse, effort=effort)
         steer = partial(self._steer, frame_wise=frame_wise)
         z = self.denoise_clips(guidance, seen, steer, generators, latents, window_batch_size, how)
     clips, durations = [preview(c) for c in clips], [c.duration for c in clips]
@@ -209,31 +229,6 @@ def _read_one(self: SmoothFoleyPipeline, video):
     if not n == n_times > 0:
         raise FoleyError(f"{video.name}: {n} frames with {n_times} times; give one time per frame")
     return video
-
-# %% ../nbs/12_pipeline.ipynb #3d9c2093
-@patch
-def _see(self: SmoothFoleyPipeline, clips, batch_size, reuse):
-    "Frame embeddings of clips, `(T, D)` each; a clip that comes twice is seen once"
-    found = {}
-    for clip in clips:
-        if id(clip) not in found:
-            found[id(clip)] = self._see_one(clip, batch_size, reuse)
-    return [found[id(clip)] for clip in clips]
-
-
-@patch
-def _see_one(self: SmoothFoleyPipeline, clip, batch_size, reuse):
-    "Frame embeddings of a clip; of a long one a few frames at a time"
-    if isinstance(clip, LongClip):
-        parts, encode = [], self.frame_encoder.encode_frames
-        with self.progress_bar(total=len(clip.times)) as bar:
-            for frames in batches(clip, batch_size):
-                parts.append(encode(frames, batch_size))
-                bar.update(len(frames))
-        return torch.cat(parts)
-    if self.reuse if reuse is None else reuse:
-        return self.embeddings.encode(self.frame_encoder, clip.frames, batch_size)
-    return self.frame_encoder.encode_frames(clip.frames, batch_size, unique=False)
 
 # %% ../nbs/12_pipeline.ipynb #7543e86b
 @patch

@@ -178,23 +178,25 @@ def redo(
     frame_scale: float = None,
     temporal_scale: float = None,  # As in a call
     callback_on_step_end=None,  # As in a call; what it raises ends the work
+    preset: str | None = None,  # Named settings of the weights; arguments that are given win
 ) -> FoleyOutput:  # With one sound; `FoleyMix` for a mix
     "The same sound with a stretch made anew; outside of it every sample stays"
     if isinstance(output, FoleyMix):
         again = dict(prompt=prompt, condition=condition, negative_prompt=negative_prompt, guidance_scale=guidance_scale)
         again |= dict(num_inference_steps=num_inference_steps, frame_scale=frame_scale, temporal_scale=temporal_scale)
-        again |= dict(callback_on_step_end=callback_on_step_end)
+        again |= dict(callback_on_step_end=callback_on_step_end, preset=preset)
         return self._redo_event(output, event, start, end, seed, again)
     seen, z, mel, audio, duration = _known(output, i)
     region = self._region(start, end, duration)
-    scales = dict(guidance_scale=guidance_scale, frame_scale=frame_scale, temporal_scale=temporal_scale)
-    guidance, steps = self._guidance(**scales), self._check(num_inference_steps, "audio")
+    effort = self.effort(preset, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    scales = dict(guidance_scale=effort.guidance_scale, frame_scale=frame_scale, temporal_scale=temporal_scale)
+    guidance, steps = self._guidance(**scales), self._check(effort.num_inference_steps, "audio")
     seen = replace(seen, condition=_as_condition(condition, seen, duration))
     prompt = output.prompts[i] if prompt is None else prompt
     near = surroundings(*region, z.shape[-1], seen.windows.width)
     with self.stage("text"):
         guidance = replace(guidance, text=self._text([prompt], [negative_prompt]))
-    how = dict(num_inference_steps=steps, on_step=step_callback(callback_on_step_end))
+    how = dict(num_inference_steps=steps, on_step=step_callback(callback_on_step_end), effort=effort)
     name = output.clips[i].name
     with self.stage("denoise"), self.frame_adapter.installed(self.unet, guidance.frame_scale):
         new = self._inpaint(guidance, seen, z, region, near, check_number("seed", seed, whole=True), name, how)

@@ -19,6 +19,7 @@ from .load_options import check_variant
 from .loading import quiet
 from .lora import has_lora
 from .model_card import model_card
+from .presets import PRESETS_FILE
 
 # %% ../nbs/10h_saving.ipynb #sav00005
 class SavedPipeline:
@@ -72,11 +73,18 @@ def save_pretrained(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as tmp, quiet():
             super(SavedPipeline, self).save_pretrained(tmp, variant=variant, max_shard_size=max_shard_size)
             add_pipeline_code(tmp, type(self))
+            _copy_presets(self.name_or_path, tmp)
             _move(Path(tmp), own_folder(folder))
     except OSError as e:
         raise FoleyError(f"{folder}: cannot be written ({e.strerror or e}); make room, or save elsewhere") from e
     if push_to_hub:
         self.push_to_hub(kwargs.pop("repo_id", folder.name), variant=variant, **kwargs)
+
+
+def _copy_presets(origin, folder):
+    "The presets of the folder that a pipeline was loaded from; others have the defaults"
+    if origin and (path := Path(origin) / PRESETS_FILE).is_file():
+        shutil.copy(path, Path(folder) / PRESETS_FILE)
 
 
 def _move(source, folder):

@@ -21,10 +21,13 @@ from .autoencoder import decode_latents, vae_factor
 from .backbone import encode_prompt
 from .callbacks import StepState, step_callback
 from .core import FoleyError, derive_generator
+from .deep_features import DeepFeatures
+from .effort import Effort, noise_level
 from .guidance import Guidance, guide
 from .lora import LoraWeights
 from .media import SR, seconds_to_samples
 from .output import FoleyOutput
+from .presets import find_effort
 from .reuse import reuse as remember
 from .running import Running
 from .saving import SavedPipeline
@@ -79,32 +82,55 @@ def denoise(
     on_step: Callable = None,  # `on_step(self, i, t, z, guidance)` gives latents and guidance for the next step
     latents: Tensor | None = None,  # Unit noise to begin with, `(b, c, h, w)`, instead of the generators'
     reuse: bool = None,  # Compute once what is constant over the steps; None for `pipe.reuse`
+    effort: Effort = Effort(),  # noqa: B008 (frozen) What is left out
 ) -> Tensor:  # Latents, `(b, c, h, w)`, float32
     "From noise to latents"
-    net, scheduler, g = self.unet, self.scheduler, guidance
+    net, scheduler, g = self.unet, effort.scheduler(self.scheduler), guidance
     scheduler.set_timesteps(num_inference_steps, device=net.device)
     draw = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     noise = noise_like((len(generators), *self.latent_shape), generators) if latents is None else latents.float()
     z, i = noise.to(net.device) * scheduler.init_noise_sigma, 0
     self._guidance_scale, self._num_timesteps = g.guidance_scale, len(scheduler.timesteps)
     while i < self.num_timesteps and not self.interrupt:
-        with self._predictor(g, reuse) as predict:
-            known = g
-            while i < self.num_timesteps and not self.interrupt and _reads_the_same(g, known):
+        known, deep = effort.at(g, noise_level(scheduler, i)), self._deep_features(effort)
+        with self._predictor(known, reuse) as predict:
+            while i < self.num_timesteps and not self.interrupt:
+                now = effort.at(g, noise_level(scheduler, i))
+                if not self._reads_the_same(now, known):
+                    break
                 t = scheduler.timesteps[i]
-                eps = predict(scheduler.scale_model_input(z, t).to(net.dtype), t).float()
-                if g.guided:
-                    eps = guide(eps, g.guidance_scale, g.guidance_rescale, g.w_f)
+                with deep.step(i):
+                    eps = predict(scheduler.scale_model_input(z, t).to(net.dtype), t).float()
+                if now.guided:
+                    eps = guide(eps, now.guidance_scale, now.guidance_rescale, now.w_f)
                 z = scheduler.step(eps, t, z, **draw).prev_sample
                 if on_step is not None:
                     z, g = on_step(self, i, t, z, g)
                 i += 1
     return z
 
+# %% ../nbs/11d_text_to_audio.ipynb #h17t0001
+@patch
+def _reads_the_same(self: TextToAudio, guidance, known):
+    "Whether the same networks read the same text, as often, under either guidance"
+    adapted = guidance.temporal_scale == known.temporal_scale
+    return guidance.text is known.text and guidance.guided == known.guided and adapted
 
-def _reads_the_same(guidance, known):
-    "Whether the networks read the same text, as often, under either guidance"
-    return guidance.text is known.text and guidance.guided == known.guided
+
+@patch
+def _deep_features(self: TextToAudio, effort):
+    "Deep parts of the UNet and the temporal adapter, if there is one"
+    return DeepFeatures(self.unet, getattr(self, "temporal_adapter", None), effort.cache_period)
+
+
+@patch
+def effort(
+    self: TextToAudio,
+    preset: str | None = None,  # "quality", "balanced", "fast", "preview", or what else the weights know
+    **switches,  # Of `Effort`; None leaves them to the preset
+) -> Effort:
+    "What a call computes: a preset of the weights, and over it what is named"
+    return find_effort(self.name_or_path or None, preset, **switches)
 
 # %% ../nbs/11d_text_to_audio.ipynb #1c793cc4
 @patch
@@ -223,12 +249,14 @@ def text_to_audio(
     latents: Tensor | None = None,  # Unit noise, `(b, c, h, w)`, instead of `seed`
     callback_on_step_end: Callable = None,  # As in `step_callback`
     callback_on_step_end_tensor_inputs=("latents",),  # Tensors it reads
+    preset: str | None = None,  # Named settings of the weights; arguments that are given win
     return_dict: bool = True,  # False gives a tuple of what `output_type` names
 ) -> FoleyOutput:
     "The frozen text-to-audio model, without adapters"
     on_step = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-    guidance = self._guidance(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
-    steps = self._check(num_inference_steps, output_type)
+    effort = self.effort(preset, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    guidance = self._guidance(guidance_scale=effort.guidance_scale, guidance_rescale=guidance_rescale)
+    steps = self._check(effort.num_inference_steps, output_type)
     prompts = per_clip_texts("prompt", prompt, len(prompt) if isinstance(prompt, (list, tuple)) else 1)
     n = len(prompts)
     negatives = per_clip_texts("negative_prompt", negative_prompt, n, blank=True)
@@ -239,6 +267,6 @@ def text_to_audio(
     with self.stage("text"):
         guidance = replace(guidance, text=self._text(prompts, negatives))
     with self.stage("denoise"):
-        z = self.denoise(guidance, generators, steps, on_step, latents)
+        z = self.denoise(guidance, generators, steps, on_step, latents, effort=effort)
     decided = dict(labels=[None] * n, prompts=prompts, conditions=[None] * n, proposals=[None] * n)
     return self._play(z, [duration] * n, output_type, return_dict, **decided)

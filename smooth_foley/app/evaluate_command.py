@@ -14,10 +14,12 @@ _COMPARE = (
     (
         "--systems",
         "S,S,...",
-        "BASE or NAME=BASE:key=value:...; bases: ours, ours-clipwise, foleycrafter, foleycrafter-noprompt, diff-foley, "
-        "text, always, truth-vocoded, truth-vae, other; keys: weights, frame_adapter, temporal_adapter, "
-        "label_projection, ... (a folder), or frame_scale, temporal_scale, guidance_scale, condition, prompt, "
-        "frame_wise (default: ours,ours-clipwise)",
+        "BASE, BASE@PRESET or NAME=BASE:key=value:...; bases: ours, ours-clipwise, foleycrafter, "
+        "foleycrafter-noprompt, diff-foley, text, always, truth-vocoded, truth-vae, other; keys: weights, "
+        "frame_adapter, temporal_adapter, label_projection, ... (a folder), or frame_scale, temporal_scale, "
+        "guidance_scale, condition, prompt, frame_wise, sampler, guidance_interval, cache_period, clip_fps, ...; "
+        "the words `presets` and `points` stand for all presets, and for every switch beside them "
+        "(default: ours,ours-clipwise)",
     ),
     (
         "--split",

@@ -24,6 +24,7 @@ from smooth_foley.compare.folders import (
     student_clip,
     summarise,
 )
+from .points import with_points
 from .sound_folders import compare_folders, save_folders, show_folders
 from .systems import build, load_with_folder, parse_systems
 from ..core import FoleyError, atomic_path, default_device, make_folder, only_writer
@@ -94,7 +95,7 @@ def _measure(names, clips, out, state):
 
 # %% ../../nbs/compare/77_evaluate.ipynb #508aa729
 def evaluate(
-    systems="ours,ours-clipwise",  # Comma-separated, see `parse_system`
+    systems="ours,ours-clipwise",  # Comma-separated, see `parse_system` and `with_points`
     split: str = "passby",  # Passby's splits or folders with videos and labels.csv, comma-separated
     out="evaluation",  # Folder of everything that is made
     n: int = None,  # Clips per split; None: 200 of Passby, all of a folder
@@ -107,7 +108,7 @@ def evaluate(
     only: str = None,  # 'generate' or 'measure'; None for both
 ) -> Path:  # `out`
     "Generate what is missing, measure, and write the tables"
-    specs, out, state = parse_systems(systems), Path(out), processes(device)
+    specs, out, state = parse_systems(with_points(systems)), Path(out), processes(device)
     if only not in (None, "generate", "measure"):
         raise FoleyError(f"only={only!r}: use generate or measure, or leave it out")
     loaded = load_with_folder(pipe, model, device or str(state.device))

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'Loaded', 'load_with_folder', 'is_mini', 'with_parts', 'Built', 'system', 'System', 'parse_system',
-           'parse_systems', 'build']
+           'parse_systems', 'call_effort', 'build']
 
 # %% ../../nbs/compare/73_systems.ipynb #e7b20004
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from ..autoencoder import decode_latents, encode_latents
 from .clips import Take
 from ..core import FoleyError, mini_path, suggest
+from ..effort import Effort
 from ..loading import fingerprint, load_part
 from ..media import seconds_to_samples
 from ..pipeline import SmoothFoleyPipeline
@@ -72,7 +73,9 @@ def with_parts(
     new = {name: _part(pipe, name, folder) for name, folder in folders.items()}
     optional = type(pipe)._get_signature_keys(type(pipe))[1]
     settings = {k: v for k, v in pipe.config.items() if k in optional}
+    origin = pipe.name_or_path  # where its presets are
     pipe = type(pipe)(**{**pipe.components, **new}, **settings)
+    pipe.register_to_config(**({"_name_or_path": origin} if origin else {}))
     pipe.set_progress_bar_config(disable=True)
     return Loaded(pipe, loaded.folder, (*loaded.replaced, *new))
 
@@ -293,6 +296,14 @@ def _flag(text):
     return text.lower() == "true"
 
 
+def _pair(text):
+    "LOW-HIGH as two numbers"
+    low, dash, high = text.partition("-")
+    if not dash:
+        raise ValueError
+    return [float(low), float(high)]
+
+
 _OPTIONS = dict(
     num_inference_steps=int,
     guidance_scale=float,
@@ -304,6 +315,13 @@ _OPTIONS = dict(
     prompt=str,
     negative_prompt=str,
     frame_wise=_flag,
+    preset=str,
+    sampler=str,
+    guidance_interval=_pair,
+    temporal_interval=_pair,
+    cache_period=int,
+    clip_fps=float,
+    frame_threshold=float,
     classifier_scale=float,
     folder=str,
 )
@@ -333,19 +351,21 @@ class System:
 
 
 def parse_system(
-    text: str,  # `BASE` or `NAME=BASE:key=value:...`
+    text: str,  # `BASE`, `BASE@PRESET` or `NAME=BASE:key=value:...`
 ) -> System:
     "Read one item of `--systems`"
     head, *pairs = text.strip().split(":")
     name, named, base = head.rpartition("=")
     name = name if named else base
+    base, at, preset = base.partition("@")
+    pairs = [f"preset={preset}", *pairs] if at else pairs
     if base not in SYSTEMS:
         near = suggest(base, SYSTEMS)
         hint = f"did you mean {' or '.join(near)}?" if near else "choose from"
         raise FoleyError(
             f"system {text!r}: there is no {base!r}; {hint} ({', '.join(SYSTEMS)}; or NAME=BASE:frame_adapter=FOLDER)"
         )
-    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in _RESERVED:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+@-]*", name) or name in _RESERVED:
         raise FoleyError(
             f"system {text!r}: {name!r} cannot be its name; "
             f"use letters, digits, - and _, and none of {', '.join(_RESERVED)}"
@@ -380,7 +400,7 @@ def _option_value(text, key, value):
     try:
         return kind(value)
     except ValueError:
-        wanted = "true or false" if kind is _flag else "number"
+        wanted = {_flag: "true or false", _pair: "interval such as 0.2-0.8"}.get(kind, "number")
         raise FoleyError(f"system {text!r}: {key}={value!r} is no {wanted}") from None
 
 
@@ -397,6 +417,26 @@ def parse_systems(
         raise FoleyError(f"systems: {twice[0]!r} occurs twice; give the second another name, as in {twice[0]}2=...")
     return specs
 
+# %% ../../nbs/compare/73_systems.ipynb #h17s0002
+_SWITCHES = tuple(f.name for f in fields(Effort))
+
+
+def call_effort(
+    spec: System,
+    pipe,  # Its pipeline
+    steps: int = None,  # Asked for beside the system
+) -> Effort:
+    "What the calls of a system compute"
+    switches = {k: v for k, v in spec.options.items() if k in _SWITCHES}
+    return pipe.effort(spec.options.get("preset"), **{"num_inference_steps": steps, **switches})
+
+
+def _switched_on(effort, options):
+    "What a preset switches on, for a description; nothing where it is nothing"
+    usual, known = Effort(), {"num_inference_steps", *options}
+    on = {k: v for k, v in vars(effort).items() if k not in known and v != getattr(usual, k)}
+    return dict(effort={k: list(v) if isinstance(v, tuple) else v for k, v in on.items()}) if on else {}
+
 # %% ../../nbs/compare/73_systems.ipynb #1a36e060
 def build(
     spec: System,
@@ -407,8 +447,8 @@ def build(
     "A system ready to make sound"
     mine = with_parts(loaded, **spec.parts)
     built = SYSTEMS[spec.base][0](mine, **spec.options)
-    config = mine.pipe.config
-    steps = spec.options.get("num_inference_steps", steps or config.num_inference_steps)
+    config, effort = mine.pipe.config, call_effort(spec, mine.pipe, steps)
+    steps = effort.num_inference_steps or config.num_inference_steps
     about = dict(
         base=spec.base,
         options=spec.options,
@@ -416,5 +456,6 @@ def build(
         settings={k: config[k] for k in ("guidance_scale", "frame_scale", "temporal_scale", "threshold", "fps")},
         seed=seed,
         steps=steps,
+        **_switched_on(effort, spec.options),
     )
     return (lambda takes: built.sound(takes, seed, steps)), about
