@@ -17,6 +17,7 @@ import pytest
 import torch
 from launch import in_two_processes
 from safetensors.torch import load_file
+from test_habits import Hub
 from test_published import TINY, write_published
 from test_training import loss_on_cuda
 
@@ -190,7 +191,38 @@ def test_two_processes_do_the_work_of_one(settings, tmp_path):
     finetune(replace(s, out=tmp_path / "one"))
     r = subprocess.run(in_two_processes(command(s), 29583), env=ENV, capture_output=True, text=True, timeout=280)
     assert r.returncode == 0, r.stderr[-3000:]
+    assert (latest_checkpoint(s.out) / "random-1.json").exists(), "it ran in one process"
     same(tmp_path / "one", s.out, tol=2e-4)
+
+
+def test_fsdp_goes_on_where_one_process_stopped_and_one_process_where_fsdp_did(settings, shards, tmp_path):
+    often = dict(checkpointing_steps=1, validation_steps=3)
+    val = shards / "shard-000001.tar"
+    how = dict(frame_position="residual", frame_motion=True, val_shards=(val,), validation_clips=2)
+    s = settings("frame-adapter", often, **how)
+    finetune(replace(s, out=tmp_path / "one"))
+    finetune(s, stop_at=2)
+    words = ["--frame-position", "residual", "--frame-motion", "--val-shards", str(val), "--validation-clips", "2"]
+    words += [w for k, v in often.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    launched = in_two_processes(command(s, *words), 29585, "--use_fsdp")
+    r = subprocess.run(launched, env=ENV, capture_output=True, text=True, timeout=280)
+    assert r.returncode == 0, r.stderr[-3000:]
+    assert (s.out / "checkpoint-5" / "random-1.json").exists(), "it ran in one process"
+    for log in ("log.csv", "validation.csv"):
+        np.testing.assert_allclose(column(s.out / log, "loss"), column(tmp_path / "one" / log, "loss"), atol=2e-4)
+    same(tmp_path / "one", s.out, tol=2e-4)
+    shutil.rmtree(s.out / "checkpoint-6")
+    (s.out / "done.json").unlink()
+    finetune(s)
+    same(tmp_path / "one", s.out, tol=2e-4)
+
+
+@pytest.mark.parametrize("name,said", [("OFFLOAD_PARAMS", "leave it out"), ("ACTIVATION_CHECKPOINTING", "gradient_ch")])
+def test_parts_of_fsdp_that_are_not_used_are_refused(name, said, settings, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv(f"FSDP_{name}", "true")
+    with pytest.raises(FoleyError, match=f"fsdp_{name.lower()}: .*{said}"):
+        finetune(settings("projection"))
 
 
 # --- where it begins
@@ -331,6 +363,45 @@ def test_a_compiled_network_learns_the_same(settings, tmp_path):
     plain = finetune(replace(settings("projection"), out=tmp_path / "plain"))
     compiled = finetune(settings("projection", config=dict(dynamo_backend="eager")))
     same(plain, compiled, tol=1e-5)
+
+
+# --- to the hub
+def test_a_finished_run_goes_to_the_hub_with_its_card(model, shards, tmp_path, monkeypatch, capsys):
+    hub, out = Hub(monkeypatch), tmp_path / "my-run"
+    short = {**SHORT, "max_train_steps": 2, "validation_steps": 1, "lr_warmup_steps": 0}
+    rows = dict(short, shards=[str(shards)], val_shards=[str(shards / "shard-000001.tar")], model=str(model))
+    (tmp_path / "run.yaml").write_text(json.dumps(rows | dict(init="random", push_to_hub=True)))
+    words = ["train", "temporal-adapter", "--config", str(tmp_path / "run.yaml"), "--out", str(out)]
+    assert main.main([*words, "--hub-model-id", "owner/name"]) == 0
+    assert "pushed: https://hub/commit" in capsys.readouterr().out
+    assert hub.calls[0][0] == "owner/name" and hub.calls[-1]["repo_id"] == "owner/name"
+    assert {"config.json", WEIGHTS, "README.md", "settings.json", "done.json", "log.csv"} <= set(hub.files)
+    assert not [f for f in hub.files if f.startswith("checkpoint") or f == "faults.csv"]
+    card = hub.files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: diffusers\n") and "snapshot_download('owner/name')" in card
+    assert str(tmp_path) not in card and str(model) not in card
+    for fact in (
+        "`max_train_steps` | 2",
+        "random (fingerprint",
+        "validation, averaged weights | 2",
+        "| training | 12 |",
+    ):
+        assert fact in card
+    hub.calls.clear()
+    assert main.main(words) == 0  # It is finished: nothing is trained, and the folder gives the name
+    assert hub.calls[0][0] == "my-run"
+
+
+def test_the_hub_is_asked_before_the_training(shards, model, tmp_path, monkeypatch, capsys):
+    def denied(*args, **kwargs):
+        raise PermissionError("401 Client Error\nmore")
+
+    monkeypatch.setattr("huggingface_hub.create_repo", denied)
+    words = ["train", "projection", "--shards", str(shards), "--model", str(model), "--out", str(tmp_path / "run")]
+    assert main.main([*words, "--push-to-hub", "--hub-model-id", "owner/name"]) == 2
+    assert "owner/name: cannot be uploaded (401 Client Error)" in capsys.readouterr().err
+    assert main.main([*words, "--hub-model-id", "owner/name"]) == 2
+    assert "add --push-to-hub" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 # --- data from elsewhere, and without events
