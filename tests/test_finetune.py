@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from launch import in_two_processes
 from safetensors.torch import load_file
 from test_habits import Hub
@@ -29,7 +30,8 @@ from smooth_foley.data.shard_reader import Shard, Shards
 from smooth_foley.data.shard_rows import TrainRows
 from smooth_foley.data.shards import ShardConfig, write_shards
 from smooth_foley.data.vggsound import join_clips
-from smooth_foley.loading import load_component
+from smooth_foley.frame_adapter import FrameAdapter
+from smooth_foley.loading import load_component, read_weights
 from smooth_foley.media import Clip
 from smooth_foley.pipeline import SmoothFoleyPipeline
 from smooth_foley.published import convert
@@ -38,6 +40,8 @@ from smooth_foley.scale.adapters import STAGES, Frames, start_adapter
 from smooth_foley.scale.cost import full_batch, full_stage
 from smooth_foley.scale.feed import ClipFeed, local_shards
 from smooth_foley.scale.finetune import Finetune, finetune, finetune_config
+from smooth_foley.scale.other_layouts import export_adapter
+from smooth_foley.temporal_condition import LabelProjection
 from smooth_foley.train import diffusion, parts
 from smooth_foley.train.checkpoints import latest_checkpoint
 from smooth_foley.train.loop import Draw, train
@@ -354,7 +358,7 @@ def test_the_command_leaves_samples_and_a_component_that_loads(model, shards, tm
     assert len(column(out / "samples.csv", "mel_distance")) == 2
     assert {p.suffix for p in (out / "samples").iterdir()} == {".png", ".wav"}
     pipe = SmoothFoleyPipeline.from_pretrained(model, frame_adapter=out)
-    assert pipe.frame_adapter.config.frame_position == "window" and (out / "ip_adapter.safetensors").exists()
+    assert pipe.frame_adapter.config.frame_position == "window" and not (out / "ip_adapter.safetensors").exists()
     assert "SmoothFoleyPipeline.from_pretrained" in (out / "README.md").read_text()
     assert main.main([*words, "--seed", "1"]) == 2 and "seed 0 there and 1 now" in capsys.readouterr().err
 
@@ -402,6 +406,85 @@ def test_the_hub_is_asked_before_the_training(shards, model, tmp_path, monkeypat
     assert "owner/name: cannot be uploaded (401 Client Error)" in capsys.readouterr().err
     assert main.main([*words, "--hub-model-id", "owner/name"]) == 2
     assert "add --push-to-hub" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# --- to other tools
+def test_published_adapters_come_back_as_they_were_published(published, tmp_path):
+    sources, model = published
+    unet, theirs = load_component(model, "unet"), sources["foleycrafter"]
+    (semantic,) = export_adapter(model / "frame_adapter", tmp_path / "semantic", num_tokens=None)
+    temporal, folder = export_adapter(model / "temporal_adapter", tmp_path / "temporal")
+    was = read_weights(theirs / "semantic" / "semantic_adapter.bin")
+    was = {f"{a}.{k}": v for a, d in was.items() for k, v in d.items()} if "image_proj" in was else was
+    now = load_file(semantic)
+    assert now.keys() == was.keys() and all(torch.equal(now[k], v.float()) for k, v in was.items())
+    was, now = load_component(model, "temporal_adapter").state_dict(), load_file(temporal)
+    assert now.keys() == was.keys() and all(torch.equal(now[k], v) for k, v in was.items())
+    want = sound(model)
+    for stage, home in (("frame-adapter", tmp_path / "semantic"), ("temporal-adapter", tmp_path / "temporal")):
+        adapter = start_adapter(stage, str(home), model, unet)
+        assert torch.equal(sound(model, **{STAGES[stage]: adapter}), want)
+    assert torch.equal(sound(model, temporal_adapter=folder), want)
+
+
+@pytest.mark.parametrize("tokens,projection", [(1, "linear"), (2, "linear"), (1, "mlp")])
+def test_diffusers_reads_a_frame_adapter_as_an_ip_adapter(tokens, projection, published, tmp_path):
+    unet = load_component(published[1], "unet")
+    torch.manual_seed(0)
+    adapter = FrameAdapter.from_unet(unet, 12, tokens, projection=projection)
+    torch.nn.init.normal_(adapter.to_v_ip[0].weight)
+    adapter.save_pretrained(tmp_path / "adapter")
+    (file,) = export_adapter(tmp_path / "adapter", tmp_path / "out")
+    weights, nested = load_file(file), dict(image_proj={}, ip_adapter={})
+    for name, value in weights.items():
+        part, _, key = name.partition(".")
+        nested[part][key] = value
+    z, text, emb = torch.randn(2, 4, 8, 8), torch.randn(2, 7, unet.config.cross_attention_dim), torch.randn(2, 5, 12)
+    how = dict(encoder_hidden_states=text, added_cond_kwargs={"image_embeds": [emb]})
+    with torch.no_grad():
+        plain = unet(z, 3, text).sample
+        with adapter.installed(unet):
+            ours = unet(z, 3, **how).sample
+        unet._load_ip_adapter_weights([nested], low_cpu_mem_usage=False)
+        theirs = unet(z, 3, **how).sample
+    assert not torch.allclose(ours, plain, atol=1e-4)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+def test_diffusers_reads_a_temporal_adapter_from_one_file(published, tmp_path):
+    file, folder = export_adapter(published[1] / "temporal_adapter", tmp_path / "out", dtype="float16")
+    read = ControlNetModel.from_single_file(str(file), config=str(folder), local_files_only=True)
+    want = load_component(published[1], "temporal_adapter").state_dict()
+    assert all(torch.equal(v, want[k].half().float()) for k, v in read.float().state_dict().items())
+
+
+NOT_EXPORTED = {
+    "holds a LabelProjection": lambda at: LabelProjection(4).save_pretrained(at),
+    "no config.json in it": lambda at: at.mkdir(),
+    "frame_position is 'window' and motion False": lambda at: FrameAdapter(4, 8, [8], 1, "linear", "window"),
+    "frame_position is 'residual' and motion True": lambda at: FrameAdapter(
+        4, 8, [8], frame_position="residual", motion=True, conv_in_dim=8
+    ),
+    "num_tokens is 4: give a multiple of the adapter's 3": lambda at: FrameAdapter(4, 8, [8], 3),
+}
+
+
+@pytest.mark.parametrize("said", NOT_EXPORTED)
+def test_what_other_tools_cannot_read_is_refused(said, tmp_path, capsys):
+    made = NOT_EXPORTED[said](tmp_path / "run")
+    if isinstance(made, FrameAdapter):
+        made.save_pretrained(tmp_path / "run")
+    assert main.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
+    found = capsys.readouterr().err
+    assert said.replace("num_tokens", "--num-tokens") in found.replace("\n", " ") or said in found
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_not_finished_is_not_exported(settings, tmp_path):
+    out = finetune(settings("frame-adapter"), stop_at=3)
+    FrameAdapter(4, 8, [8]).save_pretrained(out)
+    with pytest.raises(FoleyError, match="is not finished"):
+        export_adapter(out, tmp_path / "out")
 
 
 # --- data from elsewhere, and without events

@@ -25,7 +25,15 @@ from ..data.tables import FAULT_COLUMNS, read_json, read_rows, write_json
 from ..frame_adapter import FrameAdapter
 from ..loading import fingerprint, load_component, read_index
 from ..published import resolve_weights
-from .adapters import STAGES, Frames, default_init, start_adapter, write_ip_adapter
+from smooth_foley.scale.adapters import (
+    STAGES,
+    Frames,
+    default_init,
+    fits_ip_adapter,
+    ip_adapter_weights,
+    start_adapter,
+    write_weights,
+)
 from .clip_sheets import ClipSheets
 from .feed import ClipFeed, HeardEvents, check_networks, local_shards, plan_of
 from ..train.config import UNCOUNTED, TrainConfig, check_config, decays
@@ -294,8 +302,8 @@ def _finish(s, out, adapter, parts, about):
         adapter.uninstall(parts["unet"])
     save_trained(adapter, out)
     if is_main():
-        if s.stage == "frame-adapter":
-            write_ip_adapter(adapter, out / "ip_adapter.safetensors")
+        if s.stage == "frame-adapter" and fits_ip_adapter(adapter):
+            write_weights(ip_adapter_weights(adapter), out / "ip_adapter.safetensors")
         write_json(out / "done.json", about | dict(hardware=hardware(), config=asdict(s.train)))
         own_file(out / "README.md").write_text(run_card(out), encoding="utf-8")
     wait_for_all()
