@@ -37,7 +37,7 @@ from smooth_foley.scale.adapters import (
 from .clip_sheets import ClipSheets
 from .feed import ClipFeed, HeardEvents, check_networks, local_shards, plan_of
 from ..train.config import UNCOUNTED, TrainConfig, check_config, decays
-from ..train.diffusion import FrameStage, TemporalStage
+from ..train.diffusion import adapter_stage
 from ..train.looks import level_losses, steady_loss
 from ..train.loop import hardware, is_main, save_trained, train, wait_for_all
 from ..train.parts import ProjectionStage
@@ -216,20 +216,7 @@ def make_stage(
     "The stage that is trained; only the adapter's parameters have gradients"
     if s.stage == "projection":
         return ProjectionStage(adapter.requires_grad_(True).train(), text_emb)
-    frozen = {name: parts[name] for name in ("unet", "text_encoder")}
-    common = parts["tokenizer"], parts["scheduler"]
-    how = dict(caption_dropout=s.proportion_empty_prompts, focus=s.focus)
-    if s.stage == "temporal-adapter":
-        adapter = adapter.to(memory_format=torch.channels_last)
-        stage = TemporalStage(dict(controlnet=adapter), frozen | dict(mel=parts["mel"]), *common, **how)
-        adapter.requires_grad_(True).train()
-        return stage
-    mel = parts["mel"].config
-    span = mel.n_cols * mel.hop_length / mel.sample_rate
-    how |= dict(frame_wise=s.frame_wise, span=span, frame_dropout=s.proportion_empty_frames)
-    stage = FrameStage(dict(adapter=adapter), frozen, *common, **how)
-    adapter.install(parts["unet"]).requires_grad_(True).train()
-    return stage
+    return adapter_stage(STAGES[s.stage], adapter, parts, s)
 
 # %% ../../nbs/scale/58c_finetune.ipynb #fin00014
 def _text_embeddings(model, labels):
@@ -312,7 +299,7 @@ def _finish(s, out, adapter, parts, about):
 def _about(s, model, data, start):
     "What the card of a run tells beside its settings"
     sets = [dict(name=p.name, use="training", clips=plan_of(p).get("clips", "")) for p in data.paths]
-    for p in local_shards(s.val_shards):
+    for p in local_shards(s.val_shards) if s.val_shards else ():
         sets.append(dict(name=p.name, use="validation", clips=plan_of(p).get("clips", "")))
     return dict(
         stage=s.stage,

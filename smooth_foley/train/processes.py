@@ -100,7 +100,9 @@ def _check_launch(acc, cfg):
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
         raise FoleyError(f"{kind}: is not supported; use accelerate launch --multi_gpu, or --use_fsdp to save memory")
     if kind == "FSDP" and cfg.use_8bit_adam:
-        raise FoleyError("use_8bit_adam: bitsandbytes cannot split its moments; leave out it or --use_fsdp")
+        raise FoleyError(
+            "use_8bit_adam: bitsandbytes cannot split its moments over processes; leave it out, or leave out --use_fsdp"
+        )
     parts = acc.num_processes * cfg.gradient_accumulation_steps
     if cfg.train_batch_size % parts:
         raise FoleyError(
