@@ -145,7 +145,7 @@ _EXAMPLES = """examples:
   accelerate launch --num_processes 8 -m smooth_foley train {stage} --config run.yaml
 
 A run that was stopped goes on when the same command is given again. With accelerate launch --use_fsdp
-the processes split gradients, moments and averages. A finished run is uploaded with --push-to-hub.
+the processes split moments and averages. A finished run is uploaded with --push-to-hub.
 The folder keeps its settings in settings.json and refuses others."""
 
 
