@@ -26,7 +26,14 @@ from ..core import FoleyError, derive_seed, own_folder, progress, say
 from .checkpoints import StepCounter, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig, check_config, decays, lr_share, make_optimizer
 from .ending import broken_off, told_to_end
-from .processes import is_split, leave_whole, load_everywhere, make_accelerator, whole_of
+from smooth_foley.train.processes import (
+    is_split,
+    leave_whole,
+    load_everywhere,
+    make_accelerator,
+    ready_to_split,
+    whole_of,
+)
 from .records import CsvLog, averaged, peak_memory, save_average
 
 # %% ../../nbs/train/31_loop.ipynb #e432cc8a
@@ -195,7 +202,7 @@ def _prepare(stage, cfg, out):
     else:
         stage.to(acc.device)
     if acc.distributed_type == "FSDP":
-        stage.to(memory_format=torch.contiguous_format)  # The only one that FSDP takes
+        ready_to_split(stage)
     params = [p for p in stage.parameters() if p.requires_grad]
     model, opt = acc.prepare(stage, make_optimizer(params, cfg))
     params = [p for p in stage.parameters() if p.requires_grad]  # FSDP replaces them
