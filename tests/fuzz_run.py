@@ -433,6 +433,7 @@ FIRST = {
     "train temporal-adapter": ["--shards", "none", "--out", "o"],
     "train frame-adapter": ["--shards", "none", "--out", "o"],
     "fetch": ["full", "--from", "none", "--out", "o"],
+    "export": ["none", "--out", "o"],
     "bench": ["--out", "none/x.json"],
     "evaluate": ["--split", "none"],
     "info": [],

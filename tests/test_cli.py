@@ -255,7 +255,7 @@ def test_the_package_offers_the_pipeline():
 
 
 @pytest.mark.parametrize(
-    "command", ["generate", "timeline", "demo", "labels", "train", "fetch", "bench", "evaluate", "info"]
+    "command", ["generate", "timeline", "demo", "labels", "train", "fetch", "export", "bench", "evaluate", "info"]
 )
 def test_every_command_explains_itself(command):
     r = smooth_foley(command, "--help")

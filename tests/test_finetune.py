@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from launch import in_two_processes
 from safetensors.torch import load_file
+from test_habits import Hub
 from test_published import TINY, write_published
 from test_training import loss_on_cuda
 
@@ -28,7 +30,8 @@ from smooth_foley.data.shard_reader import Shard, Shards
 from smooth_foley.data.shard_rows import TrainRows
 from smooth_foley.data.shards import ShardConfig, write_shards
 from smooth_foley.data.vggsound import join_clips
-from smooth_foley.loading import load_component
+from smooth_foley.frame_adapter import FrameAdapter
+from smooth_foley.loading import load_component, read_weights
 from smooth_foley.media import Clip
 from smooth_foley.pipeline import SmoothFoleyPipeline
 from smooth_foley.published import convert
@@ -37,6 +40,8 @@ from smooth_foley.scale.adapters import STAGES, Frames, start_adapter
 from smooth_foley.scale.cost import full_batch, full_stage
 from smooth_foley.scale.feed import ClipFeed, local_shards
 from smooth_foley.scale.finetune import Finetune, finetune, finetune_config
+from smooth_foley.scale.other_layouts import export_adapter
+from smooth_foley.temporal_condition import LabelProjection
 from smooth_foley.train import diffusion, parts
 from smooth_foley.train.checkpoints import latest_checkpoint
 from smooth_foley.train.loop import Draw, train
@@ -190,7 +195,38 @@ def test_two_processes_do_the_work_of_one(settings, tmp_path):
     finetune(replace(s, out=tmp_path / "one"))
     r = subprocess.run(in_two_processes(command(s), 29583), env=ENV, capture_output=True, text=True, timeout=600)
     assert r.returncode == 0, r.stderr[-3000:]
+    assert (latest_checkpoint(s.out) / "random-1.json").exists(), "it ran in one process"
     same(tmp_path / "one", s.out, tol=2e-4)
+
+
+def test_fsdp_goes_on_where_one_process_stopped_and_one_process_where_fsdp_did(settings, shards, tmp_path):
+    often = dict(checkpointing_steps=1, validation_steps=3)
+    val = shards / "shard-000001.tar"
+    how = dict(frame_position="residual", frame_motion=True, val_shards=(val,), validation_clips=2)
+    s = settings("frame-adapter", often, **how)
+    finetune(replace(s, out=tmp_path / "one"))
+    finetune(s, stop_at=2)
+    words = ["--frame-position", "residual", "--frame-motion", "--val-shards", str(val), "--validation-clips", "2"]
+    words += [w for k, v in often.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    launched = in_two_processes(command(s, *words), 29585, "--use_fsdp")
+    r = subprocess.run(launched, env=ENV, capture_output=True, text=True, timeout=280)
+    assert r.returncode == 0, r.stderr[-3000:]
+    assert (s.out / "checkpoint-5" / "random-1.json").exists(), "it ran in one process"
+    for log in ("log.csv", "validation.csv"):
+        np.testing.assert_allclose(column(s.out / log, "loss"), column(tmp_path / "one" / log, "loss"), atol=2e-4)
+    same(tmp_path / "one", s.out, tol=2e-4)
+    shutil.rmtree(s.out / "checkpoint-6")
+    (s.out / "done.json").unlink()
+    finetune(s)
+    same(tmp_path / "one", s.out, tol=2e-4)
+
+
+@pytest.mark.parametrize("name,said", [("OFFLOAD_PARAMS", "leave it out"), ("ACTIVATION_CHECKPOINTING", "gradient_ch")])
+def test_parts_of_fsdp_that_are_not_used_are_refused(name, said, settings, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv(f"FSDP_{name}", "true")
+    with pytest.raises(FoleyError, match=f"fsdp_{name.lower()}: .*{said}"):
+        finetune(settings("projection"))
 
 
 # --- where it begins
@@ -322,7 +358,7 @@ def test_the_command_leaves_samples_and_a_component_that_loads(model, shards, tm
     assert len(column(out / "samples.csv", "mel_distance")) == 2
     assert {p.suffix for p in (out / "samples").iterdir()} == {".png", ".wav"}
     pipe = SmoothFoleyPipeline.from_pretrained(model, frame_adapter=out)
-    assert pipe.frame_adapter.config.frame_position == "window" and (out / "ip_adapter.safetensors").exists()
+    assert pipe.frame_adapter.config.frame_position == "window" and not (out / "ip_adapter.safetensors").exists()
     assert "SmoothFoleyPipeline.from_pretrained" in (out / "README.md").read_text()
     assert main.main([*words, "--seed", "1"]) == 2 and "seed 0 there and 1 now" in capsys.readouterr().err
 
@@ -331,6 +367,124 @@ def test_a_compiled_network_learns_the_same(settings, tmp_path):
     plain = finetune(replace(settings("projection"), out=tmp_path / "plain"))
     compiled = finetune(settings("projection", config=dict(dynamo_backend="eager")))
     same(plain, compiled, tol=1e-5)
+
+
+# --- to the hub
+def test_a_finished_run_goes_to_the_hub_with_its_card(model, shards, tmp_path, monkeypatch, capsys):
+    hub, out = Hub(monkeypatch), tmp_path / "my-run"
+    short = {**SHORT, "max_train_steps": 2, "validation_steps": 1, "lr_warmup_steps": 0}
+    rows = dict(short, shards=[str(shards)], val_shards=[str(shards / "shard-000001.tar")], model=str(model))
+    (tmp_path / "run.yaml").write_text(json.dumps(rows | dict(init="random", push_to_hub=True)))
+    words = ["train", "temporal-adapter", "--config", str(tmp_path / "run.yaml"), "--out", str(out)]
+    assert main.main([*words, "--hub-model-id", "owner/name"]) == 0
+    assert "pushed: https://hub/commit" in capsys.readouterr().out
+    assert hub.calls[0][0] == "owner/name" and hub.calls[-1]["repo_id"] == "owner/name"
+    assert {"config.json", WEIGHTS, "README.md", "settings.json", "done.json", "log.csv"} <= set(hub.files)
+    assert not [f for f in hub.files if f.startswith("checkpoint") or f == "faults.csv"]
+    card = hub.files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: diffusers\n") and "snapshot_download('owner/name')" in card
+    assert str(tmp_path) not in card and str(model) not in card
+    for fact in (
+        "`max_train_steps` | 2",
+        "random (fingerprint",
+        "validation, averaged weights | 2",
+        "| training | 12 |",
+    ):
+        assert fact in card
+    hub.calls.clear()
+    assert main.main(words) == 0  # It is finished: nothing is trained, and the folder gives the name
+    assert hub.calls[0][0] == "my-run"
+
+
+def test_the_hub_is_asked_before_the_training(shards, model, tmp_path, monkeypatch, capsys):
+    def denied(*args, **kwargs):
+        raise PermissionError("401 Client Error\nmore")
+
+    monkeypatch.setattr("huggingface_hub.create_repo", denied)
+    words = ["train", "projection", "--shards", str(shards), "--model", str(model), "--out", str(tmp_path / "run")]
+    assert main.main([*words, "--push-to-hub", "--hub-model-id", "owner/name"]) == 2
+    assert "owner/name: cannot be uploaded (401 Client Error)" in capsys.readouterr().err
+    assert main.main([*words, "--hub-model-id", "owner/name"]) == 2
+    assert "add --push-to-hub" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# --- to other tools
+def test_published_adapters_come_back_as_they_were_published(published, tmp_path):
+    sources, model = published
+    unet, theirs = load_component(model, "unet"), sources["foleycrafter"]
+    (semantic,) = export_adapter(model / "frame_adapter", tmp_path / "semantic", num_tokens=None)
+    temporal, folder = export_adapter(model / "temporal_adapter", tmp_path / "temporal")
+    was = read_weights(theirs / "semantic" / "semantic_adapter.bin")
+    was = {f"{a}.{k}": v for a, d in was.items() for k, v in d.items()} if "image_proj" in was else was
+    now = load_file(semantic)
+    assert now.keys() == was.keys() and all(torch.equal(now[k], v.float()) for k, v in was.items())
+    was, now = load_component(model, "temporal_adapter").state_dict(), load_file(temporal)
+    assert now.keys() == was.keys() and all(torch.equal(now[k], v) for k, v in was.items())
+    want = sound(model)
+    for stage, home in (("frame-adapter", tmp_path / "semantic"), ("temporal-adapter", tmp_path / "temporal")):
+        adapter = start_adapter(stage, str(home), model, unet)
+        assert torch.equal(sound(model, **{STAGES[stage]: adapter}), want)
+    assert torch.equal(sound(model, temporal_adapter=folder), want)
+
+
+@pytest.mark.parametrize("tokens,projection", [(1, "linear"), (2, "linear"), (1, "mlp")])
+def test_diffusers_reads_a_frame_adapter_as_an_ip_adapter(tokens, projection, published, tmp_path):
+    unet = load_component(published[1], "unet")
+    torch.manual_seed(0)
+    adapter = FrameAdapter.from_unet(unet, 12, tokens, projection=projection)
+    torch.nn.init.normal_(adapter.to_v_ip[0].weight)
+    adapter.save_pretrained(tmp_path / "adapter")
+    (file,) = export_adapter(tmp_path / "adapter", tmp_path / "out")
+    weights, nested = load_file(file), dict(image_proj={}, ip_adapter={})
+    for name, value in weights.items():
+        part, _, key = name.partition(".")
+        nested[part][key] = value
+    z, text, emb = torch.randn(2, 4, 8, 8), torch.randn(2, 7, unet.config.cross_attention_dim), torch.randn(2, 5, 12)
+    how = dict(encoder_hidden_states=text, added_cond_kwargs={"image_embeds": [emb]})
+    with torch.no_grad():
+        plain = unet(z, 3, text).sample
+        with adapter.installed(unet):
+            ours = unet(z, 3, **how).sample
+        unet._load_ip_adapter_weights([nested], low_cpu_mem_usage=False)
+        theirs = unet(z, 3, **how).sample
+    assert not torch.allclose(ours, plain, atol=1e-4)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+def test_diffusers_reads_a_temporal_adapter_from_one_file(published, tmp_path):
+    file, folder = export_adapter(published[1] / "temporal_adapter", tmp_path / "out", dtype="float16")
+    read = ControlNetModel.from_single_file(str(file), config=str(folder), local_files_only=True)
+    want = load_component(published[1], "temporal_adapter").state_dict()
+    assert all(torch.equal(v, want[k].half().float()) for k, v in read.float().state_dict().items())
+
+
+NOT_EXPORTED = {
+    "holds a LabelProjection": lambda at: LabelProjection(4).save_pretrained(at),
+    "no config.json in it": lambda at: at.mkdir(),
+    "frame_position is 'window' and motion False": lambda at: FrameAdapter(4, 8, [8], 1, "linear", "window"),
+    "frame_position is 'residual' and motion True": lambda at: FrameAdapter(
+        4, 8, [8], frame_position="residual", motion=True, conv_in_dim=8
+    ),
+    "num_tokens is 4: give a multiple of the adapter's 3": lambda at: FrameAdapter(4, 8, [8], 3),
+}
+
+
+@pytest.mark.parametrize("said", NOT_EXPORTED)
+def test_what_other_tools_cannot_read_is_refused(said, tmp_path, capsys):
+    made = NOT_EXPORTED[said](tmp_path / "run")
+    if isinstance(made, FrameAdapter):
+        made.save_pretrained(tmp_path / "run")
+    assert main.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
+    found = capsys.readouterr().err
+    assert said.replace("num_tokens", "--num-tokens") in found.replace("\n", " ") or said in found
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_not_finished_is_not_exported(settings, tmp_path):
+    out = finetune(settings("frame-adapter"), stop_at=3)
+    FrameAdapter(4, 8, [8]).save_pretrained(out)
+    with pytest.raises(FoleyError, match="is not finished"):
+        export_adapter(out, tmp_path / "out")
 
 
 # --- data from elsewhere, and without events

@@ -180,6 +180,7 @@ def test_two_runs_do_not_train_in_one_folder(tmp_path):
 
 def test_two_processes_do_the_work_of_one(whole, tmp_path):
     run(in_two_processes([*RUN[1:], tmp_path], 29571))
+    assert (latest_checkpoint(tmp_path) / "random-1.json").exists(), "it ran in one process"
     same(whole / "final.safetensors", tmp_path / "final.safetensors", tol=2e-4)
 
 

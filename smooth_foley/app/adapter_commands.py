@@ -23,7 +23,8 @@ _RUN = (
     ("--init", "START", "foleycrafter, random, or a folder (default: foleycrafter where the model has it)"),
     ("--config", dict(type=input_file, metavar="YAML"), "options from a file, by their names"),
     ("--resume", YES_NO, "go on from checkpoints, or start again (default: go on)"),
-    ("--push-to-hub", "REPO", "upload the finished adapter as owner/name"),
+    ("--push-to-hub", YES_NO, "upload the finished adapter with its card (default: no)"),
+    ("--hub-model-id", "REPO", "owner/name it gets there (default: the name of the run folder)"),
 )
 _TIMES = (
     ("--grounding", "FOLDER", "curves of data continuous filter, for clips without events"),
@@ -100,12 +101,27 @@ def _merged(args, command):
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if name != "quiet"}
 
 # %% ../../nbs/app/91g_adapter_commands.ipynb #adc00014
+def _repository(given):
+    "Where the adapter goes on the hub, or None; made now, so that a wrong name shows before the training"
+    asked, repo = given.pop("push_to_hub", False), given.pop("hub_model_id", None)
+    if repo and not asked:
+        raise FoleyError("--hub-model-id: names a place on the hub; add --push-to-hub")
+    if not asked:
+        return None
+    from smooth_foley.train.loop import is_main
+    from smooth_foley.train.run_card import make_repository
+
+    repo = repo or Path(given["out"]).absolute().name
+    return make_repository(repo) if is_main() else repo
+
+
 def _train_adapter(args, stage):
     "Train one stage from shards"
     given = _merged(args, _command(stage))
-    resume, repo = given.pop("resume", True), given.pop("push_to_hub", None)
-    from smooth_foley.scale.finetune import STAGES, Finetune, finetune, finetune_config, push
+    resume, repo = given.pop("resume", True), _repository(given)
+    from smooth_foley.scale.finetune import STAGES, Finetune, finetune, finetune_config
     from smooth_foley.train.loop import is_main
+    from smooth_foley.train.run_card import push
 
     of_config = {row[0].removeprefix("--").replace("-", "_") for row in (*STAGE_OPTIONS, *_SEED)}
     config = finetune_config(**{k: v for k, v in given.items() if k in of_config})
@@ -128,7 +144,8 @@ _EXAMPLES = """examples:
       --val-shards shards/val --out runs/{stage} --train-batch-size 64 --dataloader-num-workers 8
   accelerate launch --num_processes 8 -m smooth_foley train {stage} --config run.yaml
 
-A run that was stopped goes on when the same command is given again.
+A run that was stopped goes on when the same command is given again. With accelerate launch --use_fsdp
+the processes split moments and averages. A finished run is uploaded with --push-to-hub.
 The folder keeps its settings in settings.json and refuses others."""
 
 

@@ -20,6 +20,7 @@ from .cli import DEMO, GENERATE, SHOW_LABELS
 from .data_commands import DATA
 from .evaluate_command import EVALUATE
 from .exits import exit_code
+from .export_command import EXPORT
 from .fetch_command import FETCH
 from .info_command import INFO
 from .listen_command import LISTEN
@@ -30,7 +31,7 @@ from .train_command import TRAIN_DIFF_FOLEY, TRAIN_MINI
 from ..core import FoleyError, PartlyDone
 
 # %% ../../nbs/app/99_main.ipynb #3afe9a27
-_COMMANDS = (GENERATE, TIMELINE, STUDIO, DEMO, SHOW_LABELS, FETCH, BENCH, EVALUATE)
+_COMMANDS = (GENERATE, TIMELINE, STUDIO, DEMO, SHOW_LABELS, FETCH, EXPORT, BENCH, EVALUATE)
 _TRAIN = "Train the small model, a baseline, or the adapters of any model."
 _TRAIN_EXAMPLES = """examples:
   smooth-foley train mini --out runs/mini

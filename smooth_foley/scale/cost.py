@@ -74,9 +74,14 @@ class Cost:
     frozen: int  # Parameters that are only read
     flops: float  # Of one step and one clip, forward and backward
 
-    def memory(self, frozen_bytes: int = 2, average: bool = True) -> float:
-        "Bytes of weights, gradients, AdamW's moments and the moving average, without activations"
-        return self.frozen * frozen_bytes + self.trained * (4 + 4 + 8 + 4 * average)
+    def memory(
+        self,
+        frozen_bytes: int = 2,  # Of a frozen parameter
+        average: bool = True,  # Is there a moving average?
+        split: int = 1,  # Processes that split all but the weights (FSDP)
+    ) -> float:
+        "Bytes of weights, gradients, AdamW's moments and the moving average in a step, without activations"
+        return self.frozen * frozen_bytes + self.trained * (4 + 4 + (8 + 4 * average) / split)
 
     def hours(
         self,

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core import FoleyError
+from .processes import is_split, share_of, whole_of
 
 # %% ../../nbs/train/30b_checkpoints.ipynb #ckp00007
 @dataclass
@@ -60,10 +61,10 @@ def _named(state):
 
 
 def _unshared(tensors):
-    "The same values on the CPU, each in its own memory"
+    "The same values on the CPU, whole, each in its own memory"
     out, seen = {}, set()
     for name, value in tensors.items():
-        value = value.detach().cpu().contiguous()
+        value = whole_of(value.detach()).cpu().contiguous()
         out[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(out[name].data_ptr())
     return out
@@ -141,11 +142,13 @@ def save_checkpoint(
     "Write the state atomically, then remove the oldest checkpoints"
     step = state.count.step
     tmp, final = Path(out) / f".tmp-{step}", Path(out) / f"checkpoint-{step}"
+    if accelerator.is_main_process or is_split(state.model):  # Each process gives its share
+        tensors = _unshared(_named(state))
     if accelerator.is_main_process:
         _remove(tmp)
         with _room_for(tmp):
             tmp.mkdir()
-            save_file(_unshared(_named(state)), tmp / _TENSORS)
+            save_file(tensors, tmp / _TENSORS)
             (tmp / _FACTS).write_text(json.dumps(_facts(state)) + "\n")
     accelerator.wait_for_everyone()
     with _room_for(tmp):
@@ -241,6 +244,8 @@ def _moment(value, like):
         return value if value.is_floating_point() else value.item()
     if (value.shape, value.dtype) != (like.shape, like.dtype):
         return value
+    if hasattr(like, "full_tensor"):
+        return share_of(value, like)
     return torch.empty_like(like, device="cpu", requires_grad=False).copy_(value)
 
 
@@ -260,7 +265,7 @@ def _take_averages(emas, tensors, facts):
     for j, (ema, about) in enumerate(zip(emas, facts["averages"])):
         ema.optimization_step = int(about["step"])
         for i, shadow in enumerate(ema.shadow_params):
-            shadow.copy_(tensors[f"average.{j}.{i}"])
+            shadow.copy_(share_of(tensors[f"average.{j}.{i}"], shadow))
 
 
 def _take_random(found):
@@ -304,7 +309,7 @@ def load_checkpoint(
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise _damaged(folder, f"{type(e).__name__}: {e}") from e
-    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    weights = {k: share_of(tensors[f"model.{k}"], v) for k, v in state.model.state_dict().items()}
     state.model.load_state_dict(weights)
     _take_optimizer(state.opt, state.params, tensors)
     vars(state.count).update(vars(count))

@@ -26,6 +26,14 @@ from ..core import FoleyError, derive_seed, own_folder, progress, say
 from .checkpoints import StepCounter, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig, check_config, decays, lr_share, make_optimizer
 from .ending import broken_off, told_to_end
+from smooth_foley.train.processes import (
+    is_split,
+    leave_whole,
+    load_everywhere,
+    make_accelerator,
+    ready_to_split,
+    whole_of,
+)
 from .records import CsvLog, averaged, peak_memory, save_average
 
 # %% ../../nbs/train/31_loop.ipynb #e432cc8a
@@ -188,44 +196,19 @@ class _Run:
 
 def _prepare(stage, cfg, out):
     "Stage, optimiser and averages on the device where they are trained"
-    acc = _accelerator(cfg, out)
+    acc = make_accelerator(cfg, out)
     if isinstance(stage, Stage):
         stage.place(acc.device).equip(cfg)
     else:
         stage.to(acc.device)
+    if acc.distributed_type == "FSDP":
+        ready_to_split(stage)
     params = [p for p in stage.parameters() if p.requires_grad]
     model, opt = acc.prepare(stage, make_optimizer(params, cfg))
+    params = [p for p in stage.parameters() if p.requires_grad]  # FSDP replaces them
     return _Run(acc, model, params, opt, _averages(params, cfg), cfg, out, StepCounter())
 
 # %% ../../nbs/train/31_loop.ipynb #5b2e3883
-def _accelerator(cfg, out):
-    "Accelerate for one stage"
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # stages of one process may differ in precision
-    acc = Accelerator(
-        mixed_precision=cfg.mixed_precision,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        cpu=not torch.cuda.is_available(),
-        log_with=None if cfg.report_to in ("", "csv") else cfg.report_to,
-        project_dir=str(out),
-    )
-    if acc.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise FoleyError(
-            f"{acc.distributed_type}: parameters split over processes are not supported; every process holds all of "
-            "an adapter: choose plain data parallelism (accelerate launch --multi_gpu), and gradient_checkpointing "
-            "or use_8bit_adam where memory is short"
-        )
-    parts = acc.num_processes * cfg.gradient_accumulation_steps
-    if cfg.train_batch_size % parts:
-        raise FoleyError(
-            f"train_batch_size: {cfg.train_batch_size} is no multiple of {acc.num_processes} processes "
-            f"x {cfg.gradient_accumulation_steps} accumulation steps"
-        )
-    return acc
-
-
 def _averages(params, cfg):
     "Moving averages of the trained parameters"
     if not decays(cfg):
@@ -307,16 +290,24 @@ def _step(run, batches, step):
     for part in _parts(acc, cfg):
         batch = {k: v.to(acc.device, non_blocking=True) for k, v in next(batches).items()}
         with acc.accumulate(run.model):
-            loss = run.model(batch, Draw(cfg.seed, step, cfg.train_batch_size, part, acc.device))
+            loss = _loss(run, batch, Draw(cfg.seed, step, cfg.train_batch_size, part, acc.device))
             acc.backward(loss)
             total += loss.detach() / cfg.gradient_accumulation_steps
             if acc.sync_gradients:
-                norm = acc.clip_grad_norm_(run.params, cfg.max_grad_norm)
+                norm = whole_of(acc.clip_grad_norm_(run.params, cfg.max_grad_norm))
             run.opt.step()
             run.opt.zero_grad()
     for ema in run.emas:
         ema.step(run.params)
     return total, norm
+
+
+def _loss(run, batch, draw):
+    "The loss of a batch in the types that were asked for; Accelerate sees to them itself without FSDP"
+    if not is_split(run.model):
+        return run.model(batch, draw)
+    with run.acc.autocast():
+        return run.model(batch, draw)
 
 
 def _parts(acc, cfg):
@@ -389,10 +380,11 @@ def _save(run, last):
 
 def _save_averages(run, step=None, first=0):
     "Averaged weights as files, from the decay number `first` on"
-    if run.acc.is_main_process:
+    main, stage = run.acc.is_main_process, run.acc.unwrap_model(run.model)
+    if main or is_split(stage):
         for decay, ema in list(zip(decays(run.cfg), run.emas))[first:]:
             name = f"ema-{decay:g}" if step is None else f"ema-{decay:g}-step-{step}"
-            save_average(run.out / f"{name}.safetensors", run.acc.unwrap_model(run.model), run.params, ema)
+            save_average(run.out / f"{name}.safetensors" if main else None, stage, run.params, ema)
     run.acc.wait_for_everyone()
 
 
@@ -402,7 +394,9 @@ def _finish(run):
         _save_averages(run, first=1)
     if run.emas:
         run.emas[0].copy_to(run.params)
-    run.acc.end_training()
+    leave_whole(run.acc.unwrap_model(run.model))
+    for tracker in run.acc.trackers:  # `end_training` would also part the processes, which have more to do
+        tracker.finish()
 
 # %% ../../nbs/train/31_loop.ipynb #612fe7c1
 @dataclass
@@ -433,15 +427,18 @@ def _watchers(run, validate, sample):
 # %% ../../nbs/train/31_loop.ipynb #loopwat1
 def _watch(run, watcher, told):
     "Call one watcher, and write down the rows that it returns; SIGTERM ends it without rows"
-    acc, step = run.acc, run.count.step
+    acc, step, rows = run.acc, run.count.step, []
+    stage, ema = acc.unwrap_model(run.model), run.emas[0] if run.emas else None
     if acc.is_main_process:
-        stage, rows = acc.unwrap_model(run.model), []
-        with broken_off(told), averaged(stage, run.params, run.emas[0] if run.emas else None), acc.autocast():
+        with broken_off(told), averaged(stage, run.params, ema), acc.autocast():
             rows = watcher.look(stage, step)
         for row in rows:
             watcher.log(step=step, **row)
         if acc.log_with:
             acc.log(_means(watcher.name, rows), step=step)
+    elif is_split(stage):
+        with averaged(stage, run.params, ema):  # Gives its share of the parameters
+            pass
     acc.wait_for_everyone()
 
 
@@ -474,6 +471,7 @@ def is_main() -> bool:  # True on the first process, or the only one
 def wait_for_all() -> None:
     "Wait until every process of a launch is here"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        load_everywhere()
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..core import atomic_path, own_file
+from .processes import gathered
 
 # %% ../../nbs/train/30a_records.ipynb #4cf78d02
 _LOG_FIELDS = ("step", "loss", "lr", "grad_norm", "seconds")
@@ -75,7 +76,7 @@ def averaged(
         ema.copy_to(params)
     stage.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), gathered(stage):
             yield stage
     finally:
         if ema:
@@ -85,15 +86,18 @@ def averaged(
 
 # %% ../../nbs/train/30a_records.ipynb #rec00011
 def save_average(
-    path,  # A .safetensors file
+    path,  # A .safetensors file; None writes nothing, for processes that only give their share of the parameters
     stage: nn.Module,
     params: list,  # Its trained parameters
     ema,  # `EMAModel` of them
 ) -> None:
     "Write the averaged weights of a stage's trained parameters"
-    with averaged(stage, params, ema), atomic_path(path) as tmp:
-        weights = {k: v.detach().cpu().contiguous() for k, v in stage.named_parameters() if v.requires_grad}
-        save_file(weights, tmp)
+    with averaged(stage, params, ema):
+        if path is None:
+            return
+        with atomic_path(path) as tmp:
+            weights = {k: v.detach().cpu().contiguous() for k, v in stage.named_parameters() if v.requires_grad}
+            save_file(weights, tmp)
 
 # %% ../../nbs/train/30a_records.ipynb #rec00021
 def peak_memory(
