@@ -347,7 +347,11 @@ _SOUND = (
     ("--steps", number(1, 1000, int), "diffusion steps"),
     ("--guidance-scale", number(0, 100), "how strictly label and prompt are followed"),
     ("--frame-scale", number(0, 10), "weight of the frames, the paper's lambda; 0 is off"),
-    ("--temporal-scale", number(0, 10), "weight of the temporal condition; 0 is off"),
+    (
+        "--temporal-scale",
+        number(0, 10),
+        "weight of the temporal condition; 0 is off, twice the default obeys spans against the picture",
+    ),
     ("--condition", _WHEN, 'auto (default), always, or spans like "0.5-2.0,3-4.5" in seconds', "auto"),
     ("--frame-wise", YES_NO, "one token per frame, or one for the whole clip", True),
     ("--fps", number(1, 120), "frames per second to look at"),

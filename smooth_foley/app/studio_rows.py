@@ -114,7 +114,8 @@ class StudioRows:
         self.pipe = shared_model(model, device) if isinstance(model, str) else model
         self.rows = {}
         self.settings = dict(negative_prompt="", num_inference_steps=10, seed=0, takes=4)
-        self.settings |= {k: self.pipe.config[k] for k in ("guidance_scale", "frame_scale", "temporal_scale")}
+        self.settings |= {k: self.pipe.config[k] for k in ("guidance_scale", "frame_scale")}
+        self.settings["temporal_scale"] = 2 * self.pipe.config.temporal_scale  # Spans count more than what frames show
         self._open()
 
     @property
