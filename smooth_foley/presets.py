@@ -10,7 +10,7 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
-from .core import FoleyError, suggest
+from .core import FoleyError, atomic_path, suggest
 from .effort import Effort
 
 # %% ../nbs/09g_presets.ipynb #pre00005
@@ -62,7 +62,8 @@ def write_presets(
         values = {k: getattr(effort, k) for k in _SWITCHES if getattr(effort, k) != getattr(everything, k)}
         entries[name] = {**({"about": about[name]} if about and name in about else {}), **values}
     path = Path(folder) / PRESETS_FILE
-    path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     return path
 
 # %% ../nbs/09g_presets.ipynb #pre00011
