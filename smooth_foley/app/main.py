@@ -8,10 +8,8 @@ __all__ = ['build_parser', 'main']
 # %% ../../nbs/app/99_main.ipynb #man00004
 import argparse
 import os
-import signal
 import sys
-import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 from .. import __version__
 from .adapter_commands import ADAPTERS
@@ -29,6 +27,7 @@ from .studio_command import STUDIO
 from .timeline_command import TIMELINE
 from .train_command import TRAIN_DIFF_FOLEY, TRAIN_MINI
 from ..core import FoleyError, PartlyDone
+from ..train.ending import on_sigterm
 
 # %% ../../nbs/app/99_main.ipynb #3afe9a27
 _COMMANDS = (GENERATE, TIMELINE, STUDIO, DEMO, SHOW_LABELS, FETCH, EXPORT, BENCH, EVALUATE)
@@ -84,20 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 # %% ../../nbs/app/99_main.ipynb #7b237e05
 def _stop(signal_number, frame):
+    "SIGTERM ends the command as an error would, so that it cleans up"
     sys.exit(128 + signal_number)
-
-
-@contextmanager
-def _sigterm_is_an_end():
-    "Within the block SIGTERM ends the command as an error would, so that it cleans up"
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _complete(parser):
@@ -115,7 +102,7 @@ def _run(words):
     _complete(parser)
     args = parser.parse_args(words)
     try:
-        with _sigterm_is_an_end(), quietly(args.prints) if args.quiet else nullcontext():
+        with on_sigterm(_stop), quietly(args.prints) if args.quiet else nullcontext():
             args.run(args)
     except FoleyError as e:
         kind = PartlyDone if isinstance(e, PartlyDone) else FoleyError
