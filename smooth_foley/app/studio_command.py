@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .options import MODEL_OPTIONS, Command, Group, check_device, input_file, local_model, number
-from ..core import FoleyError, say
+from ..core import FoleyError, own_file, say
 from ..media import probe
 
 # %% ../../nbs/app/98e_studio_command.ipynb #sco98006
@@ -23,7 +23,7 @@ def _page(folder, video, model, device):
     source = f"from smooth_foley.app.studio import Studio\n\nStudio({asked})"
     cell = dict(cell_type="code", id="studio", execution_count=None, metadata={}, outputs=[], source=source)
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
-    path = Path(folder) / "studio.ipynb"
+    path = own_file(Path(folder) / "studio.ipynb")
     path.write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)), encoding="utf-8")
     return path
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..core import FoleyError, expand
+from ..core import FoleyError, expand, own_file
 from ..data.tables import read_json, read_rows
 
 # %% ../../nbs/train/30e_run_card.ipynb #rcd00007
@@ -166,7 +166,7 @@ def _copy(out, folder, repo):
                 place = folder / path.relative_to(out)
                 place.parent.mkdir(exist_ok=True)
                 shutil.copy(path, place)
-    (folder / "README.md").write_text(run_card(out, repo), encoding="utf-8")
+    own_file(folder / "README.md").write_text(run_card(out, repo), encoding="utf-8")
 
 
 def make_repository(
