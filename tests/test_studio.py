@@ -79,6 +79,7 @@ def test_a_row_follows_its_threshold_until_its_spans_are_set(mini, plane):
     middle = float(np.median(high.curve.similarity))
     assert s.edit(row.title, threshold=middle).spans == s.edit(row.title, spans="auto").spans != []
     assert s.edit(row.title, spans="0.5-1.25, 2-3").spans == [(0.5, 1.25), (2.0, 3.0)]
+    assert s.edit(row.title, prompt="A jet").prompt == "A jet" and s.edit(row.title, prompt=" ").prompt is None
     assert s.edit(row.title, spans="always").spans == [(0.0, 4.0)] and s.edit(row.title, spans=" ").spans == []
     s.remove("airplane flyby 2")
     assert list(s.rows) == ["airplane flyby"]
@@ -224,7 +225,7 @@ def test_what_is_exported_follows_the_edited_span_and_the_command_makes_it_again
     s.change(takes=1, num_inference_steps=4, negative_prompt="it's raining")
     spans, audios = [(0.5, 1.5), (2.5, 3.5)], []
     for k, span in enumerate(spans):
-        s.edit("airplane flyby", spans=[span])
+        s.edit("airplane flyby", spans=[span], prompt=" an airplane flies by, far away ")
         s.generate()
         files = s.export(tmp_path / f"my film {k}.mp4")
         audios.append(read_audio(files[0]))
@@ -235,7 +236,7 @@ def test_what_is_exported_follows_the_edited_span_and_the_command_makes_it_again
         on, off = (level(a, start + 0.1, end - 0.1) for a in (audios[k], audios[1 - k]))
         assert on > off + 10
     (event,) = read_timeline(files[1])
-    assert (event.condition, event.seed) == ([(2.5, 3.5)], 0)
+    assert (event.condition, event.seed, event.prompt) == ([(2.5, 3.5)], 0, "an airplane flies by, far away")
     stem = read_audio(files[2])
     for file in (out, files[2]):
         file.unlink()

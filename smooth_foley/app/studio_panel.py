@@ -81,26 +81,29 @@ class RowPanel:
     def controls(self) -> list:
         "All widgets that a person moves"
         inside = [c for line in self.spans.children for c in line.children]
-        return [self.threshold, self.when, self.more, self.gain, self.mute, self.solo, self.remove, *inside]
+        head = [self.prompt, self.gain, self.mute, self.solo, self.remove]
+        return [*head, self.threshold, self.when, self.more, *inside]
 
 # %% ../../nbs/app/98b_studio_panel.ipynb #srp98012
 @patch
 def _build(self: RowPanel):
     "Make the widgets"
-    w, wide = self.w, self.w.Layout(width="26rem")
+    w, wide, wrap = self.w, self.w.Layout(width="26rem"), self.w.Layout(flex_flow="row wrap")
     self.curve = w.Image(format="png")
     self.threshold = w.FloatSlider(min=-1, max=1, step=0.01, description="threshold", layout=wide)
     self.when = w.Text(description="sounds at", continuous_update=False, layout=wide)
     self.more = w.Button(description="+ span", layout=w.Layout(width="5rem"))
     self.spans = w.VBox()
+    self.prompt = w.Text(description="prompt", placeholder=self.row.label, continuous_update=False)
     self.gain = w.FloatSlider(min=-40, max=12, step=0.5, description="gain (dB)", continuous_update=False)
     self.mute = w.ToggleButton(description="mute", layout=w.Layout(width="4rem"))
     self.solo = w.ToggleButton(description="solo", layout=w.Layout(width="4rem"))
     self.remove = w.Button(description="remove", layout=w.Layout(width="5rem"))
-    head = w.HBox([w.HTML(f"<b>{safe_html(self.row.title)}</b>"), self.gain, self.mute, self.solo, self.remove])
+    name = w.HTML(f"<b>{safe_html(self.row.title)}</b>")
+    head = w.HBox([name, self.prompt, self.gain, self.mute, self.solo, self.remove], layout=wrap)
     left = w.VBox([self.curve, self.threshold])
     right = w.VBox([w.HBox([self.when, self.more]), self.spans])
-    body = w.HBox([left, right], layout=w.Layout(flex_flow="row wrap"))
+    body = w.HBox([left, right], layout=wrap)
     self.box = w.VBox([head, body], layout=w.Layout(border="1px solid #ccc", padding="4px", margin="4px 0"))
     self._connect()
 
@@ -108,9 +111,8 @@ def _build(self: RowPanel):
 @patch
 def _connect(self: RowPanel):
     "Hand on what a person does"
-    for name, widget in dict(threshold=self.threshold, spans=self.when, gain_db=self.gain).items():
-        widget.observe(lambda change, name=name: self._changed(name, change.new), "value")
-    for name, widget in dict(mute=self.mute, solo=self.solo).items():
+    moved = dict(threshold=self.threshold, spans=self.when, prompt=self.prompt, gain_db=self.gain)
+    for name, widget in (moved | dict(mute=self.mute, solo=self.solo)).items():
         widget.observe(lambda change, name=name: self._changed(name, change.new), "value")
     self.more.on_click(lambda _: self._changed("spans", [*self.row.spans, _free_span(self.row)]))
     self.remove.on_click(lambda _: self._remove(self.row.title))
@@ -153,7 +155,8 @@ def show(
     try:
         self.curve.value = curve_png(row)
         self.threshold.value, self.when.value = row.curve.threshold, _as_text(row)
-        self.gain.value, self.mute.value, self.solo.value = row.gain_db, row.mute, row.solo
+        self.prompt.value, self.gain.value = row.prompt or "", row.gain_db
+        self.mute.value, self.solo.value = row.mute, row.solo
         n = min(len(row.spans), _SLIDERS)
         if len(self.spans.children) != n:
             self.spans.children = [self._span_line(k) for k in range(n)]

@@ -219,6 +219,8 @@ def edit(
         changes |= dict(curve=curve, spans=curve.intervals())
     if isinstance(changes.get("spans"), str):
         changes["spans"] = _asked_spans(changes["spans"], row, self.duration)
+    if "prompt" in changes:
+        changes["prompt"] = str(changes["prompt"] or "").strip() or None
     gain = changes.get("gain_db", row.gain_db)
     asked = Event(row.label, changes.get("spans", row.spans), gain_db=gain, name=row.title)
     new = replace(row, **changes | dict(spans=_rounded(asked.condition)))
