@@ -205,14 +205,16 @@ def condition_scores(
     pipe,  # `SmoothFoleyPipeline`: frame encoder, label projection, threshold, labels
     scene: passby.Scene,  # With frames
 ) -> dict:  # Name of a condition -> true positives, false positives, false negatives over the frames
-    "Three conditions of one scene against its truth"
+    "Three conditions of one scene against its truth, or of both sources against theirs"
     names = list(pipe.config.labels)
     frames = pipe.frame_encoder.encode_frames(scene.frames)
     similarity = pipe.label_projection(frames, pipe.frame_encoder.encode_text(names)).cpu().numpy()
-    true = at_frames(scene.truth["sounding"], scene.times, pipe.config.fps)
-    on = similarity >= pipe.config.threshold
-    claims = (on[names.index(scene.label)], on.any(0), np.ones_like(true))
-    return {name: counts(claim, true) for name, claim in zip(CONDITIONS, claims)}
+    on, sums = similarity >= pipe.config.threshold, dict.fromkeys(CONDITIONS, 0)
+    for label, truth in scene.timelines.items():
+        true = at_frames(truth["sounding"], scene.times, pipe.config.fps)
+        for name, claim in zip(CONDITIONS, (on[names.index(label)], on.any(0), np.ones_like(true))):
+            sums[name] = sums[name] + counts(claim, true)
+    return sums
 
 
 def condition_table(
