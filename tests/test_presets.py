@@ -360,7 +360,7 @@ def test_bench_of_points_refuses_what_it_does_not_use(tmp_path):
     from smooth_foley.app.options import parse
 
     for words, says in ((["--steps", "3"], "--steps: does not go"), (["--out", str(tmp_path / "a.json")], ".csv")):
-        args = parse(BENCH, ["--points", *words])
+        args = parse(BENCH, ["--points", "presets", *words])
         with pytest.raises(FoleyError, match=says):
             args.run(args)
 
@@ -374,7 +374,21 @@ def test_bench_of_points():
     rows = bench_points(random_weights=True, seconds=1.0, device="cpu", repeats=1, which=which)
     assert [r["system"] for r in rows] == ["ours", "fps3"] and rows[0]["seconds_ratio"] == 1
     assert rows[1]["gflop_frames"] < rows[0]["gflop_frames"] and rows[1]["gflop_denoise"] < rows[0]["gflop_denoise"]
-    assert "fps3" in points_table(rows)
+    assert "fps3" in points_table(rows) and "ref." not in points_table(rows)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_bench_of_points_beside_the_reference(dtype):
+    from smooth_foley.app.bench import bench_points
+    from smooth_foley.app.bench_command import points_table
+    from smooth_foley.compare.points import Point
+
+    how = dict(random_weights=True, seconds=1.0, device="cpu", repeats=0, reference=True, dtype=dtype)
+    ours, theirs = bench_points(**how, which=[Point("preset", "ours")])
+    assert (theirs["system"], theirs["reference_ratio"]) == ("reference", 1)
+    assert theirs["gflop_denoise"] > ours["gflop_denoise"] and theirs["gflop_ratio"] < 1
+    assert ours["reference_ratio"] == pytest.approx(theirs["seconds"] / ours["seconds"], abs=1e-3)
+    assert points_table([ours, theirs]).split("\n")[0].endswith("than ref.")
 
 
 def test_what_was_not_measured_is_said(tmp_path):

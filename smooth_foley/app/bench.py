@@ -10,7 +10,7 @@ import ctypes
 import gc
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from ..pipeline import SmoothFoleyPipeline
 from ..running import check_compiler
 from ..schedule import noise_like
 from ..temporal_adapter import make_temporal_adapter
-from ..temporal_condition import LabelProjection
+from ..temporal_condition import LabelProjection, TemporalCondition
 from ..vocoder import vocode
 
 # %% ../../nbs/app/93_bench.ipynb #8384b0ac
@@ -347,12 +347,12 @@ def _measure_ours(pipe, plan, video, folder):
         return _measure(run, plan)
 
 
-def _measure_reference(pipe, plan, video, folder, condition):
+def _measure_reference(pipe, plan, video, folder, condition, n_frames):
     "Latents and stages of the reference's way"
     detector = _time_detector(plan.device) if plan.scale == "full" else None
 
     def run(meter):
-        return run_reference(pipe, video, folder, meter, condition, len(condition.times), plan.steps, detector)
+        return run_reference(pipe, video, folder, meter, condition, n_frames, plan.steps, detector)
 
     return _measure(run, plan)
 
@@ -413,7 +413,7 @@ def bench(
             pipe = _load(plan, torch.float32)
         if "fp32" not in peaks:
             peaks["fp32"] = machine_peak(device)
-        theirs, stages = _measure_reference(pipe, plan, video, folder, condition)
+        theirs, stages = _measure_reference(pipe, plan, video, folder, condition, len(condition.times))
     return _compare(result, stages, latents, theirs)
 
 # %% ../../nbs/app/93_bench.ipynb #h17b0002
@@ -424,16 +424,45 @@ def bench_points(
     dtype: str = "fp32",  # "fp32", "bf16" or "fp16"
     seconds: float = 10.0,  # Length of the clip
     fps: float = 15.0,  # Frames read in a second
-    repeats: int = 3,  # Rounds that are timed
+    repeats: int = 3,  # Rounds that are timed, as in `point_costs`
     which=None,  # `Point`s; None for all
+    reference: bool = False,  # Do the work of the first point the reference's way, too, in float32
     tell=None,  # Called with a line now and then
-) -> list:  # Rows of `point_costs`
+) -> list:  # Rows of `point_costs`; with `reference` one more, and `reference_ratio` in all
     "What presets and switches cost"
     device, tell = device or default_device(), tell or _silent
     plan = _Plan(scale, random_weights, device, dtype, 1, seconds, fps, False, True, 32, tell)
     _check(plan)
     pipe = _load(plan, DTYPES[dtype])
     with tempfile.TemporaryDirectory() as folder:
-        clip = pipe.read(drifting_video(Path(folder) / "drift.mp4", seconds, fps))[0]
-    with fast_on(pipe):
-        return point_costs(pipe, clip, which or points(), "train", repeats, tell)
+        video = drifting_video(Path(folder) / "drift.mp4", seconds, fps)
+        clip = pipe.read(video)[0]
+        with fast_on(pipe):
+            rows = point_costs(pipe, clip, which or points(), "train", repeats, tell)
+        if not reference:
+            return rows
+        if dtype != "fp32":
+            del pipe
+            _give_back_memory()
+            pipe = _load(plan, torch.float32)
+        plan = replace(plan, steps=pipe.config.num_inference_steps)
+        _, stages = _measure_reference(
+            pipe, plan, video, folder, TemporalCondition.always(clip.duration), len(clip.times)
+        )
+    return _beside_reference(rows, stages)
+
+
+def _beside_reference(rows, stages):
+    "Rows with the reference's, and how many times faster each is than it"
+    total, seconds = (sum(stage[key] for stage in stages.values()) for key in ("flops", "seconds"))
+    theirs = dict(
+        kind="reference",
+        system="reference",
+        gflop_frames=round(stages["frames"]["flops"] / 1e9, 3),
+        gflop_denoise=round(stages["denoise"]["flops"] / 1e9, 3),
+        gflop=round(total / 1e9, 3),
+        seconds=round(seconds, 3),
+        gflop_ratio=round(rows[0]["gflop"] / (total / 1e9), 3),
+        seconds_ratio=round(rows[0]["seconds"] / seconds, 3),
+    )
+    return [row | dict(reference_ratio=round(seconds / row["seconds"], 3)) for row in [*rows, theirs]]

@@ -147,15 +147,17 @@ def _unsaid(line):
 def points_table(
     rows: list,  # Of `bench_points`
 ) -> str:  # Lines of text
-    "Points down, operations and seconds across; ratios to the first"
-    lines = [f"{'point':<14}{'GFLOP':>10}{'fewer':>8}{'seconds':>10}{'faster':>8}"]
+    "Points down, operations and seconds across; ratios to the first, and to the reference where it was measured"
+    beside = "reference_ratio" in rows[0]
+    lines = [f"{'point':<14}{'GFLOP':>10}{'fewer':>8}{'seconds':>10}{'faster':>8}" + beside * f"{'than ref.':>11}"]
     for r in rows:
         counts = f"{r['gflop']:>10.2f}{r['gflop_ratio']:>7.2f}x"
-        lines.append(f"{r['system']:<14}{counts}{r['seconds']:>10.3f}{r['seconds_ratio']:>7.2f}x")
+        line = f"{r['system']:<14}{counts}{r['seconds']:>10.3f}{r['seconds_ratio']:>7.2f}x"
+        lines.append(line + (f"{r['reference_ratio']:>10.2f}x" if beside else ""))
     return "\n".join(lines)
 
 
-_NOT_POINTS = ("steps", "batch", "compile", "reuse", "reference", "plot")
+_NOT_POINTS = ("steps", "batch", "compile", "reuse", "plot")
 
 
 def _bench_points(args):
@@ -167,9 +169,13 @@ def _bench_points(args):
         check_output(args.out, args.overwrite, (".csv",))
     from smooth_foley.app.bench import bench_points
     from smooth_foley.compare.folders import write_results
+    from smooth_foley.compare.points import points
 
-    how = {k: getattr(args, k) for k in ("scale", "random_weights", "dtype", "seconds", "fps")}
-    rows = bench_points(**how, device=check_device(args.device), tell=_unsaid if args.json or args.quiet else print)
+    how = {k: getattr(args, k) for k in ("scale", "random_weights", "dtype", "seconds", "fps", "repeats", "reference")}
+    which = [p for p in points() if args.points == "all" or p.kind == "preset"]
+    rows = bench_points(
+        **how, which=which, device=check_device(args.device), tell=_unsaid if args.json or args.quiet else print
+    )
     print_json(rows) if args.json else say(*points_table(rows).split("\n"))
     if args.out:
         write_results(args.out, rows, list(rows[0]))
@@ -219,7 +225,8 @@ _OPTIONS = (
     ("--compile", SWITCH, "torch.compile the large networks"),
     ("--reuse", YES_NO, "compute once what stays the same over the steps", True),
     ("--reference", SWITCH, "do the same work as FoleyCrafter's script does it, too, and compare"),
-    ("--points", SWITCH, "compare presets and switches instead: operations and seconds of each"),
+    ("--points", ("presets", "all"), "compare presets, or every switch as well: operations and seconds of each"),
+    ("--repeats", number(0, 100, int), "rounds in which points are timed; 0 times the one that counts (default 3)", 3),
     ("--out", output("FILE.json"), "write the numbers; of --points a .csv"),
     ("--plot", output("FILE.png"), "draw time by stage"),
     JSON,
@@ -228,7 +235,8 @@ _OPTIONS = (
 _EXAMPLES = """examples:
   smooth-foley bench
   smooth-foley bench --steps 10 --seconds 4 --json
-  smooth-foley bench --points --out results/frontier/cost.csv
+  smooth-foley bench --points all --out results/frontier/cost.csv
+  smooth-foley bench --points presets --scale full --random-weights --dtype bf16 --reference --repeats 0
   smooth-foley bench --scale full --random-weights --dtype bf16 --reference --out bench.json --plot bench.png"""
 BENCH = Command(
     "bench",

@@ -24,11 +24,12 @@ def _call(pipe, clip, point, label):
 
 
 def _count(pipe, clip, point, label):
-    "Operations of the stages of one call, GFLOP"
+    "Operations of the stages of one call, GFLOP, and its seconds"
     meter = Meter(pipe.device, flops=True)
     with pipe.profile(observer=meter):
         _call(pipe, clip, point, label)
-    return {name: stage["flops"] / 1e9 for name, stage in meter.stages.items()}
+    seconds = sum(stage["seconds"] for stage in meter.stages.values())
+    return {name: stage["flops"] / 1e9 for name, stage in meter.stages.items()}, seconds
 
 
 def _seconds(pipe, clip, point, label):
@@ -46,13 +47,13 @@ def point_costs(
     clip,  # As it reads one
     points: list,  # Of `Point`; the first is what the others are compared with
     label: str,  # What sounds
-    repeats: int = 3,  # Rounds that are timed
+    repeats: int = 3,  # Rounds that are timed; 0 takes the seconds of the one that counts
     tell=None,  # Called with a line now and then
 ) -> list:  # Rows: kind, system, GFLOP of frames, denoising and all, seconds, ratios to the first
     "What every point costs"
     pipe.set_progress_bar_config(disable=True)
-    counted = [_count(pipe, clip, p, label) for p in points]
-    rounds = []
+    counted, seconds = zip(*(_count(pipe, clip, p, label) for p in points))
+    rounds = [] if repeats else [seconds]
     for k in range(repeats):
         rounds.append([_seconds(pipe, clip, p, label) for p in points])
         if tell:
