@@ -455,13 +455,14 @@ def bench_points(
 def _beside_reference(rows, stages):
     "Rows with the reference's, and how many times faster each is than it"
     total, seconds = (sum(stage[key] for stage in stages.values()) for key in ("flops", "seconds"))
+    seconds = round(seconds, 3)
     theirs = dict(
         kind="reference",
         system="reference",
         gflop_frames=round(stages["frames"]["flops"] / 1e9, 3),
         gflop_denoise=round(stages["denoise"]["flops"] / 1e9, 3),
         gflop=round(total / 1e9, 3),
-        seconds=round(seconds, 3),
+        seconds=seconds,
         gflop_ratio=round(rows[0]["gflop"] / (total / 1e9), 3),
         seconds_ratio=round(rows[0]["seconds"] / seconds, 3),
     )
