@@ -203,6 +203,7 @@ def test_both_sources_are_seen_while_they_sound():
             on = truth["sounding"]
             seen.append((on & truth["visible"]).sum() / max(on.sum(), 1) if on.any() else 1)
     assert np.mean(seen) > 0.97 and min(seen) > 0.6
+    assert scene(0, "passby_mixed", frames=False, audio=False, tracking=0.5).dials.tracking == 0.5
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,8 @@ def test_bench_of_points_refuses_what_it_does_not_use(tmp_path):
         args = parse(BENCH, ["--points", "presets", *words])
         with pytest.raises(FoleyError, match=says):
             args.run(args)
+    with pytest.raises(FoleyError, match="--repeats: goes with --points"):
+        BENCH.run(parse(BENCH, ["--repeats", "1"]))
 
 
 def test_bench_of_points():

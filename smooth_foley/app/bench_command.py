@@ -180,11 +180,13 @@ def _bench_points(args):
     if args.out:
         write_results(args.out, rows, list(rows[0]))
 
-
+# %% ../../nbs/app/93a_bench_command.ipynb #bcm00012
 def _bench(args):
     "Measure, print, write, draw"
     if args.points:
         return _bench_points(args)
+    if args.repeats != parse(BENCH, []).repeats:
+        raise FoleyError("--repeats: goes with --points")
     for path, suffix in ((args.out, ".json"), (args.plot, ".png")):
         if path:
             check_output(path, args.overwrite, (suffix,))

@@ -237,14 +237,13 @@ def render_mixed_frames(
     paths: list,  # `Motion` of each
     seed: int,
     times,  # Of the frames, s
+    yaw: tuple,  # Of the camera: times (s) and angles (rad)
     size: int = 64,  # Width and height, px
-    supersample: int = 1,  # As for `render_frames`
-    yaw: tuple = None,  # Of the camera: times (s) and angles (rad); None follows the first source
 ) -> np.ndarray:  # (T, size, size, 3) uint8
     "What one camera sees of two sources; what passes nearer stands before the other"
     rng, t = np.random.default_rng([int(seed), 3]), np.asarray(times, np.float64)
-    yaw = project(dials[0], paths[0], t)[3] if yaw is None else np.interp(t, *yaw)
-    img = _background(rng, size * supersample, yaw)
+    yaw = np.interp(t, *yaw)
+    img = _background(rng, size, yaw)
     for d, m in sorted(zip(dials, paths), key=lambda pair: -pair[0].nearest):
         _paint_source(img, d, m, t, yaw)
-    return _developed(img, rng, supersample)
+    return _developed(img, rng)
