@@ -123,12 +123,22 @@ def _unet():
     )
 
 
+@torch.no_grad()
+def _audible(stage):
+    "Features of length 1 begin as loud as their positions"
+    nn.init.normal_(stage.embedder[0].weight)
+    nn.init.normal_(stage.pos_emb.weight, std=_WIDTH**-0.5)
+    return stage
+
+
 def _condition_stage(r):
-    return ConditionStage(_WIDTH, _WIDTH, round(10 * r.fps))
+    return _audible(ConditionStage(_WIDTH, _WIDTH, round(10 * r.fps)))
 
 
 def _classifier(r):
-    return AlignmentClassifier(4, [24, 32, 48], _WIDTH, 4, round(10 * r.fps), **_GROUPS)
+    classifier = AlignmentClassifier(4, [24, 32, 48], _WIDTH, 4, round(10 * r.fps), **_GROUPS)
+    _audible(classifier.condition)
+    return classifier
 
 # %% ../../nbs/compare/71g_diff_foley_training.ipynb #dftr0013
 _COLUMNS = 640
@@ -208,6 +218,9 @@ class _Run:
         return train(stage, self.rows(arrays), self.recipe.n_scenes, self.cfg, self.out)
 
 # %% ../../nbs/compare/71g_diff_foley_training.ipynb #dftr0017
+_LATENT_STD = 0.25
+
+
 def _train_vae(run):
     "The autoencoder"
     torch.manual_seed(run.recipe.seed)
@@ -215,7 +228,7 @@ def _train_vae(run):
     run.train(AutoencoderStage(vae), dict(mel=arrays["mel"]))
     with torch.no_grad():
         some = _moments(vae.eval(), arrays["mel"][: min(64, run.recipe.n_scenes)])
-    vae.register_to_config(scaling_factor=float(1 / some[:, :4].std()))
+    vae.register_to_config(scaling_factor=float(_LATENT_STD / some[:, :4].std()))
     save_trained(vae, run.weights("vae"))
 
 
