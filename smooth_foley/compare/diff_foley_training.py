@@ -125,7 +125,7 @@ def _unet():
 
 @torch.no_grad()
 def _audible(stage):
-    "Features of length 1 begin as loud as their positions"
+    "Let features of length 1 begin louder than their positions"
     nn.init.normal_(stage.embedder[0].weight)
     nn.init.normal_(stage.pos_emb.weight, std=_WIDTH**-0.5)
     return stage
