@@ -60,6 +60,7 @@ class SmoothFoleyPipeline(Seeing, Redo):
         fps: float = 15.0,  # Frames per second it looks at
         threshold: float = 0.5,  # Cosine at which the automatic condition is on (Sec. II-C)
         compat_columns: bool = False,  # FoleyCrafter's clock of 102.4 columns a second
+        soft_condition: bool = False,  # An automatic condition says how sure it is; for adapters trained so
         num_inference_steps: int = 25,
         guidance_scale: float = 7.5,
         frame_scale: float = 1.0,
@@ -84,6 +85,7 @@ class SmoothFoleyPipeline(Seeing, Redo):
             fps=fps,
             threshold=threshold,
             compat_columns=compat_columns,
+            soft_condition=soft_condition,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             frame_scale=frame_scale,
@@ -315,7 +317,8 @@ def _condition_image(self: SmoothFoleyPipeline, conds, n_cols=None):
     "What the temporal adapter reads, `(b, C', h', w')`"
     c = self.mel.config
     rate, n_cols = c.sample_rate / c.hop_length, n_cols or c.n_cols
-    columns = torch.stack([k.columns(n_cols, rate, compat=self.config.compat_columns) for k in conds])
+    how = dict(compat=self.config.compat_columns, soft=self.config.soft_condition)
+    columns = torch.stack([k.columns(n_cols, rate, **how) for k in conds])
     return self.mel.condition_image(columns.to(self.unet.device), n_cols).to(self.unet.dtype)
 
 # %% ../nbs/12_pipeline.ipynb #cce1f8fd
@@ -338,6 +341,8 @@ def from_pretrained(
     "Load a pipeline; weights that do not fit are refused by name"
     parts, settings = (sorted(set(names) - {"self"}) for names in cls._get_signature_keys(cls))
     kwargs = check_keywords(kwargs, [*parts, *settings])
+    if "temporal_adapter" in kwargs:  # of which nobody says that it was trained so
+        kwargs.setdefault("soft_condition", False)
     options = load_options(parts, dtype, torch_dtype, variant, use_safetensors, low_cpu_mem_usage, device_map)
     folder = resolve_weights(name, revision, local_files_only, cache_dir, token, variant)
     pipe = cls(**load_parts(folder, cls, kwargs, options))

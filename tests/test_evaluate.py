@@ -12,20 +12,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from launch import in_two_processes
+from safetensors.torch import load_file
 
-from smooth_foley.compare import evaluate
+from smooth_foley.compare import evaluate, systems
 from smooth_foley.compare import folders as result_folders
 from smooth_foley.compare.clips import folder_clips, passby_clips
 from smooth_foley.compare.clips import test_clips as clips_of
 from smooth_foley.compare.folders import claim, read_results, summarise
 from smooth_foley.compare.sound_folders import compare_folders, save_folders, show_folders
 from smooth_foley.compare.systems import build, load_with_folder, parse_system
-from smooth_foley.core import FoleyError
+from smooth_foley.core import FoleyError, mini_path
 from smooth_foley.listen.judges import load_judges
 from smooth_foley.media import write_video, write_wav
+from smooth_foley.pipeline import SmoothFoleyPipeline
 from smooth_foley.world import passby
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 HERE = Path(__file__).parent
 RUN = [sys.executable, str(HERE / "evaluate_run.py")]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -393,3 +397,18 @@ def test_shipped_results_are_summarised_to_the_same_digits(tmp_path):
         pairs = [(r, stored.get((r["split"], r["measure"], r["system"]))) for r in again]
         pairs = [(now, old) for now, old in pairs if old]
         assert len(pairs) > 150 and all(now == old for now, old in pairs)
+
+
+def test_the_papers_row_and_foleycrafter_have_adapters_that_were_trained_apart():
+    loaded = load_with_folder()
+    shipped = load_file(mini_path().parent / "foleycrafter" / "temporal_adapter" / WEIGHTS)
+    names = {name: build(parse_system(name), loaded, steps=1)[1]["weights"] for name in ("ours", "paper")}
+    assert names["ours"] != names["paper"]
+    paper = systems._trained_apart(loaded, "variants/frame_adapter_none").pipe
+    assert paper.frame_adapter.config.frame_position == "none" and not paper.config.soft_condition
+    crafter = systems._foleycrafter_on(loaded)
+    for pipe in (paper, crafter):
+        mine = pipe.temporal_adapter.state_dict()
+        assert all(torch.equal(mine[name].half(), w) for name, w in shipped.items())
+    assert not crafter.config.soft_condition
+    assert systems._trained_apart(systems.Loaded(SmoothFoleyPipeline.from_random()), "variants").replaced == ()

@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from smooth_foley.autoencoder import PatchAutoencoder
 from smooth_foley.backbone import load_backbone, make_unet
+from smooth_foley.compare.systems import Loaded, with_parts
 from smooth_foley.core import FoleyError
 from smooth_foley.frame_adapter import is_installed
 from smooth_foley.media import Clip, write_video
 from smooth_foley.pipeline import SmoothFoleyPipeline
 from smooth_foley.temporal_adapter import make_temporal_adapter
+from smooth_foley.temporal_condition import TemporalCondition
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -315,3 +317,27 @@ def test_cuda_agrees_with_the_cpu(folder, pipe):
         there.text_to_audio("siren", 2.0, name=clips[0].name),
     )
     assert torch.equal(frozen.latents, text.latents)
+
+
+def test_a_condition_may_say_how_sure_it_is(tmp_path):
+    pipe = quiet(SmoothFoleyPipeline.from_random())
+    doubt = TemporalCondition.from_similarity([0.0, 1.0], [0.6, 0.4], 2.0)
+    by_hand = TemporalCondition.from_intervals([(0, 1)], 2.0)
+    sure = [pipe._condition_image([c]) for c in (doubt, by_hand)]
+    assert torch.equal(*sure)
+    pipe.register_to_config(soft_condition=True)
+    soft = [pipe._condition_image([c]) for c in (doubt, by_hand)]
+    assert torch.equal(soft[1], sure[1]) and torch.equal(soft[0] > 0, sure[0] > 0)
+    assert soft[0].max() < 1
+
+
+def test_another_temporal_adapter_is_told_yes_and_no_unless_one_says_otherwise(tmp_path):
+    pipe = SmoothFoleyPipeline.from_random()
+    pipe.register_to_config(soft_condition=True)
+    pipe.save_pretrained(tmp_path)
+    load = SmoothFoleyPipeline.from_pretrained
+    assert load(tmp_path).config.soft_condition
+    assert not load(tmp_path, temporal_adapter=pipe.temporal_adapter).config.soft_condition
+    assert load(tmp_path, temporal_adapter=pipe.temporal_adapter, soft_condition=True).config.soft_condition
+    other = with_parts(Loaded(load(tmp_path)), temporal_adapter=tmp_path / "temporal_adapter")
+    assert not other.pipe.config.soft_condition

@@ -205,6 +205,7 @@ def tiny_recipe(**change):
     sizes = dict(n_scenes=8, n_picture_scenes=8, n_feature_scenes=8)
     r = replace(Recipe(), **sizes, autoencoder="patch", latent_channels=16, focus=0.5, adapter_focus=0.5)
     r = replace(r, frame_position="residual", frame_motion=True)
+    r = replace(r, n_mixed_scenes=0, temporal_beside_frames=False, soft_condition=False)
     change = (
         dict(max_train_steps=5, lr_cycles=1, lr_warmup_steps=2, log_steps=1, train_batch_size=2, mixed_precision="no")
         | change
@@ -327,6 +328,16 @@ def stage_temporal_adapter():
     ), batch
 
 
+def stage_temporal_beside_frames():
+    mel, tok, text, unet, batch = tiny_parts()
+    net, frames = make_temporal_adapter(unet, mel.config.fold**2, (8, 8, 8)), FrameAdapter.from_unet(unet, 12)
+    for layer in (*frames.to_v_ip, *net.controlnet_down_blocks, net.controlnet_cond_embedding.conv_out):
+        nn.init.normal_(layer.weight)  # as after training; at the start they add nothing
+    model = dict(unet=unet, text_encoder=text, tokenizer=tok, scheduler=make_scheduler(), mel=mel)
+    stage = diffusion.adapter_stage("temporal_adapter", net, model, diffusion.AdapterSettings(), frames=frames)
+    return stage, dict(batch, found=torch.rand(3, 64) * 2 - 1)
+
+
 def stage_frame_adapter(position="window"):
     _, tok, text, unet, batch = tiny_parts()
     adapter = FrameAdapter.from_unet(unet, 12, frame_position=position)
@@ -343,6 +354,7 @@ GPU_STAGES = dict(
     base=stage_base,
     projection=stage_projection,
     temporal_adapter=stage_temporal_adapter,
+    temporal_beside_frames=stage_temporal_beside_frames,
     frame_adapter=stage_frame_adapter,
 )
 
@@ -415,6 +427,57 @@ def test_every_stage_has_gradients_on_another_device(name):
     assert all(p.grad is None for m in stage.frozen.parts.values() for p in m.parameters() if not p.requires_grad)
 
 
+# --- the temporal adapter beside frames, and in doubt
+def test_a_temporal_adapter_beside_frames_trains_alone_and_sees_them():
+    stage, batch = stage_temporal_beside_frames()
+    assert {name.split(".")[1] for name, p in stage.named_parameters() if p.requires_grad} == {"controlnet"}
+    t, ctx, eps = torch.tensor([300, 500, 700]), stage.read(batch["ids"]), torch.randn(3, 2, 2, 4)
+    seen = stage.loss(batch, t, ctx, eps)
+    assert seen != stage.loss(dict(batch, emb=batch["emb"].flip(0)), t, ctx, eps)
+    assert seen != stage.loss(dict(batch, drop=torch.ones(3, dtype=torch.bool)), t, ctx, eps)
+    assert seen != stage.loss({k: v for k, v in batch.items() if k != "found"}, t, ctx, eps)
+
+
+def test_half_of_the_conditions_are_the_ones_that_were_found():
+    stage, _ = stage_temporal_beside_frames()
+    n = 400
+    batch = dict(sounding=torch.ones(n, 64, dtype=torch.bool), found=torch.full((n, 64), 0.25))
+    shown = stage.columns(batch, Draw(0, 0, n))
+    assert torch.equal(shown.unique(), torch.tensor([0.25, 1.0])) and 0.4 < (shown[:, 0] == 0.25).float().mean() < 0.6
+    assert (shown == shown[:, :1]).all()  # of a clip as a whole
+    assert torch.equal(stage.columns(batch, None), batch["found"])  # as the finished model is used
+    assert (stage.columns(dict(sounding=~batch["sounding"]), Draw(0, 0, n)) == -1).all()
+
+
+@pytest.mark.parametrize("change", [dict(), dict(soft_condition=False), dict(temporal_beside_frames=False)], ids=str)
+def test_the_recipe_trains_the_temporal_adapter_beside_the_frame_adapter(tiny, tmp_path, change):
+    r = replace(tiny_recipe(), **dict(temporal_beside_frames=True, soft_condition=True) | change)
+    shutil.copytree(tiny, tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "temporal_adapter")
+    clip = parts.make_mini_clip()
+    clip.save_pretrained(tmp_path / "runs" / "clip" / "weights")
+    LabelProjection(96, hidden_size=4).save_pretrained(tmp_path / "runs" / "projection" / "weights")
+    recipes.run_stage("temporal_adapter", tmp_path / "runs", r)
+    weights = "temporal_adapter/weights/diffusion_pytorch_model.safetensors"
+    made, alone = load_file(tmp_path / "runs" / weights), load_file(tiny / weights)
+    assert any(not torch.equal(made[name], alone[name]) for name in alone)
+
+
+def test_the_projection_learns_from_each_source_of_two():
+    rng = np.random.default_rng(0)
+    mixed = dict(
+        mixed_emb=rng.standard_normal((3, 5, 12)).astype(np.float16),
+        mixed_sounding=rng.random((3, 2, 5)) < 0.5,
+        mixed_label=np.array([[0, 1], [2, 3], [1, 3]], np.int16),
+    )
+    one = dict(emb=rng.standard_normal((4, 5, 12)).astype(np.float16), frame_sounding=rng.random((4, 5)) < 0.5)
+    rows = parts._projection_rows(dict(label=np.array([3, 2, 1, 0], np.int16)), one)
+    batch = parts._with_mixed(rows, 4, mixed)(np.array([9, 1, 6, 8]))  # scenes 1, then 1, 2 and 2 of two sources
+    assert batch["label"].tolist() == [2, 2, 1, 3] and batch["beside"].tolist() == [2, 3, 3, 1]
+    np.testing.assert_array_equal(batch["sounding"][1:], mixed["mixed_sounding"][[1, 2, 2], [0, 0, 1]])
+    np.testing.assert_array_equal(batch["emb"][2], batch["emb"][3])
+
+
 # --- looking on
 def test_a_run_that_is_looked_at_ends_with_the_same_weights(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(looks, "sample_latents", partial(looks.sample_latents, steps=2))
@@ -454,6 +517,8 @@ WRONG = {
     "latent_channels is 300": dict(latent_channels=300),
     "first_seed is 999999": dict(first_seed=999_999),
     "n_pictures is 0": dict(n_pictures=0),
+    "n_mixed_scenes is -1": dict(n_mixed_scenes=-1),
+    "projection_size is -1": dict(projection_size=-1),
     "fps is nan": dict(fps=float("nan")),
     "frame_position is 'middle'": dict(frame_position="middle"),
     "vocoder is 'flute'": dict(vocoder="flute"),

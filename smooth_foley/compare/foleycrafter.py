@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import ControlNetModel
 from fastcore.basics import patch
 
 from .time_detector import MINI_DETECTOR, TimeDetector, baseline_path
 from ..core import FoleyError, mini_path
+from ..frame_adapter import FrameAdapter
 from ..hub import REPOSITORIES, download
 from ..loading import load_part, read_weights
 from ..media import Clip, read_clip
@@ -93,6 +95,13 @@ def _detector_from(folder):
     return detector.requires_grad_(False)
 
 # %% ../../nbs/compare/70_foleycrafter.ipynb #e65bcaed
+# Folder of an adapter of FoleyCrafter's own -> component and class
+_ADAPTERS = dict(
+    semantic_adapter=("frame_adapter", FrameAdapter),
+    temporal_adapter=("temporal_adapter", ControlNetModel),
+)
+
+
 @patch(cls_method=True)
 def from_pretrained(
     cls: FoleyCrafter,
@@ -105,10 +114,10 @@ def from_pretrained(
     parts = (PUBLISHED if name == "full" else {}) | kwargs
     if "time_detector" not in parts:
         parts["time_detector"] = _detector_from(folder)
-    semantic = folder / "semantic_adapter"
-    if semantic.is_dir() and "frame_adapter" not in parts:
-        adapter = load_part(semantic, "smooth_foley.frame_adapter", "FrameAdapter", torch_dtype)
-        parts["frame_adapter"] = adapter.requires_grad_(False)
+    for own, (name_here, kind) in _ADAPTERS.items():
+        if (folder / own).is_dir() and name_here not in parts:
+            adapter = load_part(folder / own, kind.__module__, kind.__name__, torch_dtype)
+            parts[name_here] = adapter.requires_grad_(False)
     return super(FoleyCrafter, cls).from_pretrained(name, torch_dtype=torch_dtype, **parts)
 
 # %% ../../nbs/compare/70_foleycrafter.ipynb #0d8731dc

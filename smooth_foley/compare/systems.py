@@ -73,6 +73,8 @@ def with_parts(
     new = {name: _part(pipe, name, folder) for name, folder in folders.items()}
     optional = type(pipe)._get_signature_keys(type(pipe))[1]
     settings = {k: v for k, v in pipe.config.items() if k in optional}
+    if "temporal_adapter" in new:  # of which nobody says that it understands doubt
+        settings["soft_condition"] = False
     origin = pipe.name_or_path  # where its presets are
     pipe = type(pipe)(**{**pipe.components, **new}, **settings)
     pipe.register_to_config(**({"_name_or_path": origin} if origin else {}))
@@ -141,16 +143,30 @@ def _pipeline_sound(pipe, **call):
     return sound
 
 # %% ../../nbs/compare/73_systems.ipynb #6c0a0afc
-@system("ours", "frame-wise guidance, condition from the label (the paper)")
+@system("ours", "frame-wise guidance, condition from the label")
 def _ours(loaded, **options):
     return Built(_pipeline_sound(loaded.pipe, **options))
 
 
-@system("ours-clipwise", 'one token for the whole clip, with the adapter trained so ("w/o frame-wise")')
+def _trained_apart(loaded, frames):
+    "The package's pipeline with a frame and a temporal adapter that were trained apart; another one stays as it is"
+    shipped = mini_path().parent
+    apart = dict(frame_adapter=shipped / frames, temporal_adapter=shipped / "foleycrafter" / "temporal_adapter")
+    apart = {name: folder for name, folder in apart.items() if folder.is_dir() and name not in loaded.replaced}
+    return with_parts(loaded, **apart) if is_mini(loaded.pipe) else loaded
+
+
+@system(
+    "paper", "as the paper prints it: frames without times (Eq. 2), adapters trained apart, a condition of yes and no"
+)
+def _paper(loaded, **options):
+    loaded = _trained_apart(loaded, "variants/frame_adapter_none")
+    return Built(_pipeline_sound(loaded.pipe, **options), loaded.pipe.components)
+
+
+@system("ours-clipwise", 'one token for the whole clip, with adapters trained so and apart ("w/o frame-wise")')
 def _ours_clipwise(loaded, **options):
-    folder = mini_path().parent / "foleycrafter" / "semantic_adapter"
-    if folder.is_dir() and is_mini(loaded.pipe) and "frame_adapter" not in loaded.replaced:
-        loaded = with_parts(loaded, frame_adapter=folder)
+    loaded = _trained_apart(loaded, "foleycrafter/semantic_adapter")
     sound = _pipeline_sound(loaded.pipe, **{"frame_wise": False, **options})
     return Built(sound, loaded.pipe.components)
 
@@ -182,8 +198,8 @@ def _foleycrafter_on(loaded):
             "give --model or weights=FOLDER"
         )
     parts = dict(pipe.components)
-    if "frame_adapter" not in loaded.replaced:
-        del parts["frame_adapter"]
+    for name in {"frame_adapter", "temporal_adapter"} - set(loaded.replaced):  # It has its own
+        del parts[name]
     crafter = FoleyCrafter.from_pretrained(None if mini else loaded.folder, **parts).to(pipe.device)
     crafter.set_progress_bar_config(disable=True)
     return crafter
@@ -438,6 +454,9 @@ def _switched_on(effort, options):
     return dict(effort={k: list(v) if isinstance(v, tuple) else v for k, v in on.items()}) if on else {}
 
 # %% ../../nbs/compare/73_systems.ipynb #1a36e060
+_SETTINGS = ("guidance_scale", "frame_scale", "temporal_scale", "threshold", "fps", "soft_condition")
+
+
 def build(
     spec: System,
     loaded: Loaded,
@@ -453,7 +472,7 @@ def build(
         base=spec.base,
         options=spec.options,
         weights=fingerprint({**mine.pipe.components, **built.modules}),
-        settings={k: config[k] for k in ("guidance_scale", "frame_scale", "temporal_scale", "threshold", "fps")},
+        settings={k: config[k] for k in _SETTINGS},
         seed=seed,
         steps=steps,
         **_switched_on(effort, spec.options),

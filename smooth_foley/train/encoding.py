@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mel_images', 'fit_components', 'fit_details', 'load_autoencoder', 'encode_mels', 'stored_latents', 'feature_arrays',
-           'encode_features']
+           'mixed_arrays', 'encode_features']
 
 # %% ../../nbs/train/35_encoding.ipynb #enc00004
 from functools import partial
@@ -130,6 +130,25 @@ def feature_arrays(folder, r: Recipe, dim=96, mode="r") -> dict:
     return open_arrays(folder, spec, mode)
 
 # %% ../../nbs/train/35_encoding.ipynb #enc00011
+def mixed_arrays(folder, r: Recipe, dim=96, mode="r") -> dict:
+    "The same of scenes with two sources: labels, and a truth for each"
+    n, frames = r.n_mixed_scenes, int(passby.DURATION * r.fps)
+    spec = dict(
+        mixed_emb=("float16", (n, frames, dim)),
+        mixed_sounding=("bool", (n, 2, frames)),
+        mixed_label=("int16", (n, 2)),
+        mixed_done=("bool", (n_chunks(n),)),
+    )
+    return open_arrays(folder, spec, mode)
+
+
+def _seen(scene, encoder, fps):
+    "Embeddings of all frames, and whether each source sounds in the middle of each of them"
+    middle = ((scene.times + 0.5 / fps) * passby.RATE).astype(int)
+    truths = np.stack([truth["sounding"][middle] for truth in scene.timelines.values()])
+    return encoder.encode_frames(scene.frames, batch_size=64).cpu().numpy(), truths
+
+
 def _encode_chunk(j, folder, clip, r):
     "Render and encode the frames of the scenes of chunk `j`"
     torch.set_num_threads(1)
@@ -137,10 +156,20 @@ def _encode_chunk(j, folder, clip, r):
     encoder = FrameEncoder.from_pretrained(clip).eval().to(_device())
     for i in chunk(j, r.n_feature_scenes):
         s = scene_of(i, r, fps=r.fps, audio=False)
-        middle = ((s.times + 0.5 / r.fps) * passby.RATE).astype(int)
-        arrays["emb"][i] = encoder.encode_frames(s.frames, batch_size=64).cpu().numpy()
-        arrays["frame_sounding"][i] = s.truth["sounding"][middle]
+        arrays["emb"][i], (arrays["frame_sounding"][i],) = _seen(s, encoder, r.fps)
     close_chunk(arrays, "frames_done", j)
+
+
+def _encode_mixed_chunk(j, folder, clip, r):
+    "The same of scenes with two sources"
+    torch.set_num_threads(1)
+    arrays = mixed_arrays(folder, r, mode="w")
+    encoder = FrameEncoder.from_pretrained(clip).eval().to(_device())
+    for i in chunk(j, r.n_mixed_scenes):
+        s = passby.scene(r.first_seed + i, "passby_mixed", fps=r.fps, audio=False)
+        arrays["mixed_emb"][i], arrays["mixed_sounding"][i] = _seen(s, encoder, r.fps)
+        arrays["mixed_label"][i] = [passby.LABELS.index(label) for label in s.timelines]
+    close_chunk(arrays, "mixed_done", j)
 
 
 def encode_features(
@@ -149,6 +178,10 @@ def encode_features(
     r: Recipe,
 ) -> None:
     "Encode the frames that are not yet encoded; on a GPU a few processes share it"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    workers, given = 4 if _device() == "cuda" else None, dict(folder=folder, clip=clip, r=r)
+    if r.n_mixed_scenes:
+        flags = mixed_arrays(folder, r, mode="w")["mixed_done"]
+        fill_chunks(partial(_encode_mixed_chunk, **given), flags, "features of two sources", workers)
     flags = feature_arrays(folder, r, mode="w")["frames_done"]
-    workers = 4 if _device() == "cuda" else None
-    fill_chunks(partial(_encode_chunk, folder=folder, clip=clip, r=r), flags, "features", workers)
+    fill_chunks(partial(_encode_chunk, **given), flags, "features", workers)

@@ -34,12 +34,16 @@ _READ_BY = dict(
     adapter_focus=("temporal_adapter", "frame_adapter"),
     channel_power=("temporal_adapter", "frame_adapter"),
     n_feature_scenes=("features",),
+    n_mixed_scenes=("features",),
     first_seed=("scenes", "pictures", "features"),
-    seed=("components", "vae", "coarse", "base", "vocoder", "clip", "temporal_adapter", "frame_adapter"),
+    seed=("components", "vae", "coarse", "base", "vocoder", "clip", "projection", "temporal_adapter", "frame_adapter"),
     fps=("features",),
     frame_position=("frame_adapter",),
     frame_motion=("frame_adapter",),
     frame_wise=("frame_adapter",),
+    projection_size=("projection",),
+    temporal_beside_frames=("temporal_adapter",),
+    soft_condition=("temporal_adapter",),
     vocoder=("scenes", "vocoder"),
     passby=("scenes", "pictures", "features"),
 )
@@ -47,7 +51,7 @@ _READ_BY = dict(
 _CACHED = dict(
     scenes=("mel", "sounding", "label", "high", "audio", "done"),
     pictures=("pictures", "true", "known", "pictures_done"),
-    features=("emb", "frame_sounding", "frames_done"),
+    features=("emb", "frame_sounding", "mixed_emb", "mixed_sounding", "mixed_label", "mixed_done", "frames_done"),
 )
 
 # %% ../../nbs/train/32a_folder.ipynb #fld00008

@@ -16,7 +16,7 @@ from ..backbone import AutoencoderKL
 from ..clip import FrameEncoder, build_tokenizer, mini_clip_cfg
 from ..mel import MelTransform
 from .captions import PICTURE_CAPTIONS, tokenizer_texts
-from .encoding import feature_arrays, mel_images
+from .encoding import feature_arrays, mel_images, mixed_arrays
 from .folder import StageRun
 from .looks import steady_loss
 from .loop import Stage, save_trained, train
@@ -204,12 +204,13 @@ class ProjectionStage(Stage):
         self.register_buffer("text_emb", text_emb, persistent=False)
 
     def forward(self, batch, draw):
-        n, label = len(self.text_emb), batch["label"]
+        n, label, sounding = len(self.text_emb), batch["label"], batch["sounding"]
         other = (label + 1 + draw.integers(n - 1)) % n
+        present = other == batch.get("beside", label)  # the second source: not absent, so the first is asked for again
+        other = torch.where(present, label, other)
         own = self.projection(batch["emb"], self.text_emb[label])
         wrong = self.projection(batch["emb"], self.text_emb[other])
-        silent = torch.zeros_like(batch["sounding"])
-        return projection_loss(own, batch["sounding"]) + 0.3 * projection_loss(wrong, silent)
+        return projection_loss(own, sounding) + 0.3 * projection_loss(wrong, sounding & present[:, None])
 
 # %% ../../nbs/train/37_parts.ipynb #prt00013
 def _projection_rows(arrays, features):
@@ -219,9 +220,31 @@ def _projection_rows(arrays, features):
         i = np.sort(indices)
         emb = torch.from_numpy(features["emb"][i]).float()
         sounding = torch.from_numpy(features["frame_sounding"][i])
-        return dict(emb=emb, sounding=sounding, label=torch.from_numpy(arrays["label"][i].astype(np.int64)))
+        label = torch.from_numpy(arrays["label"][i].astype(np.int64))
+        return dict(emb=emb, sounding=sounding, label=label, beside=label)
 
     return rows
+
+
+def _with_mixed(rows, n, mixed):
+    "`batch_of` that goes on with each source of each scene of two, from index `n`"
+
+    def of_two(indices):
+        scene, source = np.divmod(np.asarray(indices) - n, 2)
+        labels = torch.from_numpy(mixed["mixed_label"][scene].astype(np.int64))
+        return dict(
+            emb=torch.from_numpy(mixed["mixed_emb"][scene]).float(),
+            sounding=torch.from_numpy(mixed["mixed_sounding"][scene, source]),
+            label=labels[np.arange(len(scene)), source],
+            beside=labels[np.arange(len(scene)), 1 - source],
+        )
+
+    def batch_of(indices):
+        i = np.sort(indices)
+        parts = [read(i[which]) for read, which in ((rows, i < n), (of_two, i >= n)) if which.any()]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    return batch_of
 
 
 def train_projection(run: StageRun) -> None:
@@ -229,11 +252,15 @@ def train_projection(run: StageRun) -> None:
     from smooth_foley.temporal_condition import LabelProjection
 
     encoder = FrameEncoder.from_pretrained(run.weights("clip")).eval()
-    projection = LabelProjection(encoder.config.embed_dim)
+    torch.manual_seed(run.recipe.seed)
+    projection = LabelProjection(encoder.config.embed_dim, hidden_size=run.recipe.projection_size or None)
     rows = _projection_rows(sound_arrays(run.cache, run.recipe), feature_arrays(run.cache, run.recipe))
+    n = run.recipe.n_feature_scenes
+    if run.recipe.n_mixed_scenes:
+        rows = _with_mixed(rows, n, mixed_arrays(run.cache, run.recipe))
     validate = None
     if run.cfg.validation_steps:
         validate = steady_loss(_projection_rows(run.val.sounds(), run.val.features()))
     stage = ProjectionStage(projection, encoder.encode_text(list(passby.LABELS)).clone())
-    train(stage, rows, run.recipe.n_feature_scenes, run.cfg, run.out, validate=validate)
+    train(stage, rows, n + 2 * run.recipe.n_mixed_scenes, run.cfg, run.out, validate=validate)
     save_trained(projection, run.weights())

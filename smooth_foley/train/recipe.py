@@ -24,8 +24,8 @@ STAGES = (
     "clip",
     "features",
     "projection",
-    "temporal_adapter",
     "frame_adapter",
+    "temporal_adapter",
     "assemble",
 )
 
@@ -63,15 +63,15 @@ def _stage_configs():
         coarse=TrainConfig(max_train_steps=3200, learning_rate=1e-3, **base),
         base=TrainConfig(max_train_steps=6000, learning_rate=7e-4, lr_cycles=2, **base),
         projection=TrainConfig(
-            max_train_steps=1000,
+            max_train_steps=4000,
             train_batch_size=32,
             learning_rate=2e-3,
             weight_decay=0.0,
             ema_decay=0.99,
             mixed_precision="no",
         ),
-        temporal_adapter=TrainConfig(max_train_steps=700, **adapter),
         frame_adapter=TrainConfig(max_train_steps=3000, lr_cycles=3, **adapter),
+        temporal_adapter=TrainConfig(max_train_steps=1000, **adapter),
     )
 
 # %% ../../nbs/train/32_recipe.ipynb #rcp00008
@@ -91,12 +91,20 @@ class Recipe:
     adapter_focus: float = 0.0  # The same for the adapters
     channel_power: float = 0.0  # The adapters' loss weighs latent channels by their standard deviation to this power
     n_feature_scenes: int = 2500  # Of these scenes all frames are encoded, for the adapters
+    n_mixed_scenes: int = 1000  # Scenes with two sources whose frames are encoded, for the label projection
     first_seed: int = 0  # Of the scenes, in Passby's training seeds
     seed: int = 0  # Of initial weights; batches and noise have the seeds of the stages
     fps: float = 15.0  # Frames per second
     frame_position: str = "residual"  # 'none' is the paper's Eq. 2; all others know when a frame was seen
     frame_motion: bool = True  # Append to each frame's embedding how fast it changes
     frame_wise: bool = True  # One token group per frame; False is FoleyCrafter's clip-wise adapter, "w/o frame-wise"
+    projection_size: int = 256  # Units of the label projection's hidden layer; 0 for a linear projection
+    temporal_beside_frames: bool = (
+        True  # The temporal adapter learns beside the frame adapter; the paper trains it alone
+    )
+    soft_condition: bool = (
+        True  # It also learns from conditions that are found and say how sure they are; the paper: true ones
+    )
     vocoder: str = "phase"  # 'phase' plays by rule, 'hifigan' trains a small HiFi-GAN
     guidance_scale: float = 2.0  # Defaults of the assembled pipeline, chosen on validation seeds
     frame_scale: float = 1.0
@@ -112,8 +120,10 @@ _RANGES = (
     ("n_picture_scenes", 1, float("inf"), "1 or more"),
     ("n_pictures", 1, float("inf"), "1 or more"),
     ("n_feature_scenes", 1, float("inf"), "1 or more"),
+    ("n_mixed_scenes", 0, float("inf"), "0 or more"),
     ("latent_channels", 1, 256, "1 to 256, since a patch has 256 components"),
     ("n_details", 1, 256, "1 to 256, since a patch has 256 components"),
+    ("projection_size", 0, 1e6, "0 (linear) or more"),
     ("channel_power", 0, 4, "0 (all channels alike) to 4"),
     ("focus", 0, 1, "the share of noise levels near log-SNR 0, from 0 to 1"),
     ("adapter_focus", 0, 1, "the share of noise levels near log-SNR 0, from 0 to 1"),
@@ -145,7 +155,7 @@ def _check_scenes(r):
             f"n_feature_scenes is {r.n_feature_scenes} and n_scenes {r.n_scenes}: "
             "the adapters read sound and frames of the same scenes; give at most n_scenes"
         )
-    last = r.first_seed + max(r.n_scenes, r.n_picture_scenes)
+    last = r.first_seed + max(r.n_scenes, r.n_picture_scenes, r.n_mixed_scenes)
     if not 0 <= r.first_seed <= last <= VAL_SEED:
         raise FoleyError(
             f"first_seed is {r.first_seed}: all scenes must have training seeds, from 0 to below {VAL_SEED}"
@@ -203,7 +213,7 @@ def _completed(given):
     "Given fields of `Recipe`, and the fields that follow from them"
     r, more = Recipe(), {}
     if "n_scenes" in given:
-        for key in ("n_picture_scenes", "n_feature_scenes"):
+        for key in ("n_picture_scenes", "n_feature_scenes", "n_mixed_scenes"):
             more[key] = min(given["n_scenes"], getattr(r, key))
     if given.get("frame_wise") is False:
         more.update(frame_position="none", frame_motion=False)

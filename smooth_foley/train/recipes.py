@@ -181,6 +181,7 @@ def assemble(
         guidance_scale=r.guidance_scale,
         frame_scale=r.frame_scale,
         temporal_scale=r.temporal_scale,
+        soft_condition=r.soft_condition,
     )
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
