@@ -14,7 +14,7 @@ _COMPARE = (
     (
         "--systems",
         "S,S,...",
-        "BASE, BASE@PRESET or NAME=BASE:key=value:...; bases: ours, ours-clipwise, foleycrafter, "
+        "BASE, BASE@PRESET or NAME=BASE:key=value:...; bases: ours, paper, ours-clipwise, foleycrafter, "
         "foleycrafter-noprompt, diff-foley, text, always, truth-vocoded, truth-vae, other; keys: weights, "
         "frame_adapter, temporal_adapter, label_projection, ... (a folder), or frame_scale, temporal_scale, "
         "guidance_scale, condition, prompt, frame_wise, sampler, guidance_interval, cache_period, clip_fps, ...; "
