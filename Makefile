@@ -1,4 +1,4 @@
-# make demo   a silent video gets its sound: demo.mp4, demo.png (about 2.5 min with the set-up)
+# make demo   a silent video gets its sound: demo.mp4, demo.png (about 3 min with the set-up)
 # make test   notebooks agree with the modules, all is formatted and clean, every notebook runs, then pytest
 #             (about 16 min on two cores; it says at the end how long it took)
 # make lab    JupyterLab at the root of the repository, so that links between pages work

@@ -9,6 +9,7 @@ import numpy as np
 
 from smooth_foley.compare import long_clips
 from smooth_foley.core import progress
+from smooth_foley.listen.judges import load_judges
 from smooth_foley.media import write_video
 from smooth_foley.pipeline import SmoothFoleyPipeline
 
@@ -30,16 +31,18 @@ def main():
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--only", default="short,windows,mixed,takes,redo,memory")
     parser.add_argument("--seconds", default="30,60", help="lengths of long scenes")
+    parser.add_argument("--ways", default=",".join(long_clips.WAYS), help="how long scenes are made")
     args = parser.parse_args()
+    judges = load_judges()
     pipe = SmoothFoleyPipeline.from_pretrained()
     pipe.set_progress_bar_config(disable=True)
     call = dict(num_inference_steps=args.steps)
-    lengths = [float(s) for s in args.seconds.split(",")]
+    lengths, ways = [float(s) for s in args.seconds.split(",")], tuple(args.ways.split(","))
     jobs = dict(
         short=lambda s: long_clips.measure_windows(pipe, s, 10.24, ("ours",), **call),
-        windows=lambda s: [r for d in lengths for r in long_clips.measure_windows(pipe, s, d, **call)],
-        mixed=lambda s: long_clips.measure_mixed(pipe, s, **call),
-        takes=lambda s: long_clips.measure_takes(pipe, s, **call),
+        windows=lambda s: [r for d in lengths for r in long_clips.measure_windows(pipe, s, d, ways, **call)],
+        mixed=lambda s: long_clips.measure_mixed(pipe, s, judges, **call),
+        takes=lambda s: long_clips.measure_takes(pipe, s, judges=judges, **call),
         redo=lambda s: long_clips.measure_redo(pipe, s, **call),
     )
     found = {}

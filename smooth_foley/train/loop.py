@@ -254,12 +254,28 @@ def _batches(run, examples, last):
     return examples.ahead(wanted(), cfg.dataloader_num_workers, run.acc.device.type == "cuda")
 
 # %% ../../nbs/train/31_loop.ipynb #b6450c3d
+class _Awaited:
+    "Batches, and the seconds that were spent waiting for them"
+
+    def __init__(self, batches):
+        self.batches, self.seconds = iter(batches), 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds += time.perf_counter() - start
+        return batch
+
+
 def _steps(run, examples, last, watchers):
     "From the counter's step to `last`"
     cfg, count = run.cfg, run.count
     log = CsvLog(run.out / "log.csv", count.step) if run.acc.is_main_process else None
     start, spent, begun = time.time(), count.seconds, count.step
-    batches = _batches(run, examples, last)
+    batches = _Awaited(_batches(run, examples, last))
     with told_to_end() as told:
         _watch_again(run, watchers, told)
         for step in progress(range(count.step, last), desc=run.out.name, unit="step", total=last - count.step):
@@ -268,7 +284,7 @@ def _steps(run, examples, last, watchers):
             count.losses.append(loss)
             count.step, count.seconds = step + 1, spent + time.time() - start
             if count.step == begun + _TELL_AFTER:
-                _tell_pace(run, time.time() - start, last - count.step)
+                _tell_pace(run, time.time() - start, batches.seconds, last - count.step)
             if count.step % cfg.log_steps == 0 or count.step == last:
                 _log(run, log, norm)
                 count.losses = []
@@ -354,12 +370,13 @@ def _log(run, log, norm):
 _TELL_AFTER, _WORTH_TELLING = 10, 100
 
 
-def _tell_pace(run, seconds, left):
-    "Print step time, peak memory and an estimate of the rest"
+def _tell_pace(run, seconds, waited, left):
+    "Print step time, how much of it is waiting for batches, peak memory and an estimate of the rest"
     if left < _WORTH_TELLING or not run.acc.is_main_process:
         return
     pace, memory = seconds / _TELL_AFTER, peak_memory(run.acc.device) / 1e9
-    say(f"{run.out.name}: {pace:.3g} s a step, peak memory {memory:.1f} GB; {left} steps left, {_hours(pace * left)}")
+    told = f"{pace:.3g} s a step ({waited / seconds:.0%} waiting for data), peak memory {memory:.1f} GB"
+    say(f"{run.out.name}: {told}; {left} steps left, {_hours(pace * left)}")
 
 
 def _hours(seconds):
