@@ -216,5 +216,6 @@ def _draw_chunk(j, folder, r):
 
 def render_pictures(folder, r: Recipe) -> None:
     "Render the pictures that are not yet rendered"
+    Path(folder).mkdir(parents=True, exist_ok=True)
     flags = picture_arrays(folder, r, "w")["pictures_done"]
     fill_chunks(partial(_draw_chunk, folder=folder, r=r), flags, "pictures")
