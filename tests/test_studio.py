@@ -151,9 +151,9 @@ def test_takes_that_are_kept_stay(s):
 def test_a_take_is_what_a_call_gives(s):
     from smooth_foley.events import Event
 
-    call = dict(num_inference_steps=2, temporal_scale=s.settings["temporal_scale"])
+    call = dict(num_inference_steps=2, **{k: s.settings[k] for k in ("temporal_scale", "frame_scale")})
     alone = s.pipe(s.path, events=[Event("siren", [(0.5, 1.5)])], seed=1, **call)
-    assert call["temporal_scale"] == 2 * s.pipe.config.temporal_scale
+    assert call["temporal_scale"] == 4 * s.pipe.config.temporal_scale
     assert np.allclose(s.heard(1).audios[0], alone.audios[0], atol=2e-3)
 
 

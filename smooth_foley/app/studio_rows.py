@@ -77,6 +77,7 @@ def _asked_spans(text, row, duration):
 
 # %% ../../nbs/app/98_studio_rows.ipynb #sdr98012
 _HELD = 2**28  # Bytes of frames that are held in memory
+_SPANS_WIN = dict(temporal_scale=4.0, frame_scale=0.7)  # Times the scales of the weights: spans count more than frames
 
 
 def _in_memory(clip, tell):
@@ -114,8 +115,8 @@ class StudioRows:
         self.pipe = shared_model(model, device) if isinstance(model, str) else model
         self.rows = {}
         self.settings = dict(negative_prompt="", num_inference_steps=10, seed=0, takes=4)
-        self.settings |= {k: self.pipe.config[k] for k in ("guidance_scale", "frame_scale")}
-        self.settings["temporal_scale"] = 2 * self.pipe.config.temporal_scale  # Spans count more than what frames show
+        self.settings["guidance_scale"] = self.pipe.config.guidance_scale
+        self.settings |= {k: times * self.pipe.config[k] for k, times in _SPANS_WIN.items()}
         self._open()
 
     @property
