@@ -115,7 +115,8 @@ def from_pretrained(
     if "time_detector" not in parts:
         parts["time_detector"] = _detector_from(folder)
     for own, (name_here, kind) in _ADAPTERS.items():
-        if (folder / own).is_dir() and name_here not in parts:
+        theirs = own == name_here and name is not None  # A saved pipeline has it anyway
+        if (folder / own).is_dir() and name_here not in parts and not theirs:
             adapter = load_part(folder / own, kind.__module__, kind.__name__, torch_dtype)
             parts[name_here] = adapter.requires_grad_(False)
     return super(FoleyCrafter, cls).from_pretrained(name, torch_dtype=torch_dtype, **parts)
