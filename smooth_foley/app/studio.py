@@ -84,7 +84,7 @@ def _settings(self: Studio):
         num_inference_steps=w.IntSlider(min=1, max=100, description="steps", continuous_update=False),
         guidance_scale=w.FloatSlider(min=1, max=15, description="guidance", step=0.5, continuous_update=False),
         frame_scale=w.FloatSlider(min=0, max=2, description="frames", **scale),
-        temporal_scale=w.FloatSlider(min=0, max=4, description="timing", **scale),
+        temporal_scale=w.FloatSlider(min=0, max=8, description="timing", **scale),
         seed=w.BoundedIntText(min=0, max=2**31, description="first seed"),
         takes=w.BoundedIntText(min=1, max=16, description="takes"),
     )

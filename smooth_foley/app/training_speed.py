@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .meter import DTYPES, Meter, machine_peak
 from ..compare.folders import write_results
-from ..core import FoleyError
+from ..core import FoleyError, default_device
 from ..train.recipe import STAGES, Recipe, recipe_with
 from ..train.recipes import run_stage, train_mini
 
@@ -30,7 +30,7 @@ def _run(name, runs, r, steps, precision):
 
 def _operations(name, runs, r, steps, precision):
     "Of a training of so many steps, with all around them"
-    meter = Meter(flops=True)
+    meter = Meter(default_device(), flops=True)
     with meter("training"):
         _run(name, runs, r, steps, precision)
     return meter.stages["training"]["flops"]
@@ -66,7 +66,7 @@ def training_speed(
 ) -> list:  # Rows of `stage_speed` with the recipe's steps, the share of the peak, and hours of the whole stage
     "Every trained stage of the recipe, in each type"
     rows, whole = [], Recipe()
-    peak = {p: machine_peak(dtype=DTYPES["fp32" if p == "no" else p])["best"] for p in precisions}
+    peak = {p: machine_peak(default_device(), dtype=DTYPES["fp32" if p == "no" else p])["best"] for p in precisions}
     with tempfile.TemporaryDirectory() as folder:
         train_mini(folder, n_scenes=n_scenes, max_steps=1, stages=STAGES[:-1])
         r = recipe_with(dict(n_scenes=n_scenes))

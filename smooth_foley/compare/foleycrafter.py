@@ -111,7 +111,7 @@ def from_pretrained(
 ) -> FoleyCrafter:
     "Load the baseline"
     folder = _folder_of(name)
-    parts = (PUBLISHED if name == "full" else {}) | kwargs
+    parts = dict(soft_condition=False) | (PUBLISHED if name == "full" else {}) | kwargs
     if "time_detector" not in parts:
         parts["time_detector"] = _detector_from(folder)
     for own, (name_here, kind) in _ADAPTERS.items():

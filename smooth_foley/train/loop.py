@@ -359,7 +359,7 @@ def _log(run, log, norm):
         loss=round(float(np.mean(count.losses)), 6),
         lr=float(f"{cfg.learning_rate * lr_share(count.step - 1, cfg):.3g}"),
         grad_norm=round(float(norm), 4),
-        seconds=round(count.seconds, 1),
+        seconds=round(count.seconds, 3),
     )
     if log:
         log(**row)

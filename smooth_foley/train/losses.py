@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core import FoleyError
 from ..schedule import v_target
+from ..temporal_condition import SHARPNESS
 
 # %% ../../nbs/train/30_losses.ipynb #e82849c3
 def diffusion_target(
@@ -99,7 +100,7 @@ def projection_loss(
     cosine: Tensor,  # Similarity, `(b, n_frames)`, in [-1, 1]
     sounding: Tensor,  # Truth, `(b, n_frames)` bool
     threshold: float = 0.5,  # Cosine at which a frame is as likely to sound as not
-    sharpness: float = 12.0,  # Factor from cosine to logit
+    sharpness: float = SHARPNESS,  # Factor from cosine to logit
 ) -> Tensor:  # scalar
     "Frame-level cross-entropy around the threshold"
     return F.binary_cross_entropy_with_logits(sharpness * (cosine.float() - threshold), sounding.float())
