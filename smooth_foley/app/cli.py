@@ -350,7 +350,7 @@ _SOUND = (
     (
         "--temporal-scale",
         number(0, 10),
-        "weight of the temporal condition; 0 is off, twice the default obeys spans against the picture",
+        "weight of the temporal condition; 0 is off; 4, with --frame-scale 0.7, obeys spans against the picture",
     ),
     ("--condition", _WHEN, 'auto (default), always, or spans like "0.5-2.0,3-4.5" in seconds', "auto"),
     ("--frame-wise", YES_NO, "one token per frame, or one for the whole clip", True),
@@ -370,7 +370,7 @@ _GENERATE_EXAMPLES = """examples:
   smooth-foley generate plane.mp4 --label "airplane flyby"            # writes plane_foley.mp4
   smooth-foley generate plane.mp4 --seed 3 -o take3.wav --plot take3.png
   smooth-foley generate clips/ -o sounds/                             # a folder; CLIP proposes the labels
-  smooth-foley generate plane.mp4 --label "airplane flyby" --condition "0.5-2.0,3-4.5" --frame-scale 0.5
+  smooth-foley generate plane.mp4 --label "airplane flyby" --condition "0.5-2,3-4.5" --temporal-scale 4 --frame-scale 0.7
   smooth-foley generate plane.mp4 --label "airplane flyby" --preset fast
   smooth-foley generate plane.mp4 --label "airplane flyby" --model full --dtype bfloat16
   smooth-foley generate street.mp4 --label "train horning" --label "dog barking" --stems stems --tracks
