@@ -370,7 +370,7 @@ _GENERATE_EXAMPLES = """examples:
   smooth-foley generate plane.mp4 --label "airplane flyby"            # writes plane_foley.mp4
   smooth-foley generate plane.mp4 --seed 3 -o take3.wav --plot take3.png
   smooth-foley generate clips/ -o sounds/                             # a folder; CLIP proposes the labels
-  smooth-foley generate plane.mp4 --label "airplane flyby" --condition "0.5-2,3-4.5" --temporal-scale 4 --frame-scale 0.7
+  smooth-foley generate plane.mp4 --label "airplane flyby" --condition 1-3 --temporal-scale 4 --frame-scale 0.7
   smooth-foley generate plane.mp4 --label "airplane flyby" --preset fast
   smooth-foley generate plane.mp4 --label "airplane flyby" --model full --dtype bfloat16
   smooth-foley generate street.mp4 --label "train horning" --label "dog barking" --stems stems --tracks
