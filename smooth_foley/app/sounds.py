@@ -74,14 +74,17 @@ def make_sounds(
         if events is None:
             return [(pipe(clip, label=label, seed=args.seed, **call), 0)]
         return [(pipe(clip, events=events, seed=args.seed, **_without_single(call)), 0)]
-    from smooth_foley.compare.takes import best_stems, best_take, make_takes, score_takes
+    from smooth_foley.compare.takes import best_stems, best_take, judges_of, make_takes, score_takes
+
+    judges = judges_of(pipe)
 
     if events is not None:
-        return [(best_stems(pipe, clip, events, args.takes, args.seed, **_without_single(call)), 0)]
+        return [(best_stems(pipe, clip, events, args.takes, args.seed, judges, **_without_single(call)), 0)]
     output = make_takes(pipe, clip, args.takes, args.seed, label=label, **call)
-    scores = score_takes(output)
+    scores = score_takes(output, judges)
     for k, row in enumerate(scores):
-        say(f"{clip.name}: seed {args.seed + k}: agrees with the condition to {row['agreement']:.0%}")
+        heard = f"; the label is heard with {row['label']:.0%}" if "label" in row else ""
+        say(f"{clip.name}: seed {args.seed + k}: agrees with the condition to {row['agreement']:.0%}{heard}")
     if args.pick == "all":
         return [(output, k) for k in range(args.takes)]
     best = best_take(output, scores)
