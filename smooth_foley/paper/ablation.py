@@ -297,7 +297,7 @@ def frame_rate_table(
     pipe,
     out,  # CSV to write
     n: int = 60,  # Test scenes of each split
-    rates: tuple = (4, 8, 15),  # Frames per second
+    rates: tuple = (4, 8, 15, 30),  # Frames per second
     splits: tuple = ("passby", "passby_continuous"),
     batch: int = 4,  # Scenes at a time
     **call,  # Of the pipeline, e.g. `num_inference_steps`
