@@ -379,7 +379,10 @@ def test_bench_of_points():
     assert "fps3" in points_table(rows) and "ref." not in points_table(rows)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+SLOW = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="minutes on a CPU without bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=SLOW)])
 def test_bench_of_points_beside_the_reference(dtype):
     from smooth_foley.app.bench import bench_points
     from smooth_foley.app.bench_command import points_table

@@ -65,9 +65,19 @@ def _facts(audio, scene):
     level[: len(track)] = track
     facts = dict(iou=frame_scores(found, truth["sounding"])["iou"])
     facts["level"] = level_adherence(level, truth["level"], truth["sounding"])["correlation"]
+    near = _loudest(truth)
+    facts["near"] = level_adherence(level[near], truth["level"][near], truth["sounding"][near])["correlation"]
     if scene.label in passby.TONAL:
         facts["f0"] = float(doppler_adherence(audio, SR, scene.label, truth["f0"])["correlation"])
     return facts
+
+
+def _loudest(truth, seconds=10.24):
+    "The stretch around the loudest moment, at 100 Hz"
+    level = np.where(truth["sounding"], np.nan_to_num(truth["level"], nan=-np.inf), -np.inf)
+    n = min(round(100 * seconds), len(level))
+    first = np.clip(np.argmax(level) - n // 2, 0, len(level) - n)
+    return slice(first, first + n)
 
 
 def _pieces(scene, condition, starts, window):
@@ -110,7 +120,7 @@ def measure_windows(
     split: str = "passby_continuous",
     overlap: float = None,  # Seconds; None for a quarter of a window
     **call,  # As in a call of the pipeline
-) -> list:  # A row for each way: seed, label, way, iou, level, f0, seam
+) -> list:  # A row for each way: seed, label, way, iou, level, near (level around the loudest moment), f0, seam
     "One long scene made in each way"
     scene = passby.scene(seed, split, audio=False, duration=duration)
     condition = TemporalCondition.from_intervals(scene.events, duration)
@@ -222,7 +232,7 @@ def peak_memory(
     return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-MEASURES = ("iou", "level", "f0", "seam", "both", "same", "step", "before")
+MEASURES = ("iou", "level", "near", "f0", "seam", "both", "same", "step", "before")
 
 
 def summary(
