@@ -122,12 +122,12 @@ def plot_frontier(
     import matplotlib.pyplot as plt
 
     if axs is None:
-        fig, axs = plt.subplots(2, 3, figsize=(8, 4), dpi=80, layout="constrained", sharex=True)
+        fig, axs = plt.subplots(2, 3, figsize=(9, 4), dpi=80, layout="constrained", sharex=True)
         fig.supxlabel("times fewer operations", fontsize=8)
         fig.supylabel("gain", fontsize=8)
     kinds = list(dict.fromkeys(r["kind"] for r in rows))
     axs = np.ravel(axs)
     for ax, measure in zip(axs, JUDGED):
         _draw(ax, measure, rows, kinds)
-    axs[0].legend(fontsize=7)
+    axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     return axs
