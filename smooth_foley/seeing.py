@@ -29,10 +29,11 @@ def chosen_frames(
     fps: float | None,  # Frames per second to keep; None, or more than there are, for all
 ) -> np.ndarray:  # Their numbers, in order, with the first and the last frame, `(U,)`
     "Frames that lie nearest to an even clock"
-    if fps is None or fps >= own_fps(times):
+    if fps is None or len(times) == 1 or fps >= own_fps(times):
         return np.arange(len(times))
     clock = np.arange(times[0], times[-1] + 1e-6, 1 / fps)
-    nearest = np.abs(np.asarray(times)[:, None] - clock).argmin(0)
+    after = np.searchsorted(times, clock).clip(1, len(times) - 1)  # A table of distances is too large for hours
+    nearest = np.where(clock - times[after - 1] <= times[after] - clock, after - 1, after)
     return np.unique([*nearest, len(times) - 1])
 
 
