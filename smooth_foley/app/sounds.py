@@ -77,7 +77,6 @@ def make_sounds(
     from smooth_foley.compare.takes import best_stems, best_take, judges_of, make_takes, score_takes
 
     judges = judges_of(pipe)
-
     if events is not None:
         return [(best_stems(pipe, clip, events, args.takes, args.seed, judges, **_without_single(call)), 0)]
     output = make_takes(pipe, clip, args.takes, args.seed, label=label, **call)

@@ -256,7 +256,7 @@ def gains(
     "Differences over the scenes (and labels) that both sides have"
 
     def side(asked):
-        return {(r["seed"], r["label"] if "label" in r else ""): r for r in rows if asked.items() <= r.items()}
+        return {(r["seed"], r.get("label", "")): r for r in rows if asked.items() <= r.items()}
 
     a, b = side(new), side(old)
     shared, found = sorted(a.keys() & b.keys()), {}
