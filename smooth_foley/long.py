@@ -267,9 +267,8 @@ def decode_windows(
     "Latents of any width to log-mel"
 
     def parts():
-        rows = list(range(len(windows.starts)))
-        for k in range(0, len(rows), batch_size):
-            group = rows[k : k + batch_size]
+        rows = range(len(windows.starts))
+        for group in self.progress_bar([rows[k : k + batch_size] for k in rows[::batch_size]]):
             cut = torch.stack([z[..., windows.starts[r] : windows.starts[r] + windows.width] for r in group])
             yield group, self.mel.from_image(decode_latents(self.vae, cut).float())
 
@@ -292,7 +291,7 @@ def _play_long(self: AnyLength, z, windows, durations, output_type, return_dict,
             mels = [self.decode_windows(x, w) for x, w in zip(z, windows)]
     if output_type == "audio":
         with self.stage("vocoder"):
-            sounds = [vocode_long(self.vocoder, m) for m in mels]
+            sounds = [vocode_long(self.vocoder, m, bar=self.progress_bar) for m in mels]
             audios = [a[: seconds_to_samples(d, sr)].numpy() for a, d in zip(sounds, durations)]
     self._bring(None)
     z, mels = _together(z), None if mels is None else _together(mels)

@@ -8,6 +8,7 @@ __all__ = ['make_vocoder', 'vocode', 'PhaseVocoder', 'vocode_long', 'strip_weigh
 
 # %% ../nbs/03_vocoder.ipynb #ea568caa
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -163,20 +164,20 @@ def _pieces(n, size, margin):
 
 
 @patch
-def _play_pieces(self: PhaseVocoder, log_mel, size, margin):
+def _play_pieces(self: PhaseVocoder, log_mel, pieces, margin):
     "Waveforms of the pieces, each with the phases that the piece before has reached"
     past, hop = 0.0, self.config.hop_length
-    for low, start, stop, high in _pieces(log_mel.shape[-1], size, margin):
+    for low, start, stop, high in pieces:
         S = self._spectrum(log_mel[None, :, low:high].float())
         yield self._sound(S, past)[0, (start - low) * hop : (stop - low) * hop]
         turn, k = self.turns(S)[0], max(0, stop - margin) - low  # the next piece begins k columns later
         past = past + turn[..., : k + 1].sum(-1, keepdim=True) - turn[..., k + 1 : k + 2]
 
 # %% ../nbs/03_vocoder.ipynb #lng03003
-def _convolve_pieces(vocoder, log_mel, size, margin):
+def _convolve_pieces(vocoder, log_mel, pieces):
     "Waveforms of the pieces, by a HiFi-GAN"
     hop = math.prod(vocoder.config.upsample_rates)
-    for low, start, stop, high in _pieces(log_mel.shape[-1], size, margin):
+    for low, start, stop, high in pieces:
         yield vocode(vocoder, log_mel[None, :, low:high])[0, (start - low) * hop : (stop - low) * hop]
 
 
@@ -186,15 +187,17 @@ def vocode_long(
     log_mel: Tensor,  # Natural-log mel of one sound, `(n_mels, n_cols)`
     size: int = 1024,  # Columns of a piece; a sound that is no longer is played as `vocode` plays it
     margin: int = 128,  # Columns to both sides that are played with it
+    bar: Callable = iter,  # What shows the progress: given the list of pieces, it yields them
 ) -> Tensor:  # Waveform, `(n_cols*hop,)`, float32 in [-1, 1], on the CPU
     "Play a log-mel of any length piece by piece"
     if log_mel.shape[-1] <= size:
         return vocode(vocoder, log_mel[None])[0].cpu()
+    pieces = bar(list(_pieces(log_mel.shape[-1], size, margin)))
     if isinstance(vocoder, PhaseVocoder):
-        pieces = vocoder._play_pieces(log_mel, size, margin)
+        waves = vocoder._play_pieces(log_mel, pieces, margin)
     else:
-        pieces = _convolve_pieces(vocoder, log_mel, size, margin)
-    return torch.cat([piece.clamp(-1, 1).cpu() for piece in pieces])
+        waves = _convolve_pieces(vocoder, log_mel, pieces)
+    return torch.cat([wave.clamp(-1, 1).cpu() for wave in waves])
 
 # %% ../nbs/03_vocoder.ipynb #dfdf172e
 def strip_weight_norm(
