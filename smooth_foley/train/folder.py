@@ -25,6 +25,7 @@ from ..world import passby
 # Field -> the stages that read it
 _READ_BY = dict(
     n_scenes=("scenes",),
+    long_share=("scenes", "features"),
     n_picture_scenes=("pictures",),
     n_pictures=("pictures",),
     autoencoder=("components", "vae", "details"),

@@ -21,7 +21,7 @@ from .folder import StageRun
 from .looks import steady_loss
 from .loop import Stage, save_trained, train
 from .losses import multi_resolution_stft_loss, projection_loss, sigmoid_pair_loss, vae_loss
-from .scenes import picture_arrays, sound_arrays
+from .scenes import is_window, picture_arrays, sound_arrays
 from ..vocoder import make_vocoder, strip_weight_norm
 from ..world import passby
 
@@ -226,6 +226,12 @@ def _projection_rows(arrays, features):
     return rows
 
 
+def _of_whole_scenes(rows, r):
+    "`batch_of` for scenes that are no window of a longer one, where the source may be too far to be seen; their number"
+    whole = np.array([i for i in range(r.n_feature_scenes) if not is_window(i, r)])
+    return lambda indices: rows(whole[np.asarray(indices)]), len(whole)
+
+
 def _with_mixed(rows, n, mixed):
     "`batch_of` that goes on with each source of each scene of two, from index `n`"
 
@@ -255,12 +261,13 @@ def train_projection(run: StageRun) -> None:
     torch.manual_seed(run.recipe.seed)
     projection = LabelProjection(encoder.config.embed_dim, hidden_size=run.recipe.projection_size or None)
     rows = _projection_rows(sound_arrays(run.cache, run.recipe), feature_arrays(run.cache, run.recipe))
-    n = run.recipe.n_feature_scenes
+    rows, n = _of_whole_scenes(rows, run.recipe)
     if run.recipe.n_mixed_scenes:
         rows = _with_mixed(rows, n, mixed_arrays(run.cache, run.recipe))
     validate = None
     if run.cfg.validation_steps:
-        validate = steady_loss(_projection_rows(run.val.sounds(), run.val.features()))
+        val_rows, n_val = _of_whole_scenes(_projection_rows(run.val.sounds(), run.val.features()), run.val.recipe)
+        validate = steady_loss(val_rows, n=n_val)
     stage = ProjectionStage(projection, encoder.encode_text(list(passby.LABELS)).clone())
     train(stage, rows, n + 2 * run.recipe.n_mixed_scenes, run.cfg, run.out, validate=validate)
     save_trained(projection, run.weights())

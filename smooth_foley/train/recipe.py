@@ -80,6 +80,7 @@ class Recipe:
     "All that decides what `mini` becomes"
 
     n_scenes: int = 5000  # Scenes whose sound trains the autoencoder, vocoder and base
+    long_share: float = 0.0  # Share of these scenes that are a window of a longer one
     n_picture_scenes: int = 6000  # Scenes whose pictures train CLIP
     n_pictures: int = 8  # Pictures of each of them
     autoencoder: str = (
@@ -117,6 +118,7 @@ VAL_SEED = 1_000_000  # Passby's training seeds are below, its validation seeds 
 # Field, least, most, what to give
 _RANGES = (
     ("n_scenes", 1, float("inf"), "1 or more"),
+    ("long_share", 0, 1, "the share of scenes that are a window of a longer one, from 0 to 1"),
     ("n_picture_scenes", 1, float("inf"), "1 or more"),
     ("n_pictures", 1, float("inf"), "1 or more"),
     ("n_feature_scenes", 1, float("inf"), "1 or more"),
