@@ -47,7 +47,8 @@ class ValidationSet:
         measure=None,  # `measure(audio, sr, scene) -> dict of numbers`, for sample sheets
     ):
         self.runs, self.folder, self.measure = Path(runs), Path(runs) / "cache" / "val", measure
-        self.recipe = replace(r, first_seed=VAL_SEED, n_scenes=N_VAL, n_picture_scenes=N_VAL, n_feature_scenes=N_VAL)
+        sizes = dict(n_scenes=N_VAL, n_picture_scenes=N_VAL, n_feature_scenes=N_VAL, n_mixed_scenes=0)
+        self.recipe = replace(r, first_seed=VAL_SEED, **sizes)
 
     def _make(self, render, *args):
         "Render on the first process"
