@@ -1,6 +1,6 @@
 # make demo   a silent video gets its sound: demo.mp4, demo.png (about 3 min with the set-up)
 # make test   notebooks agree with the modules, all is formatted and clean, every notebook runs, then pytest
-#             (about 16 min on two cores; it says at the end how long it took)
+#             (16 to 30 min on two cores; it says at the end how long it took)
 # make lab    JupyterLab at the root of the repository, so that links between pages work
 # make readme README.md from nbs/index.ipynb
 # make clean  remove what these commands made
