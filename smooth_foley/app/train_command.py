@@ -13,7 +13,7 @@ from ..core import say
 _POSITIONS = ("none", "sinusoidal", "window", "residual")
 RECIPE_OPTIONS = (
     ("--n-scenes", number(1, 10**6, int), "scenes whose sound trains autoencoder and base"),
-    ("--long-share", number(0, 1), "share of them that are a window of a longer one"),
+    ("--long-share", number(0, 0.5), "share of them that are a window of a longer one"),
     ("--n-picture-scenes", number(1, 10**6, int), "scenes whose pictures train CLIP"),
     ("--n-pictures", number(1, 1024, int), "pictures of each of them"),
     ("--n-feature-scenes", number(1, 10**6, int), "scenes whose frames train the adapters; at most --n-scenes"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .folders import read_results
+from .folders import read_results, results_folder
 from .takes import best_take, make_takes, score_takes
 from ..events import Event
 from ..media import SR, Clip
@@ -273,8 +273,7 @@ def long_rows(
 ) -> list:  # Rows with numbers; measures that a row does not have are left out
     "What `tests/long_run.py` has written"
     if folder is None:
-        places = [Path(up) / "results" / "long" for up in (".", "..", "../..")]
-        folder = next((p for p in places if p.is_dir()), places[0])
+        folder = results_folder("long")
     rows = read_results(Path(folder) / f"{name}.csv")
     words = ("label", "way")
     return [{k: v if k in words else float(v) for k, v in r.items() if v} for r in rows]

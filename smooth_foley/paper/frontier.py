@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..compare.folders import read_results
+from ..compare.folders import read_results, results_folder
 from ..core import FoleyError
 
 # %% ../../nbs/paper/86_frontier.ipynb #frn00006
@@ -38,8 +38,7 @@ def frontier_folder(
 ) -> Path:
     "Where the numbers are"
     if folder is None:
-        places = [Path(up) / "results" / "frontier" for up in (".", "..", "../..")]
-        folder = next((p for p in places if p.is_dir()), places[0])
+        folder = results_folder("frontier")
     folder = Path(folder)
     if missing := [name for name in _FILES if not (folder / name).is_file()]:
         raise FoleyError(f"{folder.name}: no {', '.join(missing)} in it; the page of the frontier has the commands")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..compare.counterfactual import films_table
-from ..compare.folders import read_results
+from ..compare.folders import read_results, results_folder
 from ..compare.summary import MEASURES, difference_of, values_of
 from ..core import FoleyError
 from ..metrics.timing import scores
@@ -51,8 +51,7 @@ def stored(
 ) -> Path:
     "Where the numbers are"
     if folder is None:
-        places = [Path(up) / "results" / "evaluate" for up in (".", "..", "../..")]
-        folder = next((p for p in places if p.is_dir()), places[0])
+        folder = results_folder("evaluate")
     if not (Path(folder) / "summary.csv").is_file():
         raise FoleyError(f"{folder}: no summary.csv in it; `smooth-foley evaluate` makes one")
     return Path(folder)

@@ -81,6 +81,7 @@ def _as_json(r, mark):
 
 
 _RESTORE = "restore it, or use another folder"
+_BEFORE = dict(long_share=0.0)  # Fields that came later, and what folders without them were made with
 
 
 def _config_in(path):
@@ -98,7 +99,7 @@ def _read_recipe(runs, r, mark):
         known = read_json(path, advice=_RESTORE)
         if not isinstance(known.get("stages"), dict) or not all(isinstance(c, dict) for c in known["stages"].values()):
             raise FoleyError(f"{path}: has no configurations of stages; {_RESTORE}")
-        return known
+        return _BEFORE | known
     known = _as_json(r, mark)
     for name, cfg in known["stages"].items():
         done = Path(runs) / name / "done.json"

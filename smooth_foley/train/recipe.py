@@ -118,7 +118,7 @@ VAL_SEED = 1_000_000  # Passby's training seeds are below, its validation seeds 
 # Field, least, most, what to give
 _RANGES = (
     ("n_scenes", 1, float("inf"), "1 or more"),
-    ("long_share", 0, 1, "the share of scenes that are a window of a longer one, from 0 to 1"),
+    ("long_share", 0, 0.5, "the share of scenes that are a window of a longer one, from 0 to 0.5"),
     ("n_picture_scenes", 1, float("inf"), "1 or more"),
     ("n_pictures", 1, float("inf"), "1 or more"),
     ("n_feature_scenes", 1, float("inf"), "1 or more"),
