@@ -40,9 +40,9 @@ def _configs():
     "How each trained stage runs"
     common = dict(weight_decay=0.01, mixed_precision="no", checkpointing_steps=250)
     return dict(
-        vae=TrainConfig(max_train_steps=1500, train_batch_size=8, learning_rate=8e-4, ema_decay=0.998, **common),
-        cavp=TrainConfig(max_train_steps=1200, train_batch_size=12, learning_rate=8e-4, lr_warmup_steps=200, **common),
-        ldm=TrainConfig(max_train_steps=2800, train_batch_size=8, learning_rate=8e-4, lr_warmup_steps=200, **common),
+        vae=TrainConfig(max_train_steps=2000, train_batch_size=16, learning_rate=8e-4, ema_decay=0.998, **common),
+        cavp=TrainConfig(max_train_steps=1600, train_batch_size=24, learning_rate=8e-4, lr_warmup_steps=200, **common),
+        ldm=TrainConfig(max_train_steps=4000, train_batch_size=16, learning_rate=8e-4, lr_warmup_steps=200, **common),
         classifier=TrainConfig(
             max_train_steps=1500, train_batch_size=16, learning_rate=4e-4, ema_decay=0.998, **common
         ),
