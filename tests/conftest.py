@@ -3,3 +3,4 @@
 import os
 
 os.environ.update(IN_TEST="1", HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 on a GPU as precise as on a CPU

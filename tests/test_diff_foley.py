@@ -418,8 +418,9 @@ def test_training_goes_on_where_it_stopped(tmp_path):
         (tmp_path / stage / "done.json").unlink()
     again = weights()
     assert whole.keys() == again.keys() == {"cavp", "condition_stage", "unet", "vae", "classifier"}
+    near = torch.allclose if torch.cuda.is_available() else torch.equal  # a GPU adds up in no fixed order
     for part in whole:
-        assert all(torch.equal(v, again[part][k]) for k, v in whole[part].items()), part
+        assert all(near(v, again[part][k]) for k, v in whole[part].items()), part
     foley = DiffFoley.from_pretrained(tmp_path / "diff_foley")
     assert not foley.config.raw_context and foley.vae.config.scaling_factor != 0.18215
     assert not copy.deepcopy(foley.unet).training

@@ -495,9 +495,11 @@ def test_a_run_that_is_looked_at_ends_with_the_same_weights(tiny, tmp_path, monk
     os.utime(runs / "latents.npy")  # As if they came from this autoencoder
     recipes.run_stage("frame_adapter", runs, r, lambda audio, sr, scene: dict(peak=float(abs(audio).max())))
     out = runs / "frame_adapter"
-    assert column(out / "log.csv", "loss") == column(tiny / "frame_adapter" / "log.csv", "loss")
+    gpu = torch.cuda.is_available()  # which adds up in no fixed order
+    losses = column(tiny / "frame_adapter" / "log.csv", "loss")
+    assert column(out / "log.csv", "loss") == pytest.approx(losses, rel=1e-5 if gpu else 0, abs=0)
     weights = "weights/diffusion_pytorch_model.safetensors"
-    same(out / weights, tiny / "frame_adapter" / weights)
+    same(out / weights, tiny / "frame_adapter" / weights, tol=1e-4 if gpu else 0)
     assert column(out / "validation.csv", "step") == [3] * 8 + [5] * 8
     assert column(out / "validation.csv", "timestep")[:8] == [62, 187, 312, 437, 562, 687, 812, 937]
     assert (

@@ -160,6 +160,7 @@ def test():
     if not books:
         sys.exit("no notebooks found under nbs/")
     if has_cuda():  # one process per notebook, so that none keeps another one's GPU memory
+        env["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 as precise as on a CPU
         cmds = [["nbdev_test", "--path", str(p), "--n_workers", "0", "--do_print", "--flags", "cuda"] for p in books]
     else:
         cmds = [["nbdev_test", "--n_workers", "2", "--do_print"]]

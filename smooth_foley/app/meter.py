@@ -27,6 +27,12 @@ def _mha_flops(query_shape, key_shape, value_shape, embed_dim, *args, out_shape=
     return 2 * b * n * d * 4 * d + 4 * b * n * n * d
 
 
+def _attention_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
+    "Scores and weighted sum of `aten._scaled_dot_product_flash_attention_for_cpu`, which PyTorch 2.11 does not count"
+    b, heads, n, d = query_shape
+    return 2 * b * heads * n * key_shape[2] * (d + value_shape[3])
+
+
 def _linear_flops(x_shape, w_shape, *args, out_shape=None, **kwargs):
     "`mkldnn._linear_pointwise`"
     return 2 * math.prod(x_shape) * w_shape[0]
@@ -36,6 +42,7 @@ def _count_flops():
     "Count the floating-point operations inside the block; `get_total_flops()` afterwards"
     own = {
         torch.ops.aten._native_multi_head_attention: _mha_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         torch.ops.mkldnn._linear_pointwise: _linear_flops,
     }
     return FlopCounterMode(display=False, custom_mapping=own)
