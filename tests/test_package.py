@@ -52,7 +52,7 @@ def released(wheel, tmp_path_factory):
 
 def test_a_wheel_made_from_the_source_release_is_the_same(wheel, released):
     assert sorted(released.namelist()) == sorted(wheel.namelist())
-    assert Path(released.filename).stat().st_size < 36e6  # 35 MB of weights, compressed
+    assert Path(released.filename).stat().st_size < 42e6  # 41 MB of weights, compressed
 
 
 @pytest.fixture(scope="module")

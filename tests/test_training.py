@@ -245,6 +245,15 @@ def column(path, name):
         return [float(row[name]) for row in csv.DictReader(f)]
 
 
+def test_a_base_that_was_stored_in_half_precision_is_trained_in_full(tiny, tmp_path):
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    weights = tmp_path / "base" / "weights"
+    for name, part in diffusion.load_base(tmp_path).items():
+        part.half().save_pretrained(weights / name)
+    base = diffusion.load_base(tmp_path)
+    assert {p.dtype for part in base.values() for p in part.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("stage", RECORDED)
 def test_losses_do_not_move(tiny, stage):
     np.testing.assert_allclose(column(tiny / stage / "log.csv", "loss"), RECORDED[stage], rtol=2e-4)

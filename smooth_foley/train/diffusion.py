@@ -173,8 +173,9 @@ def load_base(
 ) -> dict:  # `unet` and `text_encoder`
     "The trained base of a run folder"
     folder = Path(runs) / stage / "weights"
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet").to(memory_format=torch.channels_last)
-    return dict(unet=unet, text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"))
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    return dict(unet=unet.to(memory_format=torch.channels_last), text_encoder=text_encoder)
 
 
 def load_tokenizer(runs) -> CLIPTokenizer:
