@@ -339,8 +339,7 @@ def test_shipped_results_are_of_two_hundred_clips():
     counts_ = {}
     for r in csv.DictReader(open(folder / "clips.csv", newline="")):
         counts_[r["split"], r["system"]] = counts_.get((r["split"], r["system"]), 0) + 1
-    fewer = {"diff-foley": 100}  # Takes five times as long; the page and the front page say so
-    assert all(counts_[split, s] >= fewer.get(s, 200) for split in SPLITS for s in SYSTEMS)
+    assert all(counts_[split, s] >= 200 for split in SPLITS for s in SYSTEMS)
 
 
 def test_without_results_the_command_says_so_in_one_line(tmp_path):
