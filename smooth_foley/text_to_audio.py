@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .arguments import check_number, per_clip, per_clip_texts
 from .autoencoder import decode_latents, vae_factor
+from .autoguidance import Autoguided
 from .backbone import encode_prompt
 from .callbacks import StepState, step_callback
 from .core import FoleyError, derive_generator
@@ -36,7 +38,7 @@ from .temporal_adapter import residuals
 from .vocoder import vocode
 
 # %% ../nbs/11d_text_to_audio.ipynb #ce669ce0
-class TextToAudio(Running, StepState, LoraWeights, SavedPipeline, DiffusionPipeline):
+class TextToAudio(Autoguided, Running, StepState, LoraWeights, SavedPipeline, DiffusionPipeline):
     "Frozen text-to-audio model with adapters; a subclass registers the components"
 
     reuse = True  # what is constant over the steps is computed once
@@ -60,6 +62,7 @@ def latent_shape(self: TextToAudio) -> tuple:
 @patch
 def _guidance(self: TextToAudio, **scales):
     "Checked scales, with the weights' own defaults where None"
+    self.check_autoguidance(frame_guidance_scale=scales.get("frame_guidance_scale"))
     defaults = {k: self.config[k] for k, v in scales.items() if v is None and k in self.config}
     return Guidance(**{**scales, **defaults})
 
@@ -67,6 +70,7 @@ def _guidance(self: TextToAudio, **scales):
 @patch
 def _text(self: TextToAudio, prompts, negatives):
     "Text tokens of negative prompts, then of prompts, `(2b, L, d_ctx)`"
+    self.check_autoguidance(negative_prompt=negatives)
     texts = [*negatives, *prompts]
     different = list(dict.fromkeys(texts))
     emb = torch.stack([encode_prompt(self.tokenizer, self.text_encoder, [t])[0] for t in different])
@@ -153,7 +157,11 @@ def predict(
 @patch
 @contextmanager
 def _predictor(self: TextToAudio, guidance, reuse):
-    "What predicts from latents and time step: one part for each part of the text"
+    "What predicts from latents and time step: one part for each part of the text, or a weak model's and one"
+    if self._weak_unet is not None and guidance.guided:
+        with self.autoguided(guidance, partial(self._predictor, reuse=reuse)) as predict:
+            yield predict
+        return
     scale = guidance.temporal_scale
     text, tokens, cond = guidance.stacked(self.unet.device, self.unet.dtype)
     has_adapter = tokens is not None or (cond is not None and scale != 0)

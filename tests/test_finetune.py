@@ -137,7 +137,7 @@ def from_memory(stage, s, model, monkeypatch):
         return in_order, len(clips)
     monkeypatch.setattr(diffusion, "stored_caption", lambda arrays, i, long=True: labels[arrays["label"][i]])
     text = load_component(model, "tokenizer"), load_component(model, "text_encoder")
-    plain = diffusion._diffusion_rows(arrays, np.stack([sample["latent"] for sample, _ in clips]), *text)
+    plain = diffusion.diffusion_rows(arrays, np.stack([sample["latent"] for sample, _ in clips]), *text)
     return diffusion._frame_rows(plain, dict(emb=emb), 15.0) if stage == "frame-adapter" else plain, len(clips)
 
 

@@ -28,6 +28,7 @@ RECIPE_OPTIONS = (
     ("--channel-power", number(0, 4), "the adapters' loss weighs latent channels by their deviation to this power"),
     ("--fps", number(0.2, 100), "frames per second"),
     ("--frame-position", _POSITIONS, "how the frame adapter knows when a frame was seen"),
+    ("--frame-window", [number(0.001, 100)], "seconds around a column's time that it looks at; one, or one per head"),
     ("--frame-motion", YES_NO, "append to each frame how fast its embedding changes"),
     ("--frame-wise", YES_NO, "train the frame adapter on every frame, or on their mean"),
     ("--projection-size", number(0, 10**6, int), "units of the label projection's hidden layer; 0 for a linear one"),

@@ -62,12 +62,13 @@ def is_mini(pipe) -> bool:
 # %% ../../nbs/compare/73_systems.ipynb #bbd77075
 def with_parts(
     loaded: Loaded,
-    **folders,  # Component -> folder of its weights; `weights` for a whole pipeline
+    **folders,  # Component -> folder of its weights; `weights` for a whole pipeline, `weak_unet` for autoguidance
 ) -> Loaded:
     "The same pipeline with other weights in places"
+    weak = folders.pop("weak_unet", None)
     if folder := folders.pop("weights", None):
         loaded = load_with_folder(name=folder, device=loaded.pipe.device)
-    if not folders:
+    if not folders and weak is None:
         return loaded
     pipe = loaded.pipe
     new = {name: _part(pipe, name, folder) for name, folder in folders.items()}
@@ -79,6 +80,8 @@ def with_parts(
     pipe = type(pipe)(**{**pipe.components, **new}, **settings)
     pipe.register_to_config(**({"_name_or_path": origin} if origin else {}))
     pipe.set_progress_bar_config(disable=True)
+    for net in loaded.pipe.weak.values() if weak is None else [weak]:
+        pipe.enable_autoguidance(net)
     return Loaded(pipe, loaded.folder, (*loaded.replaced, *new))
 
 
@@ -342,6 +345,7 @@ _OPTIONS = dict(
     folder=str,
 )
 _OF_DIFF_FOLEY = ("classifier_scale", "folder")
+_AUTOGUIDED = ("ours", "paper", "ours-clipwise", "text", "always")
 _COMPONENTS = (
     "weights",
     "frame_adapter",
@@ -352,6 +356,7 @@ _COMPONENTS = (
     "vae",
     "vocoder",
     "scheduler",
+    "weak_unet",
 )
 _RESERVED = ("truth", "clips", "measured", "embeddings", "counterfactual")  # Folders that hold other things
 
@@ -398,6 +403,8 @@ def _with_pairs(spec, text, pairs):
         key, eq, value = pair.partition("=")
         if key in _OF_DIFF_FOLEY and spec.base != "diff-foley":
             raise FoleyError(f"system {text!r}: {key} belongs to diff-foley; leave it out")
+        if key == "weak_unet" and spec.base not in _AUTOGUIDED:
+            raise FoleyError(f"system {text!r}: {key} guides {', '.join(_AUTOGUIDED)}; leave it out")
         if eq and key in _OPTIONS:
             options[key] = _option_value(text, key, value)
         elif eq and key in _COMPONENTS:
@@ -471,7 +478,7 @@ def build(
     about = dict(
         base=spec.base,
         options=spec.options,
-        weights=fingerprint({**mine.pipe.components, **built.modules}),
+        weights=fingerprint({**mine.pipe.components, **mine.pipe.weak, **built.modules}),
         settings={k: config[k] for k in _SETTINGS},
         seed=seed,
         steps=steps,

@@ -40,6 +40,7 @@ _READ_BY = dict(
     seed=("components", "vae", "coarse", "base", "vocoder", "clip", "projection", "temporal_adapter", "frame_adapter"),
     fps=("features",),
     frame_position=("frame_adapter",),
+    frame_window=("frame_adapter",),
     frame_motion=("frame_adapter",),
     frame_wise=("frame_adapter",),
     projection_size=("projection",),
@@ -81,7 +82,9 @@ def _as_json(r, mark):
 
 
 _RESTORE = "restore it, or use another folder"
-_BEFORE = dict(long_share=0.0)  # Fields that came later, and what folders without them were made with
+_BEFORE = dict(
+    long_share=0.0, frame_window=0.25
+)  # Fields that came later, and what folders without them were made with
 
 
 def _config_in(path):

@@ -9,6 +9,7 @@ __all__ = ['STAGES', 'VAL_SEED', 'Recipe', 'check_recipe', 'recipe_with']
 from dataclasses import dataclass, field, fields, replace
 
 from ..core import FoleyError, suggest
+from ..frame_position import window_list
 from .loop import TrainConfig, check_config
 
 # %% ../../nbs/train/32_recipe.ipynb #4c34c9fe
@@ -97,6 +98,7 @@ class Recipe:
     seed: int = 0  # Of initial weights; batches and noise have the seeds of the stages
     fps: float = 15.0  # Frames per second
     frame_position: str = "residual"  # 'none' is the paper's Eq. 2; all others know when a frame was seen
+    frame_window: float | tuple = 0.25  # Seconds around a column's time, with 'window' and 'residual'; or one per head
     frame_motion: bool = True  # Append to each frame's embedding how fast it changes
     frame_wise: bool = True  # One token group per frame; False is FoleyCrafter's clip-wise adapter, "w/o frame-wise"
     projection_size: int = 256  # Units of the label projection's hidden layer; 0 for a linear projection
@@ -172,6 +174,8 @@ def _check_names(r):
         raise FoleyError(f"vocoder is {r.vocoder!r}: choose 'phase' or 'hifigan'")
     if r.frame_position not in _POSITIONS:
         raise FoleyError(f"frame_position is {r.frame_position!r}: choose from {', '.join(_POSITIONS)}")
+    if not window_list(r.frame_window) or min(window_list(r.frame_window)) <= 0:
+        raise FoleyError(f"frame_window is {r.frame_window}: give seconds above 0, one for all heads or one for each")
     if not r.frame_wise and (r.frame_position != "none" or r.frame_motion):
         raise FoleyError(
             f"frame_wise is False, frame_position {r.frame_position!r} and frame_motion {r.frame_motion}: "
@@ -219,6 +223,8 @@ def _completed(given):
             more[key] = min(given["n_scenes"], getattr(r, key))
     if given.get("frame_wise") is False:
         more.update(frame_position="none", frame_motion=False)
+    if len(windows := window_list(given.get("frame_window", r.frame_window))) == 1:
+        given = given | dict(frame_window=windows[0])
     return {**more, **given}
 
 
