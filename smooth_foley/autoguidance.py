@@ -6,6 +6,7 @@
 __all__ = ['Autoguided']
 
 # %% ../nbs/10i_autoguidance.ipynb #agd00003
+import copy
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from fastcore.basics import patch
+from torch.nn import Module
 
 from .core import FoleyError
 from .guidance import Guidance
@@ -53,7 +55,8 @@ def enable_autoguidance(
             raise FoleyError(
                 f"`weak_unet` has {name} {other}, the pipeline's UNet {mine}; give one of the same latents"
             )
-    self._weak_unet = weak.eval().requires_grad_(False).to(self.unet.device, self.unet.dtype)
+    weak = copy.deepcopy(weak) if weak is self.unet else weak  # adapters will be installed in that one
+    self._weak_unet = Module.to(weak.eval().requires_grad_(False), self.unet.device, self.unet.dtype)
 
 
 @patch
@@ -87,6 +90,6 @@ def autoguided(
     "What predicts from latents and time step: the weak model, then the full one, `(2b, c, h, w)`"
     alone = replace(guidance, guidance_scale=1.0, frame_guidance_scale=None)
     text, _, _ = alone.stacked(self.unet.device, self.unet.dtype)
-    weak = self._weak_unet.to(self.unet.device, self.unet.dtype)
+    weak = Module.to(self._weak_unet, self.unet.device, self.unet.dtype)
     with predictor(alone) as predict:
         yield lambda z, t: torch.cat([weak(z, t, text).sample, predict(z, t)])

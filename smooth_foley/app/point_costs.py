@@ -11,16 +11,21 @@ from statistics import median
 
 from .meter import Meter
 from ..compare.points import Point
+from ..compare.systems import Loaded, with_parts
 from ..core import FoleyError
 
 # %% ../../nbs/app/92b_point_costs.ipynb #ptc00005
+def _pipe_of(pipe, point):
+    "The pipeline of a point: the same, or with a weak model that guides it"
+    if point.spec.base != "ours" or set(point.spec.parts) - {"weak_unet"}:
+        raise FoleyError(f"point {point.system!r}: has other weights or another way; give switches of `ours`")
+    return with_parts(Loaded(pipe), **point.spec.parts).pipe
+
+
 def _call(pipe, clip, point, label):
     "One sound, with nothing known from before"
     pipe.embeddings.clear()
-    spec = point.spec
-    if spec.base != "ours" or spec.parts:
-        raise FoleyError(f"point {point.system!r}: has other weights or another way; give switches of `ours`")
-    return pipe(clip, label=label, **spec.options)
+    return pipe(clip, label=label, **point.spec.options)
 
 
 def _count(pipe, clip, point, label):
@@ -52,10 +57,11 @@ def point_costs(
 ) -> list:  # Rows: kind, system, GFLOP of frames, denoising and all, seconds, ratios to the first
     "What every point costs"
     pipe.set_progress_bar_config(disable=True)
-    counted, seconds = zip(*(_count(pipe, clip, p, label) for p in points))
+    ready = [(_pipe_of(pipe, p), p) for p in points]
+    counted, seconds = zip(*(_count(mine, clip, p, label) for mine, p in ready))
     rounds = [] if repeats else [seconds]
     for k in range(repeats):
-        rounds.append([_seconds(pipe, clip, p, label) for p in points])
+        rounds.append([_seconds(mine, clip, p, label) for mine, p in ready])
         if tell:
             tell(f"round {k + 1} of {repeats}: {sum(rounds[-1]):.1f} s")
     total = [sum(stages.values()) for stages in counted]

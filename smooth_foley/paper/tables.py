@@ -25,7 +25,7 @@ _DATASETS = {"VGG-C": "passby_continuous", "VGG": "passby"}  # The paper's data 
 ROWS = {  # Of the paper and ours -> system
     "FC (w. prompt)": "foleycrafter",
     "FC (w/o prompt)": "foleycrafter-noprompt",
-    "DF": None,
+    "DF": "diff-foley",
     "ours (frame-wise)": "paper",
     "ours (w/o frame-wise)": "ours-clipwise",
     "ours (frame-wise, in time)": "ours",
