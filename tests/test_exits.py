@@ -108,9 +108,15 @@ if __name__ == "__main__":
 """
 
 
+def heeds_ctrl_c():
+    "What a shell starts in the background ignores Ctrl-C, and so would its children"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(words, when, **kw):
     "Send Ctrl-C to all processes of a terminal: seconds it took, exit code, what was said"
-    p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kw)
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p = subprocess.Popen(words, preexec_fn=heeds_ctrl_c, **how, **kw)
     when(p)
     os.killpg(p.pid, signal.SIGINT)
     start = time.time()
