@@ -24,7 +24,7 @@ from smooth_foley.backbone import (
     tokenize_prompt,
 )
 from ..clip import FrameEncoder
-from ..core import own_folder
+from ..core import FoleyError, own_folder
 from ..mel import MelTransform
 from ..schedule import add_noise, alphas_cumprod, make_scheduler
 from .encoding import feature_arrays, load_autoencoder, stored_latents
@@ -178,6 +178,8 @@ def load_base(
 ) -> dict:  # `unet` and `text_encoder`
     "The trained base of a run folder"
     folder = Path(runs) / stage / "weights"
+    if not folder.is_dir():
+        raise FoleyError(f"{runs}: no trained {stage} in it; run the stage {stage} first")
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     return dict(unet=unet.to(memory_format=torch.channels_last), text_encoder=text_encoder)

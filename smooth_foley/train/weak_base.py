@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from ..backbone import make_unet
-from ..core import FoleyError
 from ..schedule import make_scheduler
 from .diffusion import DiffusionStage, diffusion_rows, load_base, load_tokenizer
 from .encoding import stored_latents
@@ -31,11 +30,10 @@ def train_weak_base(
 ) -> Path:  # Folder of the weights
     "Train a weaker UNet that reads the base's text tokens"
     runs, out = Path(runs), Path(out)
-    if not (runs / "base" / "weights").is_dir():
-        raise FoleyError(f"{runs}: no trained base in it; train mini as far as the stage base first")
+    text = load_base(runs)["text_encoder"]
     r = claim_folder(runs, recipe or Recipe(), ())
     cfg = replace(r.stages["base"], **config)
-    z, tok, text = stored_latents(runs, runs / "cache", r), load_tokenizer(runs), load_base(runs)["text_encoder"]
+    z, tok = stored_latents(runs, runs / "cache", r), load_tokenizer(runs)
     torch.manual_seed(r.seed)
     unet = make_unet(z.shape[1], block_out_channels=block_out_channels).to(memory_format=torch.channels_last).train()
     stage = DiffusionStage(
