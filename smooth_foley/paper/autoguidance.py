@@ -9,7 +9,7 @@ __all__ = ['SCALES', 'OURS', 'guidance_points', 'plot_guidance']
 import numpy as np
 
 from ..compare.points import Point
-from .frontier import JUDGED, Gain
+from .frontier import JUDGED, Gain, gain_axes
 
 # %% ../../nbs/paper/87_autoguidance.ipynb #agm00006
 SCALES = dict(plain=(1.0, 3.0), early=(1.5, 2.0), small=(1.5, 2.0, 3.0))
@@ -37,13 +37,7 @@ def plot_guidance(
     axs=None,  # Six axes; None makes new ones
 ):  # The axes
     "Gain over the weights' own guidance against the scale, one line for each kind"
-    import matplotlib.pyplot as plt
-
-    if axs is None:
-        fig, axs = plt.subplots(2, 3, figsize=(9, 4), dpi=80, layout="constrained", sharex=True)
-        fig.supxlabel("guidance scale", fontsize=8)
-        fig.supylabel("gain", fontsize=8)
-    axs = np.ravel(axs)
+    axs = np.ravel(gain_axes("guidance scale") if axs is None else axs)
     for ax, measure in zip(axs, JUDGED):
         ax.axhline(0, color="0.6", lw=1)
         for shift, kind in zip((-0.03, 0, 0.03), SCALES):
