@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from .core import FoleyError
 from .guidance import Guidance
+from .loading import load_part
 
 # %% ../nbs/10i_autoguidance.ipynb #agd00005
 class Autoguided:
@@ -39,7 +40,7 @@ def _read_weak(weak_unet):
         raise FoleyError(
             f"`weak_unet` is {str(weak_unet)!r}: give a UNet, or a folder with its config.json and weights"
         )
-    return UNet2DConditionModel.from_pretrained(weak_unet)
+    return load_part(Path(weak_unet), "diffusers", "UNet2DConditionModel")
 
 
 @patch

@@ -41,10 +41,12 @@ def plot_guidance(
     for ax, measure in zip(axs, JUDGED):
         ax.axhline(0, color="0.6", lw=1)
         for shift, kind in zip((-0.03, 0, 0.03), SCALES):
-            mine = sorted((r for r in rows if r["kind"] == kind), key=_scale)
-            gains = [r["gains"].get(measure, Gain(0.0, 0.0, 0.0)) for r in mine]
+            nothing = {measure: Gain(0.0, 0.0, 0.0)}  # gained over itself
+            found = {_scale(r): nothing if r["system"] == "ours" else r["gains"] for r in rows if r["kind"] == kind}
+            scales = sorted(w for w, gains in found.items() if measure in gains)
+            gains = [found[w][measure] for w in scales]
             y, spans = [g.value for g in gains], [[g.value - g.low for g in gains], [g.high - g.value for g in gains]]
-            ax.errorbar([_scale(r) + shift for r in mine], y, spans, marker="o", ms=3, lw=1, label=kind)
+            ax.errorbar([w + shift for w in scales], y, spans, marker="o", ms=3, lw=1, label=kind)
         ax.set_title(measure, fontsize=8)
         ax.tick_params(labelsize=8)
     axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")

@@ -82,9 +82,8 @@ def _as_json(r, mark):
 
 
 _RESTORE = "restore it, or use another folder"
-_BEFORE = dict(
-    long_share=0.0, frame_window=0.25
-)  # Fields that came later, and what folders without them were made with
+# Fields that came later, and what folders without them were made with
+_BEFORE = dict(long_share=0.0, frame_window=0.25)
 
 
 def _config_in(path):

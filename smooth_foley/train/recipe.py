@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'VAL_SEED', 'Recipe', 'check_recipe', 'recipe_with']
 from dataclasses import dataclass, field, fields, replace
 
 from ..core import FoleyError, suggest
-from ..frame_position import window_list
+from ..frame_position import check_position, window_list
 from .loop import TrainConfig, check_config
 
 # %% ../../nbs/train/32_recipe.ipynb #4c34c9fe
@@ -174,8 +174,7 @@ def _check_names(r):
         raise FoleyError(f"vocoder is {r.vocoder!r}: choose 'phase' or 'hifigan'")
     if r.frame_position not in _POSITIONS:
         raise FoleyError(f"frame_position is {r.frame_position!r}: choose from {', '.join(_POSITIONS)}")
-    if not window_list(r.frame_window) or min(window_list(r.frame_window)) <= 0:
-        raise FoleyError(f"frame_window is {r.frame_window}: give seconds above 0, one for all heads or one for each")
+    check_position(r.frame_position, r.frame_window, conv_in_dim=1)  # the true width comes from the UNet
     if not r.frame_wise and (r.frame_position != "none" or r.frame_motion):
         raise FoleyError(
             f"frame_wise is False, frame_position {r.frame_position!r} and frame_motion {r.frame_motion}: "
