@@ -36,7 +36,7 @@ from smooth_foley.train.captions import PICTURE_CAPTIONS
 from smooth_foley.train.checkpoints import latest_checkpoint
 from smooth_foley.train.encoding import feature_arrays, mel_images
 from smooth_foley.train.loop import Draw, TrainConfig, check_config, train
-from smooth_foley.train.recipe import Recipe, recipe_with
+from smooth_foley.train.recipe import STAGES, Recipe, recipe_with
 from smooth_foley.train.records import CsvLog
 from smooth_foley.train.scenes import close_chunk, open_arrays, sound_arrays
 from smooth_foley.vocoder import make_vocoder
@@ -252,6 +252,68 @@ def test_a_base_that_was_stored_in_half_precision_is_trained_in_full(tiny, tmp_p
         part.half().save_pretrained(weights / name)
     base = diffusion.load_base(tmp_path)
     assert {p.dtype for part in base.values() for p in part.parameters()} == {torch.float32}
+
+
+def test_the_base_goes_on_with_hard_tones_oftener(tiny, tmp_path):
+    for name in ("base", "cache", "latents.npy"):
+        copy = shutil.copytree if (tiny / name).is_dir() else shutil.copy
+        copy(tiny / name, tmp_path / name)
+    r = replace(tiny_recipe(), n_tone_scenes=8, tone_labels=("airplane flyby",), tone_repeats=3)
+    recipes.run_stage("tones", tmp_path, r)
+    labels = sound_arrays(tmp_path / "cache", r)["label"]
+    times = diffusion._tone_repeats(labels, r)
+    assert times.tolist() == [3 if label == 1 else 1 for label in labels] and times.sum() == 10
+    before, after = (diffusion.load_base(tmp_path, stage)["unet"].conv_in.weight for stage in ("base", "tones"))
+    assert not torch.equal(before, after)
+    assert torch.equal(diffusion.load_base(tmp_path)["unet"].conv_in.weight, after)
+    assert len(column(tmp_path / "tones" / "log.csv", "loss")) == 5
+
+
+@pytest.fixture
+def begun(tiny, tmp_path):
+    "The run folder with a trained base, and adapters that are to go on from those of another one"
+    for name in ("base", "cache", "latents.npy"):
+        copy = shutil.copytree if (tiny / name).is_dir() else shutil.copy
+        copy(tiny / name, tmp_path / name)
+    for stage in ("frame_adapter", "temporal_adapter"):
+        shutil.copytree(tiny / stage / "weights", tmp_path / stage / "begin_with")
+    return tmp_path
+
+
+@pytest.mark.parametrize("stage", ["frame_adapter", "temporal_adapter"])
+def test_an_adapter_goes_on_from_that_of_another_model(tiny, begun, stage):
+    r = tiny_recipe(max_train_steps=1, learning_rate=1e-9, ema_decay=0.0, weight_decay=0.0)
+    recipes.run_stage(stage, begun, r)
+    file = "diffusion_pytorch_model.safetensors"
+    before, after = (load_file(runs / stage / "weights" / file) for runs in (tiny, begun))
+    assert all(torch.allclose(before[k], after[k], atol=1e-7) for k in before)
+
+
+def test_an_adapter_of_another_kind_is_refused(begun):
+    with pytest.raises(FoleyError, match="begin_with: is another kind of adapter.*'residual'.*'none'"):
+        recipes.run_stage("frame_adapter", begun, replace(tiny_recipe(), frame_position="none"))
+
+
+def test_a_finished_model_stands_for_the_stages_that_made_it(tmp_path):
+    r = recipe_with(dict(n_scenes=12))
+    recipes.begin_with_model(tmp_path, "mini", r)
+    done = {s for s in STAGES if (tmp_path / s / "done.json").exists()}
+    assert done == {"components", "vae", "details", "coarse", "base", "pictures", "clip", "projection"}
+    assert {p.parent.name for p in tmp_path.glob("*/begin_with")} == {"frame_adapter", "temporal_adapter"}
+    shutil.rmtree(tmp_path / "frame_adapter" / "begin_with")
+    (tmp_path / "base" / "weights" / "mark").touch()
+    recipes.begin_with_model(tmp_path, "mini", r)  # what is there stays
+    assert (tmp_path / "base" / "weights" / "mark").exists()
+    assert not (tmp_path / "frame_adapter" / "begin_with").exists()
+    with pytest.raises(FoleyError, match="its autoencoder is 'residual' and the recipe's 'kl'"):
+        recipes.begin_with_model(tmp_path / "kl", "mini", replace(r, autoencoder="kl"))
+    with pytest.raises(FoleyError, match="nowhere"):
+        recipes.begin_with_model(tmp_path / "kl", str(tmp_path / "nowhere"), r)
+
+
+def test_a_recipe_without_scenes_for_tones_leaves_the_stage_out(tiny, tmp_path):
+    recipes.run_stage("tones", tmp_path, tiny_recipe())
+    assert not (tmp_path / "tones").exists()
 
 
 @pytest.mark.parametrize("stage", RECORDED)
@@ -528,6 +590,8 @@ WRONG = {
     "latent_channels is 300": dict(latent_channels=300),
     "first_seed is 999999": dict(first_seed=999_999),
     "n_pictures is 0": dict(n_pictures=0),
+    "tone_repeats is 0": dict(tone_repeats=0),
+    "tone_labels: Passby has no piano": dict(tone_labels=["piano"]),
     "n_mixed_scenes is -1": dict(n_mixed_scenes=-1),
     "projection_size is -1": dict(projection_size=-1),
     "fps is nan": dict(fps=float("nan")),

@@ -13,7 +13,8 @@ from ..core import say
 _POSITIONS = ("none", "sinusoidal", "window", "residual")
 RECIPE_OPTIONS = (
     ("--n-scenes", number(1, 10**6, int), "scenes whose sound trains autoencoder and base"),
-    ("--long-share", number(0, 0.5), "share of them that are a window of a longer one"),
+    ("--n-tone-scenes", number(0, 10**6, int), "scenes of the stage tones, these among them; default: without it"),
+    ("--long-share", number(0, 0.5), "share of all these scenes that are a window of a longer one"),
     ("--n-picture-scenes", number(1, 10**6, int), "scenes whose pictures train CLIP"),
     ("--n-pictures", number(1, 1024, int), "pictures of each of them"),
     ("--n-feature-scenes", number(1, 10**6, int), "scenes whose frames train the adapters; at most --n-scenes"),
@@ -24,7 +25,11 @@ RECIPE_OPTIONS = (
     ("--latent-channels", number(1, 256, int), "that are learned, or with 'patch' fitted"),
     ("--n-details", number(1, 256, int), "channels that 'residual' adds"),
     ("--focus", number(0, 1), "share of the base's noise levels near a signal-to-noise ratio of 1"),
-    ("--adapter-focus", number(0, 1), "the same for the adapters"),
+    ("--tone-labels", dict(nargs="+", metavar="LABEL"), "labels that the stage tones sees oftener"),
+    ("--tone-repeats", number(1, 100, int), "how often it sees their scenes, where it sees others once"),
+    ("--tone-focus", number(0, 1), "share of its noise levels near --tone-log-snr"),
+    ("--tone-log-snr", number(-20, 20), "log of a signal-to-noise ratio"),
+    ("--adapter-focus", number(0, 1), "the same as --focus for the adapters"),
     ("--channel-power", number(0, 4), "the adapters' loss weighs latent channels by their deviation to this power"),
     ("--fps", number(0.2, 100), "frames per second"),
     ("--frame-position", _POSITIONS, "how the frame adapter knows when a frame was seen"),
@@ -128,7 +133,8 @@ def _train_mini(args):
     stages = recipes.STAGES
     if args.stages:
         stages = tuple(s.strip() for s in args.stages.split(","))
-    done = recipes.train_mini(args.out, stages, args.resume, args.max_steps, sample_measures, **_given(args))
+    how = dict(begin_with=args.begin_with, **_given(args))
+    done = recipes.train_mini(args.out, stages, args.resume, args.max_steps, sample_measures, **how)
     say(f"trained: {done}")
 
 
@@ -147,6 +153,7 @@ _EXAMPLES = """examples:
   smooth-foley train mini --out runs/mini
   smooth-foley train mini --out runs/try --max-steps 20 --n-scenes 100
   smooth-foley train mini --out runs/mini --stages base --validation-steps 1000 --sample-steps 2000
+  smooth-foley train mini --out runs/tones --begin-with mini --n-tone-scenes 20000
   smooth-foley train mini --out runs/none --frame-position none --learning-rate 4e-4 --stages frame_adapter,assemble
 
 A run that was stopped goes on when the same command is given again.
@@ -157,12 +164,14 @@ _RUN = (
     ("--resume", YES_NO, "go on from checkpoints, or start the stages again", True),
     ("--max-steps", _STEPS, "cap every chosen stage, for a try-out"),
 )
+_BEGIN = (("--begin-with", "MODEL", "a finished model to go on from, mini or a folder, instead of nothing"),)
 _GROUPS = (
     Group(_RUN),
     Group(RECIPE_OPTIONS, "recipe", "What is left out is as in the recipe."),
     Group(STAGE_OPTIONS, "training", "Of every chosen stage; what is left out is as in the recipe."),
 )
-TRAIN_MINI = Command("mini", _train_mini, "Train the small model from nothing.", _GROUPS, _EXAMPLES)
+_MINI_GROUPS = (Group(_RUN + _BEGIN), *_GROUPS[1:])
+TRAIN_MINI = Command("mini", _train_mini, "Train the small model from nothing.", _MINI_GROUPS, _EXAMPLES)
 TRAIN_DIFF_FOLEY = Command(
     "diff-foley",
     _train_diff_foley,

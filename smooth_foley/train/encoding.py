@@ -105,7 +105,7 @@ def _read_latents(path, runs, r):
         return None
     folders = (Path(runs) / name / "weights" for name in ("vae", "components", "details"))
     newer = any(f.stat().st_mtime_ns > made for folder in folders for f in folder.rglob("*") if f.is_file())
-    whole = z.dtype == np.float16 and z.shape[:1] == (r.n_scenes,) and np.isfinite(z).all()
+    whole = z.dtype == np.float16 and z.shape[:1] == (r.n_sounds,) and np.isfinite(z).all()
     return z if whole and not newer else None
 
 
@@ -113,7 +113,7 @@ def stored_latents(runs, cache, r: Recipe) -> np.ndarray:  # `(n, c, 8, 64)` flo
     "Latents of all scenes, encoded at the first call, or again if they are damaged or the autoencoder is newer"
     path = Path(runs) / "latents.npy"
     if is_main() and _read_latents(path, runs, r) is None:
-        z = encode_mels(runs, sound_arrays(cache, r), r.n_scenes, r)
+        z = encode_mels(runs, sound_arrays(cache, r), r.n_sounds, r)
         write_array(path, z.numpy())
     wait_for_all()
     return np.array(read_array(path))

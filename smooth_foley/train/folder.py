@@ -25,6 +25,11 @@ from ..world import passby
 # Field -> the stages that read it
 _READ_BY = dict(
     n_scenes=("scenes",),
+    n_tone_scenes=("scenes", "tones"),
+    tone_labels=("tones",),
+    tone_repeats=("tones",),
+    tone_focus=("tones",),
+    tone_log_snr=("tones",),
     long_share=("scenes", "features"),
     n_picture_scenes=("pictures",),
     n_pictures=("pictures",),
@@ -37,7 +42,18 @@ _READ_BY = dict(
     n_feature_scenes=("features",),
     n_mixed_scenes=("features",),
     first_seed=("scenes", "pictures", "features"),
-    seed=("components", "vae", "coarse", "base", "vocoder", "clip", "projection", "temporal_adapter", "frame_adapter"),
+    seed=(
+        "components",
+        "vae",
+        "coarse",
+        "base",
+        "tones",
+        "vocoder",
+        "clip",
+        "projection",
+        "temporal_adapter",
+        "frame_adapter",
+    ),
     fps=("features",),
     frame_position=("frame_adapter",),
     frame_window=("frame_adapter",),
@@ -83,7 +99,7 @@ def _as_json(r, mark):
 
 _RESTORE = "restore it, or use another folder"
 # Fields that came later, and what folders without them were made with
-_BEFORE = dict(long_share=0.0, frame_window=0.25)
+_BEFORE = dict(long_share=0.0, frame_window=0.25, n_tone_scenes=0)
 
 
 def _config_in(path):
@@ -199,6 +215,12 @@ class StageRun:
     def cache(self):
         "Folder of what is rendered and encoded once"
         return self.runs / "cache"
+
+    @property
+    def begin_with(self):
+        "Folder of the weights that training begins with; None where they are made for it"
+        folder = self.out / "begin_with"
+        return folder if folder.is_dir() else None
 
     def weights(self, stage=None):
         "Folder of the weights of this stage, or of another one"

@@ -47,7 +47,7 @@ class ValidationSet:
         measure=None,  # `measure(audio, sr, scene) -> dict of numbers`, for sample sheets
     ):
         self.runs, self.folder, self.measure = Path(runs), Path(runs) / "cache" / "val", measure
-        sizes = dict(n_scenes=N_VAL, n_picture_scenes=N_VAL, n_feature_scenes=N_VAL, n_mixed_scenes=0)
+        sizes = dict(n_scenes=N_VAL, n_tone_scenes=0, n_picture_scenes=N_VAL, n_feature_scenes=N_VAL, n_mixed_scenes=0)
         self.recipe = replace(r, first_seed=VAL_SEED, **sizes)
 
     def _make(self, render, *args):

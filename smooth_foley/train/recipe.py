@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from ..core import FoleyError, suggest
 from ..frame_position import check_position, window_list
 from .loop import TrainConfig, check_config
+from ..world import passby
 
 # %% ../../nbs/train/32_recipe.ipynb #4c34c9fe
 STAGES = (
@@ -20,6 +21,7 @@ STAGES = (
     "details",
     "coarse",
     "base",
+    "tones",
     "vocoder",
     "pictures",
     "clip",
@@ -63,6 +65,7 @@ def _stage_configs():
         ),
         coarse=TrainConfig(max_train_steps=3200, learning_rate=1e-3, **base),
         base=TrainConfig(max_train_steps=6000, learning_rate=7e-4, lr_cycles=2, **base),
+        tones=TrainConfig(max_train_steps=4500, learning_rate=7e-4, **base),
         projection=TrainConfig(
             max_train_steps=4000,
             train_batch_size=32,
@@ -76,12 +79,16 @@ def _stage_configs():
     )
 
 # %% ../../nbs/train/32_recipe.ipynb #rcp00008
+_HARD_TONES = ("airplane flyby", "driving motorcycle", "race car, auto racing", "train horning")
+
+
 @dataclass
 class Recipe:
     "All that decides what `mini` becomes"
 
     n_scenes: int = 5000  # Scenes whose sound trains the autoencoder, vocoder and base
-    long_share: float = 0.0  # Share of these scenes that are a window of a longer one
+    n_tone_scenes: int = 0  # Scenes of the stage `tones`, these among them; 0 leaves the stage out
+    long_share: float = 0.0  # Share of all these scenes that are a window of a longer one
     n_picture_scenes: int = 6000  # Scenes whose pictures train CLIP
     n_pictures: int = 8  # Pictures of each of them
     autoencoder: str = (
@@ -90,7 +97,11 @@ class Recipe:
     latent_channels: int = 8  # Channels that are learned, or with 'patch' fitted
     n_details: int = 16  # Channels that 'residual' adds
     focus: float = 0.3  # Share of the base's noise levels near a signal-to-noise ratio of 1; the others are uniform
-    adapter_focus: float = 0.0  # The same for the adapters
+    tone_labels: tuple = _HARD_TONES  # Labels that the stage `tones` sees oftener
+    tone_repeats: int = 4  # How often it sees their scenes, where it sees others once
+    tone_focus: float = 0.5  # Share of its noise levels near `tone_log_snr`; the others are uniform
+    tone_log_snr: float = -1.0  # Below 0 the noise is stronger than the sound
+    adapter_focus: float = 0.0  # The same as `focus` for the adapters
     channel_power: float = 0.0  # The adapters' loss weighs latent channels by their standard deviation to this power
     n_feature_scenes: int = 2500  # Of these scenes all frames are encoded, for the adapters
     n_mixed_scenes: int = 1000  # Scenes with two sources whose frames are encoded, for the label projection
@@ -114,12 +125,21 @@ class Recipe:
     temporal_scale: float = 1.0
     stages: dict = field(default_factory=_stage_configs)  # Trained stage -> its configuration
 
+    @property
+    def n_sounds(self):
+        "Scenes whose sound is rendered"
+        return max(self.n_scenes, self.n_tone_scenes)
+
 # %% ../../nbs/train/32_recipe.ipynb #rcp00011
 VAL_SEED = 1_000_000  # Passby's training seeds are below, its validation seeds from here on
 
 # Field, least, most, what to give
 _RANGES = (
     ("n_scenes", 1, float("inf"), "1 or more"),
+    ("n_tone_scenes", 0, float("inf"), "0 (without the stage `tones`) or more"),
+    ("tone_repeats", 1, 100, "1 (as often as others) to 100"),
+    ("tone_focus", 0, 1, "the share of noise levels near tone_log_snr, from 0 to 1"),
+    ("tone_log_snr", -20, 20, "a log-SNR from -20 (nothing but noise) to 20 (nothing but sound)"),
     ("long_share", 0, 0.5, "the share of scenes that are a window of a longer one, from 0 to 0.5"),
     ("n_picture_scenes", 1, float("inf"), "1 or more"),
     ("n_pictures", 1, float("inf"), "1 or more"),
@@ -159,7 +179,7 @@ def _check_scenes(r):
             f"n_feature_scenes is {r.n_feature_scenes} and n_scenes {r.n_scenes}: "
             "the adapters read sound and frames of the same scenes; give at most n_scenes"
         )
-    last = r.first_seed + max(r.n_scenes, r.n_picture_scenes, r.n_mixed_scenes)
+    last = r.first_seed + max(r.n_sounds, r.n_picture_scenes, r.n_mixed_scenes)
     if not 0 <= r.first_seed <= last <= VAL_SEED:
         raise FoleyError(
             f"first_seed is {r.first_seed}: all scenes must have training seeds, from 0 to below {VAL_SEED}"
@@ -174,6 +194,8 @@ def _check_names(r):
         raise FoleyError(f"vocoder is {r.vocoder!r}: choose 'phase' or 'hifigan'")
     if r.frame_position not in _POSITIONS:
         raise FoleyError(f"frame_position is {r.frame_position!r}: choose from {', '.join(_POSITIONS)}")
+    if unknown := [label for label in r.tone_labels if label not in passby.LABELS]:
+        raise FoleyError(f"tone_labels: Passby has no {', '.join(unknown)}; choose from {'; '.join(passby.LABELS)}")
     check_position(r.frame_position, r.frame_window, conv_in_dim=1)  # the true width comes from the UNet
     if not r.frame_wise and (r.frame_position != "none" or r.frame_motion):
         raise FoleyError(
@@ -224,6 +246,8 @@ def _completed(given):
         more.update(frame_position="none", frame_motion=False)
     if len(windows := window_list(given.get("frame_window", r.frame_window))) == 1:
         given = given | dict(frame_window=windows[0])
+    if "tone_labels" in given:
+        given = given | dict(tone_labels=tuple(given["tone_labels"]))
     return {**more, **given}
 
 

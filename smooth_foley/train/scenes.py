@@ -150,7 +150,7 @@ def scene_of(
 # %% ../../nbs/train/34_scenes.ipynb #2cc5c1ce
 def sound_arrays(folder, r: Recipe, mode="r") -> dict:
     "The memory-mapped arrays of the scenes' sound"
-    n = r.n_scenes
+    n = r.n_sounds
     spec = dict(
         mel=("float16", (n, 128, 1024)),
         sounding=("bool", (n, 1024)),
@@ -176,7 +176,7 @@ def _render_chunk(j, folder, r):
     "Render the sound of the scenes of chunk `j`"
     torch.set_num_threads(1)
     arrays, mel = sound_arrays(folder, r, "w"), MelTransform.mini()
-    for i in chunk(j, r.n_scenes):
+    for i in chunk(j, r.n_sounds):
         s = scene_of(i, r, frames=False)
         if "audio" in arrays:
             arrays["audio"][i] = np.round(s.audio * 32768)

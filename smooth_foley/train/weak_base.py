@@ -33,7 +33,7 @@ def train_weak_base(
     text = load_base(runs)["text_encoder"]
     r = claim_folder(runs, recipe or Recipe(), ())
     cfg = replace(r.stages["base"], **config)
-    z, tok = stored_latents(runs, runs / "cache", r), load_tokenizer(runs)
+    z, tok = stored_latents(runs, runs / "cache", r)[: r.n_scenes], load_tokenizer(runs)
     torch.manual_seed(r.seed)
     unet = make_unet(z.shape[1], block_out_channels=block_out_channels).to(memory_format=torch.channels_last).train()
     stage = DiffusionStage(
