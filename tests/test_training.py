@@ -296,19 +296,25 @@ def test_an_adapter_of_another_kind_is_refused(begun):
 
 def test_a_finished_model_stands_for_the_stages_that_made_it(tmp_path):
     r = recipe_with(dict(n_scenes=12))
-    recipes.begin_with_model(tmp_path, "mini", r)
+    mini = recipes.finished_model("mini", r)
+    recipes.begin_with_model(tmp_path, mini, r)
     done = {s for s in STAGES if (tmp_path / s / "done.json").exists()}
     assert done == {"components", "vae", "details", "coarse", "base", "pictures", "clip", "projection"}
     assert {p.parent.name for p in tmp_path.glob("*/begin_with")} == {"frame_adapter", "temporal_adapter"}
     shutil.rmtree(tmp_path / "frame_adapter" / "begin_with")
     (tmp_path / "base" / "weights" / "mark").touch()
-    recipes.begin_with_model(tmp_path, "mini", r)  # what is there stays
+    recipes.begin_with_model(tmp_path, mini, r)  # what is there stays
     assert (tmp_path / "base" / "weights" / "mark").exists()
     assert not (tmp_path / "frame_adapter" / "begin_with").exists()
-    with pytest.raises(FoleyError, match="its autoencoder is 'residual' and the recipe's 'kl'"):
-        recipes.begin_with_model(tmp_path / "kl", "mini", replace(r, autoencoder="kl"))
-    with pytest.raises(FoleyError, match="nowhere"):
-        recipes.begin_with_model(tmp_path / "kl", str(tmp_path / "nowhere"), r)
+
+
+@pytest.mark.parametrize(
+    "model, change, said", [("mini", dict(autoencoder="kl"), "is 'residual' and"), ("no", {}, "no:")]
+)
+def test_a_model_that_cannot_be_gone_on_from_is_refused_before_anything_is_made(model, change, said, tmp_path):
+    with pytest.raises(FoleyError, match=said):
+        recipes.train_mini(tmp_path / "runs", ("base",), begin_with=model, n_scenes=12, **change)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_recipe_without_scenes_for_tones_leaves_the_stage_out(tiny, tmp_path):
