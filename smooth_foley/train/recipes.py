@@ -327,5 +327,5 @@ def plot_loss_difference(
             ax.plot(step, loss - logs[against][1][: len(loss)], lw=1, marker=".", ms=3, label=name)
     ax.axhline(0, color="k", lw=0.8)
     ax.set(xlabel="step", ylabel=f"loss - {against}")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
