@@ -254,10 +254,15 @@ def test_a_base_that_was_stored_in_half_precision_is_trained_in_full(tiny, tmp_p
     assert {p.dtype for part in base.values() for p in part.parameters()} == {torch.float32}
 
 
+def copy_base(runs, dest):
+    "The trained base of a run folder, and what adapters read"
+    for name in ("base", "cache"):
+        shutil.copytree(runs / name, dest / name)
+    shutil.copy(runs / "latents.npy", dest)
+
+
 def test_the_base_goes_on_with_hard_tones_oftener(tiny, tmp_path):
-    for name in ("base", "cache", "latents.npy"):
-        copy = shutil.copytree if (tiny / name).is_dir() else shutil.copy
-        copy(tiny / name, tmp_path / name)
+    copy_base(tiny, tmp_path)
     r = replace(tiny_recipe(), n_tone_scenes=8, tone_labels=("airplane flyby",), tone_repeats=3)
     recipes.run_stage("tones", tmp_path, r)
     labels = sound_arrays(tmp_path / "cache", r)["label"]
@@ -272,9 +277,7 @@ def test_the_base_goes_on_with_hard_tones_oftener(tiny, tmp_path):
 @pytest.fixture
 def begun(tiny, tmp_path):
     "The run folder with a trained base, and adapters that are to go on from those of another one"
-    for name in ("base", "cache", "latents.npy"):
-        copy = shutil.copytree if (tiny / name).is_dir() else shutil.copy
-        copy(tiny / name, tmp_path / name)
+    copy_base(tiny, tmp_path)
     for stage in ("frame_adapter", "temporal_adapter"):
         shutil.copytree(tiny / stage / "weights", tmp_path / stage / "begin_with")
     return tmp_path

@@ -198,7 +198,7 @@ def _levels_of(stage, r):
         return dict(focus=r.tone_focus, log_snr=r.tone_log_snr)
     return dict(focus=0.0 if stage == "coarse" else r.focus)
 
-
+# %% ../../nbs/train/38_diffusion.ipynb #trb00001
 def train_base(run: StageRun) -> None:
     "Train the text-to-audio base, as the stage `coarse`, `base` or `tones`"
     r = run.recipe
@@ -219,7 +219,7 @@ def train_base(run: StageRun) -> None:
         make_scheduler().save_pretrained(own_folder(run.weights() / "scheduler"))
         tok.save_pretrained(own_folder(run.weights() / "tokenizer"))
 
-
+# %% ../../nbs/train/38_diffusion.ipynb #ldb00001
 def load_base(
     runs,  # Run folder
     stage: str = None,  # 'coarse', 'base' or 'tones'; None is 'tones' where it is trained, else 'base'
