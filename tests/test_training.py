@@ -205,7 +205,7 @@ def tiny_recipe(**change):
     sizes = dict(n_scenes=8, n_picture_scenes=8, n_feature_scenes=8)
     r = replace(Recipe(), **sizes, autoencoder="patch", latent_channels=16, focus=0.5, adapter_focus=0.5)
     r = replace(r, frame_position="residual", frame_motion=True)
-    r = replace(r, n_mixed_scenes=0, temporal_beside_frames=False, soft_condition=False)
+    r = replace(r, n_tone_scenes=0, n_mixed_scenes=0, temporal_beside_frames=False, soft_condition=False)
     change = (
         dict(max_train_steps=5, lr_cycles=1, lr_warmup_steps=2, log_steps=1, train_batch_size=2, mixed_precision="no")
         | change
@@ -318,6 +318,21 @@ def test_a_model_that_cannot_be_gone_on_from_is_refused_before_anything_is_made(
     with pytest.raises(FoleyError, match=said):
         recipes.train_mini(tmp_path / "runs", ("base",), begin_with=model, n_scenes=12, **change)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_base_of_a_finished_model_is_trained_further_only_when_asked(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(recipes, "run_stage", lambda name, out, r, measure: asked.append(r.n_tone_scenes))
+    for name, how in (("no", {}), ("asked", dict(n_tone_scenes=6000)), ("null", dict(n_tone_scenes=None))):
+        recipes.train_mini(tmp_path / name, ("tones",), begin_with="mini", **how)
+    recipes.train_mini(tmp_path / "nothing", ("tones",))
+    assert asked == [0, 6000, 0, Recipe().n_tone_scenes]
+
+
+def test_fewer_scenes_are_fewer_for_every_stage():
+    r = recipe_with(dict(n_scenes=12))
+    assert (r.n_tone_scenes, r.n_picture_scenes, r.n_feature_scenes, r.n_mixed_scenes) == (12,) * 4
+    assert recipe_with(dict(n_scenes=12, n_tone_scenes=16)).n_sounds == 16
 
 
 def test_a_recipe_without_scenes_for_tones_leaves_the_stage_out(tiny, tmp_path):

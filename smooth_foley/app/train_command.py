@@ -13,7 +13,7 @@ from ..core import say
 _POSITIONS = ("none", "sinusoidal", "window", "residual")
 RECIPE_OPTIONS = (
     ("--n-scenes", number(1, 10**6, int), "scenes whose sound trains autoencoder and base"),
-    ("--n-tone-scenes", number(0, 10**6, int), "scenes of the stage tones, these among them; default: without it"),
+    ("--n-tone-scenes", number(0, 10**6, int), "scenes of the stage tones; 0 is without it, as with --begin-with"),
     ("--long-share", number(0, 0.5), "share of all these scenes that are a window of a longer one"),
     ("--n-picture-scenes", number(1, 10**6, int), "scenes whose pictures train CLIP"),
     ("--n-pictures", number(1, 1024, int), "pictures of each of them"),

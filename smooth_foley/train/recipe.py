@@ -65,7 +65,7 @@ def _stage_configs():
         ),
         coarse=TrainConfig(max_train_steps=3200, learning_rate=1e-3, **base),
         base=TrainConfig(max_train_steps=6000, learning_rate=7e-4, lr_cycles=2, **base),
-        tones=TrainConfig(max_train_steps=4500, learning_rate=7e-4, **base),
+        tones=TrainConfig(max_train_steps=10800, learning_rate=7e-4, lr_cycles=2, **base),
         projection=TrainConfig(
             max_train_steps=4000,
             train_batch_size=32,
@@ -74,8 +74,8 @@ def _stage_configs():
             ema_decay=0.99,
             mixed_precision="no",
         ),
-        frame_adapter=TrainConfig(max_train_steps=3000, lr_cycles=3, **adapter),
-        temporal_adapter=TrainConfig(max_train_steps=1000, **adapter),
+        frame_adapter=TrainConfig(max_train_steps=5000, lr_cycles=5, **adapter),
+        temporal_adapter=TrainConfig(max_train_steps=2000, lr_cycles=2, **adapter),
     )
 
 # %% ../../nbs/train/32_recipe.ipynb #rcp00008
@@ -87,7 +87,7 @@ class Recipe:
     "All that decides what `mini` becomes"
 
     n_scenes: int = 5000  # Scenes whose sound trains the autoencoder, vocoder and base
-    n_tone_scenes: int = 0  # Scenes of the stage `tones`, these among them; 0 leaves the stage out
+    n_tone_scenes: int = 20000  # Scenes of the stage `tones`, these among them; 0 leaves the stage out
     long_share: float = 0.0  # Share of all these scenes that are a window of a longer one
     n_picture_scenes: int = 6000  # Scenes whose pictures train CLIP
     n_pictures: int = 8  # Pictures of each of them
@@ -240,7 +240,7 @@ def _completed(given):
     "Given fields of `Recipe`, and the fields that follow from them"
     r, more = Recipe(), {}
     if "n_scenes" in given:
-        for key in ("n_picture_scenes", "n_feature_scenes", "n_mixed_scenes"):
+        for key in ("n_tone_scenes", "n_picture_scenes", "n_feature_scenes", "n_mixed_scenes"):
             more[key] = min(given["n_scenes"], getattr(r, key))
     if given.get("frame_wise") is False:
         more.update(frame_position="none", frame_motion=False)

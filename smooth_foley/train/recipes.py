@@ -188,6 +188,8 @@ def train_mini(
         raise FoleyError(f"stages: unknown {', '.join(bad)}; choose from {', '.join(STAGES)}")
     if max_steps is not None and max_steps < 1:
         raise FoleyError(f"max_steps: must be at least 1, got {max_steps}")
+    if begin_with and options.get("n_tone_scenes") is None:
+        options["n_tone_scenes"] = 0
     r = recipe_with(options, stages, max_steps)
     folder = finished_model(begin_with, r) if begin_with else None
     share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
