@@ -162,6 +162,8 @@ def begin_with_model(
     for stage in ("frame_adapter", "temporal_adapter"):
         if (folder / stage).is_dir() and not (runs / stage).exists():
             shutil.copytree(folder / stage, runs / stage / "begin_with")
+    if (folder / "training").is_dir() and not (runs / "begun_with").exists():
+        shutil.copytree(folder / "training", runs / "begun_with")
 
 
 def _copy_record(folder, runs, stage):
@@ -271,7 +273,7 @@ def forget_origin(
 
 
 def _copy_records(runs, folder, r):
-    "Copy log and configuration of every stage, and write the recipe"
+    "Copy log and configuration of every stage, those of the model it began with, and write the recipe"
     folder.mkdir()
     for stage in STAGES:
         if not _is_needed(stage, r):
@@ -279,6 +281,8 @@ def _copy_records(runs, folder, r):
         for record, copy in (("log.csv", f"{stage}.csv"), ("done.json", f"{stage}.json")):
             if (runs / stage / record).exists():
                 shutil.copy(runs / stage / record, folder / copy)
+    if (runs / "begun_with").is_dir():
+        shutil.copytree(runs / "begun_with", folder / "begun_with")
     (folder / "recipe.json").write_text(json.dumps(asdict(r), indent=1) + "\n")
 
 # %% ../../nbs/train/39_recipes.ipynb #1d6b0280
