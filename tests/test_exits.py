@@ -84,9 +84,10 @@ def test_memory_really_used_up(capsys):
 
 
 SLOW = """
-import sys, time
-from concurrent.futures import wait
+import signal, sys, time
+from concurrent.futures import process, wait
 from smooth_foley.app.exits import exit_code
+from smooth_foley.core import FoleyError
 from smooth_foley.data.workers import worker_pool
 
 def work():
@@ -103,8 +104,30 @@ def clean():
     Cleans()
     time.sleep(60)
 
+def wakeup_late(self):
+    if not self._closed:
+        time.sleep(0.3)
+        self._writer.send_bytes(b"")
+
+def fail():
+    process._ThreadWakeup.wakeup = wakeup_late
+    with worker_pool(1) as pool:
+        pool.submit(time.sleep, 60)
+        raise FoleyError("x: is empty")
+
+def sleep_deaf():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    print("begun", flush=True)
+    time.sleep(60)
+
+def deaf():
+    with worker_pool(1) as pool:
+        pool.submit(sleep_deaf)
+        time.sleep(1)
+        raise FoleyError("x: is empty")
+
 if __name__ == "__main__":
-    sys.exit(exit_code(dict(work=work, clean=clean)[sys.argv[1]]))
+    sys.exit(exit_code(dict(work=work, clean=clean, fail=fail, deaf=deaf)[sys.argv[1]]))
 """
 
 
@@ -130,6 +153,23 @@ def test_ctrl_c_ends_workers_and_cleaning_without_a_trace(tmp_path, what):
     script.write_text(SLOW)
     late, code, said = interrupted([sys.executable, str(script), what], lambda p: p.stdout.readline())
     assert (code, said) == (130, "smooth-foley: interrupted\n") and late < 30
+
+
+def test_a_pool_that_failed_has_closed_its_pipes_before_the_interpreter_ends(tmp_path):
+    "Else its thread may close the pipe between the interpreter's look and its last write to it"
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    r = shell(["python", script, "fail"])
+    assert (r.returncode, r.stderr) == (2, "smooth-foley: error: x: is empty\n")
+
+
+def test_a_worker_that_does_not_hear_is_ended(tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    start = time.time()
+    r = shell(["python", script, "deaf"])
+    assert (r.returncode, r.stdout, r.stderr) == (2, "begun\n", "smooth-foley: error: x: is empty\n")
+    assert time.time() - start < 30
 
 
 @pytest.mark.parametrize("after", [0.5, 1.5, 4.0])

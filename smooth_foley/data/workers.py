@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 # %% ../../nbs/data/16c_workers.ipynb #e404f291
@@ -55,6 +56,20 @@ def _begin_worker(then, arguments):
         then(*arguments)
 
 
+def _end(workers):
+    "Tell processes to stop, and kill those that have not two seconds later"
+    from multiprocessing.connection import wait
+
+    for worker in workers:
+        worker.terminate()
+    left, until = {worker.sentinel: worker for worker in workers}, time.monotonic() + 2.0
+    while left and (ended := wait(list(left), until - time.monotonic())):
+        for sentinel in ended:
+            del left[sentinel]
+    for worker in left.values():
+        worker.kill()  # Told between two lines and asleep since, Python has not heard it
+
+
 @contextmanager
 def worker_pool(
     n: int,  # Processes
@@ -72,8 +87,9 @@ def worker_pool(
             first.result()
             yield pool
         except BaseException:
-            workers = list((pool._processes or {}).values())
+            workers, manager = list((pool._processes or {}).values()), pool._executor_manager_thread
             pool.shutdown(wait=False, cancel_futures=True)
-            for worker in workers:
-                worker.terminate()
+            _end(workers)
+            if manager:
+                manager.join()  # The interpreter must not end while the pool closes its pipes
             raise
