@@ -171,7 +171,8 @@ def _bench_points(args):
     from smooth_foley.compare.folders import write_results
     from smooth_foley.compare.points import points
 
-    how = {k: getattr(args, k) for k in ("scale", "random_weights", "dtype", "seconds", "fps", "repeats", "reference")}
+    how = {k: getattr(args, k) for k in ("scale", "random_weights", "dtype", "seconds", "fps", "reference")}
+    how["repeats"] = 3 if args.repeats is None else args.repeats
     which = [p for p in points() if args.points == "all" or p.kind == "preset"]
     rows = bench_points(
         **how, which=which, device=check_device(args.device), tell=_unsaid if args.json or args.quiet else print
@@ -185,7 +186,7 @@ def _bench(args):
     "Measure, print, write, draw"
     if args.points:
         return _bench_points(args)
-    if args.repeats != parse(BENCH, []).repeats:
+    if args.repeats is not None:
         raise FoleyError("--repeats: goes with --points")
     for path, suffix in ((args.out, ".json"), (args.plot, ".png")):
         if path:
@@ -228,7 +229,7 @@ _OPTIONS = (
     ("--reuse", YES_NO, "compute once what stays the same over the steps", True),
     ("--reference", SWITCH, "do the same work as FoleyCrafter's script does it, too, and compare"),
     ("--points", ("presets", "all"), "compare presets, or every switch as well: operations and seconds of each"),
-    ("--repeats", number(0, 100, int), "rounds in which points are timed; 0 times the one that counts (default 3)", 3),
+    ("--repeats", number(0, 100, int), "rounds in which points are timed; 0 times the one that counts (default 3)"),
     ("--out", output("FILE.json"), "write the numbers; of --points a .csv"),
     ("--plot", output("FILE.png"), "draw time by stage"),
     JSON,
