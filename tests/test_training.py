@@ -312,11 +312,16 @@ def test_a_finished_model_stands_for_the_stages_that_made_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model, change, said", [("mini", dict(autoencoder="kl"), "is 'residual' and"), ("no", {}, "no:")]
+    "model, change, said",
+    [
+        ("mini", dict(autoencoder="kl"), "is 'residual' and"),
+        ("mini", dict(frame_position="none"), "frame_adapter: is another kind of adapter"),
+        ("no", {}, "no:"),
+    ],
 )
 def test_a_model_that_cannot_be_gone_on_from_is_refused_before_anything_is_made(model, change, said, tmp_path):
     with pytest.raises(FoleyError, match=said):
-        recipes.train_mini(tmp_path / "runs", ("base",), begin_with=model, n_scenes=12, **change)
+        recipes.train_mini(tmp_path / "runs", ("base", "frame_adapter"), begin_with=model, n_scenes=12, **change)
     assert not (tmp_path / "runs").exists()
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['noise_levels', 'DiffusionStage', 'diffusion_rows', 'Oftener', 'train_base', 'load_base', 'load_tokenizer',
-           'FrameStage', 'TemporalStage', 'AdapterSettings', 'adapter_stage', 'train_frame_adapter',
+           'FrameStage', 'TemporalStage', 'AdapterSettings', 'adapter_stage', 'check_kind', 'train_frame_adapter',
            'train_temporal_adapter']
 
 # %% ../../nbs/train/38_diffusion.ipynb #dif00004
@@ -27,6 +27,7 @@ from smooth_foley.backbone import (
 )
 from ..clip import FrameEncoder
 from ..core import FoleyError, own_folder
+from ..data.tables import read_json
 from ..mel import MelTransform
 from ..schedule import add_noise, alphas_cumprod, make_scheduler
 from .encoding import feature_arrays, load_autoencoder, stored_latents
@@ -35,6 +36,7 @@ from .looks import diffusion_looks
 from .loop import Draw, FrozenParts, Stage, is_main, save_trained, train
 from .losses import diffusion_loss, diffusion_target
 from .parts import make_mini_clip
+from .recipe import Recipe
 from .scenes import sound_arrays, stored_caption
 from ..world import passby
 
@@ -355,23 +357,28 @@ def _frame_rows(rows, features, fps):
     return batch_of
 
 # %% ../../nbs/train/38_diffusion.ipynb #6c0bf555
+def check_kind(
+    folder,  # Of a frame adapter
+    r: Recipe,
+) -> None:
+    "A frame adapter that training goes on from is of the kind that the recipe asks for"
+    asked = dict(frame_position=r.frame_position, frame_window=r.frame_window, motion=r.frame_motion)
+    here = json.loads(json.dumps(asked))
+    there = {k: v for k, v in read_json(Path(folder) / "config.json").items() if k in here}
+    if there != here:
+        raise FoleyError(f"{folder}: is another kind of adapter: {there}, and the recipe asks for {here}")
+
+
 def _first_frames(run, unet, clip_dim):
     "The frame adapter that training begins with: made from the UNet's text attention, or that of another model"
     from smooth_foley.frame_adapter import FrameAdapter
 
     r = run.recipe
-    when = dict(frame_position=r.frame_position, frame_window=r.frame_window)
-    new = FrameAdapter.from_unet(unet, clip_dim, motion=r.frame_motion, **when)
     if run.begin_with is None:
-        return new
-    old = FrameAdapter.from_pretrained(run.begin_with, torch_dtype=torch.float32)
-    there, here = (json.loads(json.dumps({k: a.config[k] for k in _KIND})) for a in (old, new))
-    if there != here:
-        raise FoleyError(f"{run.begin_with}: is another kind of adapter: {there}, and the recipe asks for {here}")
-    return old
-
-
-_KIND = ("clip_dim", "frame_position", "frame_window", "motion", "cross_attention_dim")
+        when = dict(frame_position=r.frame_position, frame_window=r.frame_window)
+        return FrameAdapter.from_unet(unet, clip_dim, motion=r.frame_motion, **when)
+    check_kind(run.begin_with, r)
+    return FrameAdapter.from_pretrained(run.begin_with, torch_dtype=torch.float32)
 
 
 def train_frame_adapter(run: StageRun) -> None:

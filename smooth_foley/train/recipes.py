@@ -26,6 +26,7 @@ from ..model_card import write_model_card
 from ..published import new_folder, resolve_weights
 from ..schedule import make_scheduler
 from smooth_foley.train.diffusion import (
+    check_kind,
     load_base,
     load_tokenizer,
     train_base,
@@ -143,6 +144,11 @@ def finished_model(
     return folder
 
 
+def _to_begin(runs, folder):
+    "Adapters of a finished model that the adapters of a run folder will go on from"
+    return [s for s in ("frame_adapter", "temporal_adapter") if (folder / s).is_dir() and not (runs / s).exists()]
+
+
 def begin_with_model(
     runs,  # Run folder
     folder,  # Of a finished model, as `finished_model` finds it
@@ -159,9 +165,8 @@ def begin_with_model(
     for stage in _BEFORE_THEM:
         if not (runs / stage / "done.json").exists():
             _copy_record(folder, runs, stage)
-    for stage in ("frame_adapter", "temporal_adapter"):
-        if (folder / stage).is_dir() and not (runs / stage).exists():
-            shutil.copytree(folder / stage, runs / stage / "begin_with")
+    for stage in _to_begin(runs, folder):
+        shutil.copytree(folder / stage, runs / stage / "begin_with")
     if (folder / "training").is_dir() and not (runs / "begun_with").exists():
         shutil.copytree(folder / "training", runs / "begun_with")
 
@@ -194,6 +199,8 @@ def train_mini(
         options["n_tone_scenes"] = 0
     r = recipe_with(options, stages, max_steps)
     folder = finished_model(begin_with, r) if begin_with else None
+    if folder and "frame_adapter" in stages and "frame_adapter" in _to_begin(out, folder):
+        check_kind(folder / "frame_adapter", r)
     share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with only_writer(make_folder(out), share):
         r = claim_folder(out, r, stages, resume)
