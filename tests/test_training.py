@@ -295,6 +295,10 @@ def test_an_adapter_goes_on_from_that_of_another_model(tiny, begun, stage):
 def test_an_adapter_of_another_kind_is_refused(begun):
     with pytest.raises(FoleyError, match="begin_with: is another kind of adapter.*'residual'.*'none'"):
         recipes.run_stage("frame_adapter", begun, replace(tiny_recipe(), frame_position="none"))
+    config = begun / "frame_adapter" / "begin_with" / "config.json"
+    config.write_text(config.read_text().replace('"clip_dim": 96', '"clip_dim": 48'))
+    with pytest.raises(FoleyError, match="begin_with: is another kind of adapter.*48.*96"):
+        recipes.run_stage("frame_adapter", begun, tiny_recipe())
 
 
 def test_a_finished_model_stands_for_the_stages_that_made_it(tmp_path):

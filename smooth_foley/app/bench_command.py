@@ -172,7 +172,8 @@ def _bench_points(args):
     from smooth_foley.compare.points import points
 
     how = {k: getattr(args, k) for k in ("scale", "random_weights", "dtype", "seconds", "fps", "reference")}
-    how["repeats"] = 3 if args.repeats is None else args.repeats
+    if args.repeats is not None:
+        how["repeats"] = args.repeats
     which = [p for p in points() if args.points == "all" or p.kind == "preset"]
     rows = bench_points(
         **how, which=which, device=check_device(args.device), tell=_unsaid if args.json or args.quiet else print

@@ -360,11 +360,14 @@ def _frame_rows(rows, features, fps):
 def check_kind(
     folder,  # Of a frame adapter
     r: Recipe,
+    **widths,  # Those that it must have, where they are known: `clip_dim`, `cross_attention_dim`
 ) -> None:
     "A frame adapter that training goes on from is of the kind that the recipe asks for"
-    asked = dict(frame_position=r.frame_position, frame_window=r.frame_window, motion=r.frame_motion)
-    here = json.loads(json.dumps(asked))
-    there = {k: v for k, v in read_json(Path(folder) / "config.json").items() if k in here}
+    from smooth_foley.frame_adapter import FrameAdapter
+
+    config = FrameAdapter.from_config(read_json(Path(folder) / "config.json")).config
+    asked = dict(frame_position=r.frame_position, frame_window=r.frame_window, motion=r.frame_motion) | widths
+    there, here = (json.loads(json.dumps(kind)) for kind in ({k: config[k] for k in asked}, asked))
     if there != here:
         raise FoleyError(f"{folder}: is another kind of adapter: {there}, and the recipe asks for {here}")
 
@@ -377,7 +380,7 @@ def _first_frames(run, unet, clip_dim):
     if run.begin_with is None:
         when = dict(frame_position=r.frame_position, frame_window=r.frame_window)
         return FrameAdapter.from_unet(unet, clip_dim, motion=r.frame_motion, **when)
-    check_kind(run.begin_with, r)
+    check_kind(run.begin_with, r, clip_dim=clip_dim, cross_attention_dim=unet.config.cross_attention_dim)
     return FrameAdapter.from_pretrained(run.begin_with, torch_dtype=torch.float32)
 
 
