@@ -25,6 +25,7 @@ from smooth_foley.data.challenge import (
     ChallengeRule,
     challenge,
     find_candidates,
+    picture_signs,
     read_continuous,
     read_dropped,
     watch_clips,
@@ -333,6 +334,14 @@ def test_signs_point_the_right_way():
         ]
         rows[3][sign] += 0.1 * harder
         assert challenge(rows, ChallengeRule(n=1))[0]["id"] == f"{3:011d}"
+
+
+def test_signs_are_of_what_the_filter_has_heard():
+    on = np.where(np.arange(250) % 4 == 0, 0.1, 0.9)
+    heard = Heard(np.arange(250) / 25, on, 10.0)
+    at = np.arange(10.0), np.ones(10), np.ones(10)
+    rough, smooth = (picture_signs(heard, *at, window=w)["share"] for w in (1, 5))
+    assert rough < 0.8 and smooth == decide(heard, GroundingFilter(window=5)).active / 10 == 1
 
 
 def test_train_and_test_come_from_their_own_splits(clips, tmp_path):

@@ -24,11 +24,11 @@ from test_training import loss_on_cuda
 
 from smooth_foley.app import main
 from smooth_foley.core import FoleyError, only_writer
-from smooth_foley.data.arrays import write_arrays
 from smooth_foley.data.audioset import read_strong
 from smooth_foley.data.shard_reader import Shard, Shards
 from smooth_foley.data.shard_rows import TrainRows
 from smooth_foley.data.shards import ShardConfig, write_shards
+from smooth_foley.data.store import measure_clips
 from smooth_foley.data.vggsound import join_clips
 from smooth_foley.frame_adapter import FrameAdapter
 from smooth_foley.loading import load_component, read_weights
@@ -515,15 +515,15 @@ def silent(items, model, tmp_path_factory):
 def test_curves_of_grounding_stand_in_for_events(items, silent, settings, tmp_path):
     with pytest.raises(FoleyError, match="none of its clips has a timeline"):
         finetune(settings("projection", shards=(silent,)))
-    (tmp_path / "grounding").mkdir()
     times = np.arange(15) / 10
-    for k, item in enumerate(items[:3]):
-        write_arrays(
-            tmp_path / "grounding" / f"{item.name}.npz",
-            label=item.label,
-            times=times,
-            probabilities=1.0 * (times > k / 10),
-        )
+
+    class Listener:
+        settings = {}
+
+        def __call__(self, item):
+            return dict(times=times, probabilities=1.0 * (times > 0.2), duration=1.5)
+
+    assert measure_clips(items[:3], tmp_path / "grounding", Listener()) == []  # As `data continuous filter` keeps them
     s = settings("projection", shards=(silent,), grounding=str(tmp_path), out=tmp_path / "heard")
     out = finetune(s)
     assert len(column(out / "log.csv", "loss")) == 6
@@ -539,9 +539,11 @@ def test_a_damaged_member_is_skipped_counted_and_named(shards, settings, tmp_pat
     at, data = int(shard.offset[1, shard.fields.index("latent.npy")]) + 500, bytearray(shard.path.read_bytes())
     data[at] ^= 1
     shard.path.write_bytes(bytes(data))
-    out = finetune(settings(shards=(bad,), config=dict(dataloader_num_workers=2)))
-    assert f"1 clips could not be used: {shard.keys[1]}" in capsys.readouterr().out
-    assert len(column(out / "log.csv", "loss")) == 6
+    for how in ({}, dict(resume=False), dict(resume=False)):
+        out = finetune(settings(shards=(bad,), config=dict(dataloader_num_workers=2)), **how)
+        assert f"1 clips could not be used: {shard.keys[1]}" in capsys.readouterr().out
+        assert len(column(out / "log.csv", "loss")) == 6
+        assert len((out / "faults.csv").read_text().splitlines()) == 2
 
 
 # --- wrong input

@@ -248,6 +248,19 @@ def test_an_index_that_lies_is_told_and_mended_and_serves_no_wrong_clip(whole, i
         assert content(bad) == content(whole) and not verify(bad)
 
 
+@pytest.mark.parametrize("left", [b"", bytes(10240)], ids=["empty", "zeros"])
+def test_a_shard_of_which_nothing_is_left_is_told_beside_the_others(whole, tmp_path, left):
+    bad = tmp_path / "bad"
+    shutil.copytree(whole, bad)
+    tars = sorted(bad.glob("*.tar"))
+    tars[0].write_bytes(left)
+    tars[-1].unlink()
+    assert {(Path(f["path"]).name, f["reason"]) for f in verify(bad)} >= {
+        (tars[0].name, "checksum"),
+        (tars[-1].name, "missing"),
+    }
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -422,6 +435,17 @@ def test_rows_for_every_stage_give_a_loss_with_gradients(whole, items):
         loss.backward()
         assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in stage.parameters())
     net["vae"].requires_grad_(False)
+
+
+def test_a_label_that_sounds_in_a_clip_is_not_taught_as_absent(items, tmp_path):
+    (start, end, label), other = items[0].events[0], "a kettle"
+    both = replace(items[0], events=[(start, end, label), (0.0, 0.2, other)])
+    write_shards([both, items[1]], tmp_path / "shards", replace(CFG, content=("clip",)))
+    rows = TrainRows(Shards(tmp_path / "shards"), timeline=True)
+    labels = sorted({label for _, label in rows.rows})
+    batch = rows.projection(range(len(rows)), labels)
+    for (i, _), there in zip(rows.rows, batch["present"]):
+        assert {name for name, on in zip(labels, there) if on} == {e[2] for e in (both, items[1])[i].events}
 
 
 def test_rows_with_a_mask_need_a_timeline(items, tmp_path):

@@ -34,6 +34,7 @@ from smooth_foley.temporal_condition import LabelProjection
 from smooth_foley.train import diffusion, folder, looks, parts, recipes
 from smooth_foley.train.captions import PICTURE_CAPTIONS
 from smooth_foley.train.checkpoints import latest_checkpoint
+from smooth_foley.train.config import lr_share
 from smooth_foley.train.encoding import feature_arrays, mel_images
 from smooth_foley.train.loop import Draw, TrainConfig, check_config, train
 from smooth_foley.train.recipe import STAGES, Recipe, recipe_with
@@ -95,7 +96,8 @@ def test_told_to_end_it_leaves_a_checkpoint_and_goes_on_as_if_nothing_was(whole,
     assert logs[0] == logs[1]
 
 
-def test_what_was_due_when_it_was_told_is_looked_at_later(tmp_path):
+@pytest.mark.parametrize("at", [4, 6])
+def test_what_was_due_when_it_was_told_is_looked_at_later(at, tmp_path):
     cfg = TrainConfig(max_train_steps=6, train_batch_size=2, mixed_precision="no", ema_decay=0.0, validation_steps=2)
     seen = []
 
@@ -104,7 +106,7 @@ def test_what_was_due_when_it_was_told_is_looked_at_later(tmp_path):
 
     def look(stage, step):
         seen.append(step)
-        if step == 4 and seen.count(4) == 1:
+        if step == at and seen.count(at) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
         return [dict(loss=float(step))]
@@ -115,9 +117,9 @@ def test_what_was_due_when_it_was_told_is_looked_at_later(tmp_path):
 
     with pytest.raises(SystemExit):
         train(Line(1, 1), batch, 8, cfg, tmp_path, validate=look)
-    assert latest_checkpoint(tmp_path).name == "checkpoint-4"
+    assert latest_checkpoint(tmp_path).name == f"checkpoint-{at}"
     train(Line(1, 1), batch, 8, cfg, tmp_path, validate=look)
-    assert seen == [2, 4, 4, 6]
+    assert seen == sorted([2, 4, 6, at])
     assert [r["step"] for r in csv.DictReader(open(tmp_path / "validation.csv"))] == ["2", "4", "6"]
 
 
@@ -315,6 +317,37 @@ def test_a_finished_model_stands_for_the_stages_that_made_it(tmp_path):
     assert not (tmp_path / "frame_adapter" / "begin_with").exists()
 
 
+def test_a_model_that_was_half_copied_is_copied_again(tmp_path, monkeypatch):
+    r = recipe_with(dict(n_scenes=12))
+    mini, copy, left = recipes.finished_model("mini", r), shutil.copytree, [3]
+
+    def breaks(*where, **how):
+        copy(*where, **how)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "copytree", breaks)
+        for _ in range(3):  # Each gets a little further
+            left[0] = 3
+            with pytest.raises(KeyboardInterrupt):
+                recipes.begin_with_model(tmp_path / "runs", mini, r)
+    recipes.begin_with_model(tmp_path / "runs", mini, r)
+    recipes.begin_with_model(tmp_path / "whole", mini, r)
+    one, other = ({p.relative_to(f) for p in f.rglob("*")} for f in (tmp_path / "runs", tmp_path / "whole"))
+    assert one == other
+    assert all((tmp_path / "runs" / s / "done.json").exists() for s in ("base", "clip", "projection", "details"))
+
+
+def test_a_shorter_run_warms_up_within_a_cycle():
+    cfg = recipe_with(dict(), ("frame_adapter",), 400).stages["frame_adapter"]
+    rates = [lr_share(k, cfg) for k in range(400)]
+    assert max(rates) == 1 and min(rates[79::80]) < 0.1
+    with pytest.raises(FoleyError, match="lr_warmup_steps is 90, and a cycle of the learning rate has 80 steps"):
+        recipe_with(dict(lr_warmup_steps=90), ("frame_adapter",), 400)
+
+
 @pytest.mark.parametrize(
     "model, change, said",
     [
@@ -421,7 +454,9 @@ def stage_base():
 
 def stage_projection():
     stage = parts.ProjectionStage(LabelProjection(12), torch.randn(4, 12))
-    return stage, dict(emb=torch.randn(3, 5, 12), sounding=torch.rand(3, 5) > 0.5, label=torch.tensor([0, 1, 3]))
+    label = torch.tensor([0, 1, 3])
+    rows = dict(emb=torch.randn(3, 5, 12), sounding=torch.rand(3, 5) > 0.5, label=label)
+    return stage, rows | dict(present=torch.eye(4)[label] > 0)
 
 
 def stage_temporal_adapter():
@@ -577,7 +612,8 @@ def test_the_projection_learns_from_each_source_of_two():
     one = dict(emb=rng.standard_normal((4, 5, 12)).astype(np.float16), frame_sounding=rng.random((4, 5)) < 0.5)
     rows = parts._projection_rows(dict(label=np.array([3, 2, 1, 0], np.int16)), one)
     batch = parts._with_mixed(rows, 4, mixed)(np.array([9, 1, 6, 8]))  # scenes 1, then 1, 2 and 2 of two sources
-    assert batch["label"].tolist() == [2, 2, 1, 3] and batch["beside"].tolist() == [2, 3, 3, 1]
+    assert batch["label"].tolist() == [2, 2, 1, 3]
+    assert [p.nonzero()[:, 0].tolist() for p in batch["present"]] == [[2], [2, 3], [1, 3], [1, 3]]
     np.testing.assert_array_equal(batch["sounding"][1:], mixed["mixed_sounding"][[1, 2, 2], [0, 0, 1]])
     np.testing.assert_array_equal(batch["emb"][2], batch["emb"][3])
 

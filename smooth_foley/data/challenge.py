@@ -122,10 +122,11 @@ def picture_signs(
     times,  # Of the frames, `(T,)`, seconds
     similarity,  # With the label, `(T,)`
     sharp,  # Of the frames, `(T,)`
-    threshold: float = 0.5,
+    threshold: float = 0.5,  # As in `Heard.stretches`
+    window: int = 1,
 ) -> dict:  # share, similarity, spread, sharpness
     "A clip in four numbers, the picture taken while it sounds"
-    spans = heard.stretches(threshold)
+    spans = heard.stretches(threshold, window)
     while_on = _during(np.asarray(times), spans)
     pick = np.asarray(similarity)[while_on] if while_on.any() else np.asarray(similarity)
     share = min(1.0, sum(b - a for a, b in spans) / heard.duration)
@@ -207,22 +208,25 @@ _CHALLENGE_COLUMNS = (
 )
 
 # %% ../../nbs/data/56_challenge.ipynb #701e0649
-def _candidate(row, item, out, threshold):
+def _candidate(row, item, out, threshold, window):
     "The row of a possible test clip, or None if it was not listened to or looked at"
     seen = read_measurement(item, Path(out) / "pictures")
     heard = read_heard(item, out)
     if not (seen and heard):
         return None
-    signs = picture_signs(heard, seen["times"], seen["similarity"], seen["sharpness"], threshold)
+    signs = picture_signs(heard, seen["times"], seen["similarity"], seen["sharpness"], threshold, window)
     return dict(id=row["id"], start=row["start"], label=row["label"], **signs)
 
 # %% ../../nbs/data/56_challenge.ipynb #c13d0001
-def _threshold(path):
-    "The threshold that the filter was run with"
-    threshold = read_json(path, advice="run `filter` first").get("threshold")
+def _threshold_and_window(path):
+    "With what the filter has read the curves"
+    rule = read_json(path, advice="run `filter` first")
+    threshold, window = rule.get("threshold"), rule.get("window", 1)
     if not isinstance(threshold, float) or not 0 < threshold < 1:
         raise FoleyError(f"{path}: has no threshold between 0 and 1; run `filter` again")
-    return threshold
+    if not isinstance(window, int) or window < 1 or window % 2 != 1:
+        raise FoleyError(f"{path}: its window is no odd number of frames; run `filter` again")
+    return threshold, window
 
 # %% ../../nbs/data/56_challenge.ipynb #23fd39ca
 def find_candidates(
@@ -232,9 +236,9 @@ def find_candidates(
 ) -> list:  # Rows for `challenge`: kept clips of the test split
     "Sound and picture of the possible test clips"
     by_name = {i.name: i for i in items}
-    threshold = _threshold(Path(out) / "filter.json")
+    heard_with = _threshold_and_window(Path(out) / "filter.json")
     possible = [r for r in rows if r["kept"] and r["split"] == "test"]
-    found = [_candidate(r, by_name[row_name(r)], out, threshold) for r in possible]
+    found = [_candidate(r, by_name[row_name(r)], out, *heard_with) for r in possible]
     return [row for row in found if row]
 
 # %% ../../nbs/data/56_challenge.ipynb #39f0a4a9

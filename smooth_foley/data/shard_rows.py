@@ -178,7 +178,7 @@ def projection(
     self: TrainRows,
     indices,  # Numbers of rows, `(b,)`
     labels: list,  # All labels, in the order of the stage's text embeddings
-) -> dict:  # `emb (b, T, D)`, `sounding (b, T)`, `label (b,)`
+) -> dict:  # `emb (b, T, D)`, `sounding (b, T)`, `label (b,)`, `present (b, n)`
     "Rows for the label-frame projection"
     rows = [self.projection_example(*self.read(i), labels) for i in indices]
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
@@ -190,12 +190,16 @@ def projection_example(
     sample: dict,  # A clip of `Shards`
     label: str,  # Whose frames; None takes the clip's own label
     labels: list,  # All labels
-) -> dict:  # `emb (T, D)`, `sounding (T,)`, `label`
+) -> dict:  # `emb (T, D)`, `sounding (T,)`, `label`, and which of the `n` labels the clip has, `present (n,)`
     "One clip as the label-frame projection reads it"
-    label, fps = label or sample["label"], sample["fps"]
-    frames = self._frames(sample)
-    on = frame_sounding(self.item(sample), label, fps, len(frames.pop("times")))
-    return frames | dict(sounding=torch.from_numpy(on), label=torch.tensor(labels.index(label)))
+    label, item, frames = label or sample["label"], self.item(sample), self._frames(sample)
+    on = frame_sounding(item, label, sample["fps"], len(frames.pop("times")))
+    heard = {name for _, _, name in item.events}
+    return frames | dict(
+        sounding=torch.from_numpy(on),
+        label=torch.tensor(labels.index(label)),
+        present=torch.tensor([name in heard for name in labels]),
+    )
 
 # %% ../../nbs/data/57b_shard_rows.ipynb #da5c8b5a
 @patch

@@ -155,7 +155,7 @@ class HeardEvents:
     ) -> list:  # `(start_s, end_s, label)`, or None without a curve of this label
         "When a clip's label is heard"
         try:
-            heard = read_arrays(self.folder / f"{item.name}.npz", ("label", "times", "probabilities"))
+            heard = read_arrays(self.folder / f"{item.name}.npz", ("label", "times", "probabilities"), also=None)
         except (OSError, ValueError):
             return None
         if str(heard["label"]) != item.label:

@@ -36,7 +36,7 @@ from smooth_foley.scale.adapters import (
 )
 from .clip_sheets import ClipSheets
 from .feed import ClipFeed, HeardEvents, check_networks, local_shards, plan_of
-from ..train.config import UNCOUNTED, TrainConfig, check_config, decays
+from ..train.config import UNCOUNTED, TrainConfig, check_config, decays, lr_cycle
 from ..train.diffusion import adapter_stage
 from ..train.looks import level_losses, steady_loss
 from ..train.loop import hardware, is_main, save_trained, train, wait_for_all
@@ -61,11 +61,11 @@ def finetune_defaults() -> TrainConfig:
 def finetune_config(
     **given,  # Fields of `TrainConfig`; None means not given
 ) -> TrainConfig:
-    "The defaults with some fields changed; the warm-up of a short run is no longer than the run"
+    "The defaults with some fields changed; the warm-up of a short run takes at most half of a cycle"
     given = {k: v for k, v in given.items() if v is not None}
     cfg = replace(finetune_defaults(), **given)
     if "lr_warmup_steps" not in given:
-        return replace(cfg, lr_warmup_steps=min(cfg.lr_warmup_steps, cfg.max_train_steps))
+        return replace(cfg, lr_warmup_steps=min(cfg.lr_warmup_steps, lr_cycle(cfg) // 2))
     return cfg
 
 
@@ -275,12 +275,19 @@ def _claim(out, facts, resume):
 
 
 def _start_again(out):
-    "Remove what an earlier run has left"
+    "Remove what an earlier run has left; `faults.csv` is this run's by now"
     for path in out.iterdir():
         if path.name.startswith("checkpoint-") or path.name == "samples":
             shutil.rmtree(path)
-        elif path.suffix in (".csv", ".json", ".safetensors", ".md"):
+        elif path.name != "faults.csv" and path.suffix in (".csv", ".json", ".safetensors", ".md"):
             path.unlink()
+
+
+def _forget_faults(out):
+    "Remove what an earlier run of this command could not read"
+    if is_main() and (out / "settings.json").exists():
+        (out / "faults.csv").unlink(missing_ok=True)
+    wait_for_all()
 
 # %% ../../nbs/scale/58c_finetune.ipynb #fin00017
 def _finish(s, out, adapter, parts, about):
@@ -342,6 +349,8 @@ def finetune(
         start, found = time.time(), _find_data(s, model)
         parts = _load_parts(s, model)
         adapter = _start(s, model, parts)
+        if not resume:
+            _forget_faults(out)
         data = _read_data(s, model, parts, *found)
         _claim(out, _facts(s, parts, adapter, data), resume)
         if (out / "done.json").exists() and resume:

@@ -293,8 +293,10 @@ def _steps(run, examples, last, watchers):
                     _watch(run, watcher, told)
                     ends = _anyone(run, told)
             _save(run, count.step if ends else last)
-            if ends and count.step < last:
-                sys.exit(128 + signal.SIGTERM)
+            if ends:
+                break
+        if _anyone(run, told):
+            sys.exit(128 + signal.SIGTERM)
 
 # %% ../../nbs/train/31_loop.ipynb #ac3aa2cb
 def _step(run, batches, step):

@@ -206,24 +206,29 @@ class ProjectionStage(Stage):
     def forward(self, batch, draw):
         n, label, sounding = len(self.text_emb), batch["label"], batch["sounding"]
         other = (label + 1 + draw.integers(n - 1)) % n
-        present = other == batch.get("beside", label)  # the second source: not absent, so the first is asked for again
-        other = torch.where(present, label, other)
+        present = batch["present"].gather(1, other[:, None])  # not absent, so the first is asked for again
+        other = torch.where(present[:, 0], label, other)
         own = self.projection(batch["emb"], self.text_emb[label])
         wrong = self.projection(batch["emb"], self.text_emb[other])
-        return projection_loss(own, sounding) + 0.3 * projection_loss(wrong, sounding & present[:, None])
+        return projection_loss(own, sounding) + 0.3 * projection_loss(wrong, sounding & present)
 
 # %% ../../nbs/train/37_parts.ipynb #prt00013
 def _projection_rows(arrays, features):
-    "`batch_of` for the label projection: frame embeddings, when it sounds, the label"
+    "`batch_of` for the label projection: frame embeddings, when it sounds, the label, which labels a scene has"
 
     def rows(indices):
         i = np.sort(indices)
         emb = torch.from_numpy(features["emb"][i]).float()
         sounding = torch.from_numpy(features["frame_sounding"][i])
         label = torch.from_numpy(arrays["label"][i].astype(np.int64))
-        return dict(emb=emb, sounding=sounding, label=label, beside=label)
+        return dict(emb=emb, sounding=sounding, label=label, present=_present(label[:, None]))
 
     return rows
+
+
+def _present(labels):
+    "Which labels the sources of scenes have, `(b, n)` bool, from their numbers, `(b, sources)`"
+    return torch.zeros(len(labels), len(passby.LABELS), dtype=torch.bool).scatter(1, labels, True)
 
 
 def _of_whole_scenes(rows, r):
@@ -242,7 +247,7 @@ def _with_mixed(rows, n, mixed):
             emb=torch.from_numpy(mixed["mixed_emb"][scene]).float(),
             sounding=torch.from_numpy(mixed["mixed_sounding"][scene, source]),
             label=labels[np.arange(len(scene)), source],
-            beside=labels[np.arange(len(scene)), 1 - source],
+            present=_present(labels),
         )
 
     def batch_of(indices):

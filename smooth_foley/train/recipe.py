@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from ..core import FoleyError, suggest
 from ..frame_position import check_position, window_list
-from .loop import TrainConfig, check_config
+from .config import TrainConfig, check_config, lr_cycle
 from ..world import passby
 
 # %% ../../nbs/train/32_recipe.ipynb #4c34c9fe
@@ -252,15 +252,15 @@ def _completed(given):
 
 
 def _changed(cfg, change, max_steps):
-    "A stage's configuration with some fields changed; the warm-up of a shorter run is no longer than the run"
+    "A stage's configuration with some fields changed; the warm-up of a shorter run takes at most half of a cycle"
     cfg = replace(cfg, **change)
     if max_steps is not None:
         cfg = replace(cfg, max_train_steps=min(cfg.max_train_steps, max_steps))
     if "lr_warmup_steps" not in change:
-        return replace(cfg, lr_warmup_steps=min(cfg.lr_warmup_steps, cfg.max_train_steps))
-    if cfg.lr_warmup_steps > cfg.max_train_steps:
+        return replace(cfg, lr_warmup_steps=min(cfg.lr_warmup_steps, lr_cycle(cfg) // 2))
+    if cfg.lr_warmup_steps > lr_cycle(cfg):
         raise FoleyError(
-            f"lr_warmup_steps is {cfg.lr_warmup_steps} and max_train_steps {cfg.max_train_steps}: "
-            "give fewer steps of warm-up"
+            f"lr_warmup_steps is {cfg.lr_warmup_steps}, and a cycle of the learning rate has {lr_cycle(cfg)} steps "
+            "(max_train_steps and lr_cycles): give fewer steps of warm-up"
         )
     return cfg

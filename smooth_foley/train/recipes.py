@@ -158,26 +158,29 @@ def begin_with_model(
     runs, folder = Path(runs), Path(folder)
     for stage, parts in _STAND_INS.items():
         stage = "vae" if stage == "details" and r.autoencoder != "residual" else stage
-        if not (runs / stage / "weights").exists() and all((folder / part).is_dir() for part in parts):
-            for part in parts:
-                shutil.copytree(folder / part, runs / stage / "weights" / (part if len(parts) > 1 else ""))
+        if not (runs / stage / "done.json").exists() and all((folder / part).is_dir() for part in parts):
+            with new_folder(runs / stage / "weights", overwrite=True) as tmp:
+                for part in parts:
+                    shutil.copytree(folder / part, tmp / (part if len(parts) > 1 else ""), dirs_exist_ok=True)
             _copy_record(folder, runs, stage)
     for stage in _BEFORE_THEM:
         if not (runs / stage / "done.json").exists():
             _copy_record(folder, runs, stage)
     for stage in _to_begin(runs, folder):
-        shutil.copytree(folder / stage, runs / stage / "begin_with")
+        with new_folder(runs / stage) as tmp:
+            shutil.copytree(folder / stage, tmp / "begin_with")
     if (folder / "training").is_dir() and not (runs / "begun_with").exists():
-        shutil.copytree(folder / "training", runs / "begun_with")
+        with new_folder(runs / "begun_with") as tmp:
+            shutil.copytree(folder / "training", tmp, dirs_exist_ok=True)
 
 
 def _copy_record(folder, runs, stage):
     "Log and configuration of a stage of a finished model; a stage without them is done all the same"
+    log, done = (folder / "training" / f"{stage}.{kind}" for kind in ("csv", "json"))
     (runs / stage).mkdir(exist_ok=True)
-    write_json(runs / stage / "done.json", dict(stage=stage, config=None))
-    for record, copy in ((f"{stage}.csv", "log.csv"), (f"{stage}.json", "done.json")):
-        if (folder / "training" / record).exists():
-            shutil.copy(folder / "training" / record, runs / stage / copy)
+    if log.exists():
+        shutil.copy(log, runs / stage / "log.csv")
+    write_json(runs / stage / "done.json", read_json(done) if done.exists() else dict(stage=stage, config=None))
 
 # %% ../../nbs/train/39_recipes.ipynb #rcs00004
 def train_mini(
