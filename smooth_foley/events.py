@@ -136,9 +136,9 @@ def remix(
     if odd := sorted(set(gains_db) - {e.title for e in mix.events}):
         raise FoleyError(f"`gains_db` names {', '.join(odd)}: the events are {', '.join(e.title for e in mix.events)}")
     audios = [a / np.float32(mix.factor * 10 ** (e.gain_db / 20)) for e, a in zip(mix.events, mix.stems.audios)]
-    gains = [gains_db.get(e.title, e.gain_db) for e in mix.events]
+    gains = [max(gains_db.get(e.title, e.gain_db), -200.0) for e in mix.events]  # silent, and it can come back
     stems, total, factor = mix_stems(audios, gains)
-    events = [Event(e.label, e.condition, max(g, -200.0), e.prompt, e.seed, e.name) for e, g in zip(mix.events, gains)]
+    events = [Event(e.label, e.condition, g, e.prompt, e.seed, e.name) for e, g in zip(mix.events, gains)]
     heard = FoleyOutput(**{**mix.stems, "audios": stems})
     return FoleyMix([total], mix.sample_rate, mix.durations, heard, events, factor)
 

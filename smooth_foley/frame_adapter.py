@@ -117,6 +117,11 @@ def from_unet(
     return nn.Module.to(self, unet.device, unet.dtype)  # ModelMixin.to warns at every change of dtype
 
 # %% ../nbs/06_frame_adapter.ipynb #98a09111
+def _check_scale(scale):
+    if not (math.isfinite(scale) and scale >= 0):
+        raise FoleyError(f"`frame_scale` is {scale}: give a number of 0 or more")
+
+
 @patch
 def install(
     self: FrameAdapter,
@@ -124,6 +129,7 @@ def install(
     scale: float = 1.0,  # lambda of Eq. 2
 ) -> FrameAdapter:
     "Add the frame branch to every cross-attention of `unet`"
+    _check_scale(scale)
     if unet.encoder_hid_proj is not None:
         self.uninstall(unet)
     attns = cross_attentions(unet)
@@ -207,8 +213,7 @@ def set_scale(
     scale: float,  # lambda of Eq. 2, 0 or more
 ) -> None:
     "Weigh the frames against the text"
-    if not (math.isfinite(scale) and scale >= 0):
-        raise FoleyError(f"`frame_scale` is {scale}: give a number of 0 or more")
+    _check_scale(scale)
     if not is_installed(unet):
         raise FoleyError("the frame adapter is not installed on this UNet: call `install(unet)` first")
     for attn in cross_attentions(unet):

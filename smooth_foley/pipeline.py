@@ -158,6 +158,7 @@ def __call__(
     )
     steps = self._check(effort.num_inference_steps, output_type)
     frame_batch_size = check_number("frame_batch_size", frame_batch_size, 1, whole=True)
+    window_batch_size = check_number("window_batch_size", window_batch_size, 1, whole=True)
     n = len(video) if isinstance(video, (list, tuple)) else 1
     label, prompt = per_clip_texts("label", label, n), per_clip_texts("prompt", prompt, n, empty=True)
     negative_prompt = per_clip_texts("negative_prompt", negative_prompt, n, blank=True)
@@ -303,7 +304,7 @@ def _decide(self: SmoothFoleyPipeline, clips, embs, labels, prompts, asks):
 def _steer(self: SmoothFoleyPipeline, guidance, seen, columns=None, frame_wise=True):
     "Guidance with frame tokens and condition image, of clips or windows; `columns` of the mel where they are fewer"
     if guidance.frame_scale > 0:
-        times = [torch.as_tensor(s.times) for s in seen]
+        times = [torch.as_tensor(s.times, dtype=torch.float32) for s in seen]
         embs = [s.embeddings[None] for s in seen]
         tokens = [self.frame_adapter.tokens(e, t[None], frame_wise)[0] for e, t in zip(embs, times)]
         guidance = replace(guidance, tokens=tokens, times=times if frame_wise else None)

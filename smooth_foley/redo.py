@@ -7,6 +7,7 @@ __all__ = ['lag_of', 'splice', 'Redo', 'surroundings']
 
 # %% ../nbs/11i_redo.ipynb #rdo00003
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -132,7 +133,7 @@ def _as_condition(condition, seen, duration):
 
 # %% ../nbs/11i_redo.ipynb #rdo00016
 @patch
-def _inpaint(self: Redo, guidance, seen, z, region, near, seed, name, how):
+def _inpaint(self: Redo, guidance, steer, seen, z, region, near, seed, name, how):
     "Latents of the surroundings with a region made anew, `(c, h, near)`"
     low, high = near
     noise = long_noise(self.latent_shape, z.shape[-1], derive_generator(seed, name))[..., low:high]
@@ -143,7 +144,7 @@ def _inpaint(self: Redo, guidance, seen, z, region, near, seed, name, how):
     windows = plan_windows(high - low, seen.windows.width, seen.windows.overlap)
     part = seen.between(low * self.column, high * self.column, windows)
     generator = derive_generator(seed, f"{name} steps")
-    return self.denoise_long(guidance, part, self._steer, generator, noise=noise, keep=keep, **how)
+    return self.denoise_long(guidance, part, steer, generator, noise=noise, keep=keep, **how)
 
 
 @patch
@@ -176,7 +177,10 @@ def redo(
     num_inference_steps: int = None,
     guidance_scale: float = None,
     frame_scale: float = None,
-    temporal_scale: float = None,  # As in a call
+    temporal_scale: float = None,
+    frame_wise: bool = True,
+    guidance_rescale: float = 0.0,
+    frame_guidance_scale: float = None,  # As in a call
     callback_on_step_end=None,  # As in a call; what it raises ends the work
     preset: str | None = None,  # Named settings of the weights; arguments that are given win
 ) -> FoleyOutput:  # With one sound; `FoleyMix` for a mix
@@ -184,12 +188,15 @@ def redo(
     if isinstance(output, FoleyMix):
         again = dict(prompt=prompt, condition=condition, negative_prompt=negative_prompt, guidance_scale=guidance_scale)
         again |= dict(num_inference_steps=num_inference_steps, frame_scale=frame_scale, temporal_scale=temporal_scale)
+        again |= dict(frame_wise=frame_wise, guidance_rescale=guidance_rescale)
+        again |= dict(frame_guidance_scale=frame_guidance_scale)
         again |= dict(callback_on_step_end=callback_on_step_end, preset=preset)
         return self._redo_event(output, event, start, end, seed, again)
     seen, z, mel, audio, duration = _known(output, i)
     region = self._region(start, end, duration)
     effort = self.effort(preset, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     scales = dict(guidance_scale=effort.guidance_scale, frame_scale=frame_scale, temporal_scale=temporal_scale)
+    scales |= dict(guidance_rescale=guidance_rescale, frame_guidance_scale=frame_guidance_scale)
     guidance, steps = self._guidance(**scales), self._check(effort.num_inference_steps, "audio")
     seen = replace(seen, condition=_as_condition(condition, seen, duration))
     prompt = output.prompts[i] if prompt is None else prompt
@@ -199,7 +206,8 @@ def redo(
     how = dict(num_inference_steps=steps, on_step=step_callback(callback_on_step_end), effort=effort)
     name = output.clips[i].name
     with self.stage("denoise"), self.frame_adapter.installed(self.unet, guidance.frame_scale):
-        new = self._inpaint(guidance, seen, z, region, near, check_number("seed", seed, whole=True), name, how)
+        steer, seed = partial(self._steer, frame_wise=frame_wise), check_number("seed", seed, whole=True)
+        new = self._inpaint(guidance, steer, seen, z, region, near, seed, name, how)
     z = z.clone()
     z[..., region[0] : region[1]] = new[..., region[0] - near[0] : region[1] - near[0]].to(z)
     with self.stage("vae"):

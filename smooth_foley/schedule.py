@@ -146,9 +146,9 @@ def make_sampler(
 # %% ../nbs/04a_schedule.ipynb #e0aacb5c
 def noise_like(
     shape: tuple,  # `(b, c, h, w)`
-    generators: list,  # One CPU generator per clip
+    generators: list,  # One per clip; those of the CPU give the same everywhere
 ) -> Tensor:  # Standard normal, float32 on the CPU
     "Each clip's noise from its own generator, so that batching never changes it"
     if len(generators) != shape[0]:
         raise FoleyError(f"{len(generators)} generators for a batch of {shape[0]}; give one per clip")
-    return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in generators])
+    return torch.stack([torch.randn(tuple(shape[1:]), generator=g, device=g.device).cpu() for g in generators])

@@ -186,7 +186,10 @@ def columns(
 def _columns_foleycrafter(self: TemporalCondition, n_cols):
     "102.4 columns a second; masks longer than the image are squeezed into it (nearest)"
     length = int(102.4 * self.duration)
-    frame = (np.arange(length) / (102.4 * self.duration) * len(self.active)).astype(int)
+    if np.isfinite(self.similarity).all():  # frames that were looked at, evenly spaced
+        frame = (np.arange(length) / (102.4 * self.duration) * len(self.active)).astype(int)
+    else:  # stretches written by hand begin anywhere
+        frame = np.searchsorted(self.times, np.arange(length) / 102.4, side="right").clip(1) - 1
     on = np.where(self.active[frame], 1.0, -1.0)
     on = on[np.arange(n_cols) * length // n_cols] if length > n_cols else np.r_[on, -np.ones(n_cols - length)]
     return torch.from_numpy(on).float()

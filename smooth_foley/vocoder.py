@@ -85,6 +85,10 @@ class PhaseVocoder(ConfigOnly):
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
         self.register_buffer("filters", mel_filters(sample_rate, n_fft, n_mels, fmin, fmax).clone(), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        "Follow the other parts to their device, but not to MPS, which has no float64 for the phases"
+        return self if fn(self.window).device.type == "mps" else super()._apply(fn, recurse)
+
     def magnitudes(
         self,
         mel: Tensor,  # Linear mel, `(b, n_mels, T)`

@@ -80,8 +80,11 @@ def blend(
 def long_noise(
     shape: tuple,  # Channels, rows and columns of the model's own latent
     columns: int,  # Columns to draw
-    generator: torch.Generator,  # Of the clip, on the CPU
+    generator: torch.Generator,  # Of the clip
 ) -> Tensor:  # Standard normal, `(c, h, columns)`, float32 on the CPU
     "Noise of a clip of any length"
-    blocks = [torch.randn(tuple(shape), generator=generator) for _ in range(math.ceil(columns / shape[-1]))]
+    blocks = [
+        torch.randn(tuple(shape), generator=generator, device=generator.device).cpu()
+        for _ in range(math.ceil(columns / shape[-1]))
+    ]
     return torch.cat(blocks, -1)[..., :columns]

@@ -125,7 +125,10 @@ def test_stems_add_up_and_are_what_single_calls_give(pipe):
     assert np.allclose(mix.stems.audios[1], alone * mix.factor * 10**-0.3, atol=2e-3)
     assert list(mix.named()) == ["siren", "dog barking"] and "siren" in mix._repr_html_()
     quiet = remix(mix, {"siren": float("-inf")})
-    assert not quiet.stems.audios[0].any() and np.allclose(quiet.audios[0], alone * quiet.factor * 10**-0.3, atol=2e-3)
+    assert np.abs(quiet.stems.audios[0]).max() < 1e-8 and np.allclose(
+        quiet.audios[0], alone * quiet.factor * 10**-0.3, atol=2e-3
+    )
+    assert np.allclose(remix(quiet, dict(siren=0.0)).stems.audios[0], mix.stems.audios[0], atol=1e-4)  # it comes back
     with pytest.raises(FoleyError, match="names horn"):
         remix(mix, dict(horn=3))
 
@@ -141,6 +144,12 @@ def test_redo_keeps_the_rest_to_the_sample(pipe, out, start, end):
     same = torch.ones(88, dtype=bool)
     same[max(0, columns.start) : columns.stop] = False
     assert torch.equal(new.latents[0][..., same], out.latents[0][..., same])
+
+
+@pytest.mark.parametrize("how", [dict(frame_wise=False), dict(guidance_rescale=0.9), dict(frame_guidance_scale=4.0)])
+def test_redo_guides_as_a_call_does(pipe, out, how):
+    plain, other = (pipe.redo(out, 2.0, 3.0, num_inference_steps=2, **kw).latents for kw in ({}, how))
+    assert not torch.allclose(plain, other, atol=1e-4)
 
 
 def test_redo_of_a_stem(pipe):

@@ -172,6 +172,23 @@ def test_a_picture_that_starts_late_stays_in_step_with_its_sound(tmp_path, name,
     assert (read_clip(source, 10).frames == read_clip(out, 10).frames).all()
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("late", [0.0, 1.0, -0.2])
+def test_a_sound_is_read_from_the_first_picture_on(tmp_path, suffix, late):
+    click = np.zeros(2 * SR, np.float32)
+    click[8000:8050] = 0.9
+    source, out = write_video(tmp_path / f"v{suffix}", NOISE, audio=click), tmp_path / f"late{suffix}"
+    with av.open(str(source)) as f, av.open(str(out), "w") as g:
+        targets = {s: g.add_stream_from_template(s) for s in f.streams}
+        for packet in f.demux():
+            if packet.dts is None:
+                continue
+            shift = round((0.5 + late * (packet.stream.type == "audio")) / packet.time_base)
+            packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, targets[packet.stream]
+            g.mux(packet)
+    assert abs(np.abs(read_audio(out)).argmax() / SR - (0.5 + late)) < 0.01
+
+
 def test_the_original_sound_is_kept_as_it_was(tmp_path):
     tone = (0.4 * np.sin(2 * np.pi * 500 * np.arange(SR) / SR)).astype(np.float32)
     source = write_video(tmp_path / "v.mp4", NOISE, audio=tone)

@@ -14,6 +14,7 @@ from smooth_foley.core import FoleyError, mini_path
 from smooth_foley.media import read_clip
 from smooth_foley.world import passby
 from smooth_foley.world.passby import (
+    ALWAYS,
     DURATION,
     LABELS,
     MOVERS,
@@ -170,6 +171,17 @@ def test_any_duration():
     assert len(s.audio) == int(31.5 * 16000) and len(s.frames) == 472 and s.truth["t"][-1] == pytest.approx(31.49)
     assert s.truth["sounding"].any() and s.duration == 31.5
     assert scene(12, duration=DURATION).dials == scene(12).dials
+
+
+def test_long_scenes_begin_as_short_ones_do():
+    for seed in (18, 278, 280):  # An airplane's sound of the first instant has been on its way for long
+        m = motion(draw_dials(seed, label="airplane flyby", duration=60.0))
+        assert m.t[0] <= 0
+    d = draw_dials(369, "passby_continuous", duration=120.0)
+    assert d.active[0][0] < 0 and truth_of(d, motion(d))["sounding"][0]
+    s = scene(0, duration=8.2, audio=False)
+    assert len(s.frames) == 123 and len(s.truth["t"]) == 820  # Although 8.2 * 15 is a little less in a computer
+    assert scene(3, "passby", active=ALWAYS, frames=False).truth["sounding"].all()
 
 
 def test_level_is_the_distance_at_emission():

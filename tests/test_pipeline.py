@@ -19,6 +19,7 @@ from smooth_foley.media import Clip, write_video
 from smooth_foley.pipeline import SmoothFoleyPipeline
 from smooth_foley.temporal_adapter import make_temporal_adapter
 from smooth_foley.temporal_condition import TemporalCondition
+from smooth_foley.vocoder import PhaseVocoder
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -317,6 +318,43 @@ def test_cuda_agrees_with_the_cpu(folder, pipe):
         there.text_to_audio("siren", 2.0, name=clips[0].name),
     )
     assert torch.equal(frozen.latents, text.latents)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_generator_may_live_on_the_gpu(folder):
+    there = quiet(SmoothFoleyPipeline.from_pretrained(folder)).to("cuda")
+    one, two, other = (
+        there(
+            noise_clip(1.0), label="siren", generator=torch.Generator("cuda").manual_seed(k), output_type="latent"
+        ).latents
+        for k in (1, 1, 2)
+    )
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_the_phases_stay_where_there_is_float64():
+    class OnMPS:
+        device = torch.device("mps")
+
+    vocoder = PhaseVocoder()
+    vocoder._apply(lambda tensor: OnMPS())
+    assert vocoder.window.device.type == "cpu"
+    assert vocoder.to("meta").window.device.type == "meta"
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan")])
+def test_a_scale_that_is_refused_leaves_the_unet_as_it_was(scale):
+    pipe = SmoothFoleyPipeline.from_random()
+    for put_on in (pipe.frame_adapter.install, pipe.frame_adapter.installed):
+        with pytest.raises(FoleyError, match="`frame_scale` is"):
+            with put_on(pipe.unet, scale):
+                pass
+        assert not is_installed(pipe.unet)
+
+
+def test_windows_come_in_groups_of_one_or_more(pipe):
+    with pytest.raises(FoleyError, match="window_batch_size"):
+        pipe(noise_clip(1.0), label="siren", window_batch_size=0)
 
 
 def test_a_condition_may_say_how_sure_it_is(tmp_path):

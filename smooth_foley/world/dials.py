@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['C', 'DURATION', 'RATE', 'SOURCES', 'LABELS', 'CONTINUOUS', 'MOVERS', 'TONAL', 'SPLITS', 'ALWAYS', 'Source', 'Dials',
-           'draw_dials', 'Motion', 'motion']
+           'whole_ticks', 'draw_dials', 'Motion', 'motion']
 
 # %% ../../nbs/world/17_dials.ipynb #d1a10003
 from dataclasses import dataclass, replace
@@ -66,6 +66,9 @@ TONAL = tuple(label for label, s in SOURCES.items() if s.f0 and s.mover)
 SPLITS = dict(passby=LABELS, passby_continuous=CONTINUOUS, passby_mixed=LABELS)
 
 # %% ../../nbs/world/17_dials.ipynb #d1a1000b
+ALWAYS = ((-9.0, 9999.0),)
+
+
 @dataclass(frozen=True)
 class Dials:
     "What makes a scene easy or hard"
@@ -83,18 +86,20 @@ class Dials:
     tracking: float = 0.9  # How much of the source's direction the camera follows
     leaves: float = None  # The camera stops following at this time (s) and the source leaves the picture
     occluded: tuple = None  # (start, stop) s: something stands in front of it
-    active: tuple = None  # Intervals (s, at the source) in which it sounds; None = always
+    active: tuple = ALWAYS  # Intervals (s, at the source) in which it sounds
     distractors: tuple = ()  # Labels of silent things in the picture; may be the source's own
     noise: float = 60.0  # Ambient noise below the peak, dB
     duration: float = DURATION  # Length of the scene, s
 
 
-ALWAYS = ((-9.0, 9999.0),)
+def whole_ticks(
+    duration: float,  # s
+    rate: float,  # Hz
+) -> int:
+    "How many periods of a clock fit into a scene, whatever the last bits of the product are"
+    return int(duration * rate + 1e-6)
 
 # %% ../../nbs/world/17_dials.ipynb #d1a1000d
-ALWAYS = ((-9.0, 9999.0),)
-
-
 def _strikes(src, rng):
     "Intervals of single strikes, one after the other"
     (low, high), length = src.events
@@ -185,7 +190,7 @@ def _stretched(d):
     if SOURCES[d.label].events:
         active = _repeated(d.active, d.duration)
     else:
-        active = tuple((a * k if a > 0 else a, b * k) for a, b in d.active)
+        active = tuple((a * k if a > 0 else min(a, a * k), b * k) for a, b in d.active)
     hidden = tuple(k * x for x in d.occluded) if d.occluded else None
     leaves = k * d.leaves if d.leaves else None
     return replace(d, t_nearest=k * d.t_nearest, active=active, occluded=hidden, leaves=leaves)
@@ -252,9 +257,16 @@ class Motion:
 
 # %% ../../nbs/world/17_dials.ipynb #d1180e9e
 def motion(d: Dials) -> Motion:
-    "A straight path past the camera, slower than sound"
-    far = (d.nearest + d.height + d.speed * d.duration) / C
-    t_e = np.arange(-(far + 0.2), d.duration + 0.01, 1e-3)
+    "A straight path past the camera, slower than sound, from an instant that is heard before the scene begins"
+    m = _path(d, -((d.nearest + d.height + d.speed * d.duration) / C + 0.2))
+    if m.t[0] <= 0:
+        return m
+    return _path(d, -((d.nearest + d.height + d.speed * abs(d.t_nearest)) / (C - d.speed) + 0.2))
+
+
+def _path(d, begin):
+    "The path from an emission time on, s"
+    t_e = np.arange(begin, d.duration + 0.01, 1e-3)
     s = d.heading * d.speed * (t_e - d.t_nearest)
     pos = np.stack([s * np.cos(d.depth), np.full_like(s, d.height), d.nearest + s * np.sin(d.depth)], 1)
     r = np.sqrt((pos**2).sum(1))

@@ -29,6 +29,7 @@ from smooth_foley.world.dials import (  # noqa: F401  (the world's names, all at
     Motion,
     draw_dials,
     motion,
+    whole_ticks,
 )
 from .looks import FOCAL, project, render_frames, render_mixed_frames
 from .sounds import gate, pitch, render_audio, with_ambience
@@ -68,7 +69,7 @@ def truth_of(
     yaw: tuple = None,  # Another source's camera: times (s) and yaw (rad)
 ) -> dict:  # Name -> array, one value per hundredth of a second
     "The timeline: what is heard and what is seen at each hundredth of a second"
-    t = np.arange(int(d.duration * RATE)) / RATE
+    t = np.arange(whole_ticks(d.duration, RATE)) / RATE
     radial_speed = np.gradient(m.r, m.t_e)
     return dict(
         t=t,
@@ -124,7 +125,7 @@ def scene(
         return _mixed_scene(seed, fps, size, frames, audio, **dials)
     d = draw_dials(seed, split, **dials)
     m = motion(d)
-    times = np.arange(int(d.duration * fps)) / fps
+    times = np.arange(whole_ticks(d.duration, fps)) / fps
     s = Scene(int(seed), d.label, d, times, truth=truth_of(d, m, size), duration=d.duration)
     if frames:
         s.frames = render_frames(d, m, seed, s.times, size)
@@ -200,7 +201,7 @@ def _mixed_paths(both, seed):
     rng = np.random.default_rng([int(seed), 7])
     half = rng.choice([-0.5, 0.5]) * rng.uniform(0.35, 0.6)
     paths = [_turned(motion(d), angle) for d, angle in zip(both, (half, -half))]
-    clock = np.arange(int(both[0].duration * RATE)) / RATE
+    clock = np.arange(whole_ticks(both[0].duration, RATE)) / RATE
     yaws = [project(d, m, clock)[3] for d, m in zip(both, paths)]
     return paths, (clock, (yaws[0] + yaws[1]) / 2)
 
@@ -227,7 +228,7 @@ def _mixed_scene(seed, fps, size, frames, audio, **dials):
     paths, yaw = _mixed_paths(both, seed)
     first = both[0]
     truths = {d.label: truth_of(d, m, size, yaw) for d, m in zip(both, paths)}
-    times = np.arange(int(first.duration * fps)) / fps
+    times = np.arange(whole_ticks(first.duration, fps)) / fps
     s = MixedScene(int(seed), first.label, first, times, truth=truths[first.label], duration=first.duration)
     s.sources, s.truths = {d.label: d for d in both}, truths
     if frames:

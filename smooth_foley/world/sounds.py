@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..media import SR
-from .dials import SOURCES, Dials, Motion
+from .dials import SOURCES, Dials, Motion, whole_ticks
 
 # %% ../../nbs/world/18_sounds.ipynb #bef481ca
 def _harmonics(phase, amps):
@@ -179,7 +179,7 @@ def with_ambience(x, d: Dials, rng) -> np.ndarray:  # float32
 def render_audio(d: Dials, m: Motion, seed: int) -> np.ndarray:  # (163840,) float32, peak .7
     "What the microphone hears: emission at retarded time, 1/r, ambient noise, one gain per clip"
     rng = np.random.default_rng([int(seed), 2])
-    t_e = m.emitted(np.arange(int(d.duration * SR)) / SR)
+    t_e = m.emitted(np.arange(whole_ticks(d.duration, SR)) / SR)
     emit = _continuous if SOURCES[d.label].continuous else _struck
     x = emit(d, t_e, rng) / m.at(t_e, m.r)
     peak = np.abs(x).max()
