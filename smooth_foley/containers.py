@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TICKS', 'error_text', 'check_file', 'open_path', 'open_media', 'default_stream', 'decodable', 'picture_stream',
-           'Span', 'measure_span', 'decode', 'decode_timed', 'display_matrix', 'upright', 'encode_picture',
-           'encode_sound', 'by_time', 'add_sound', 'add_picture']
+           'Span', 'measure_span', 'decode', 'picture_start', 'decode_sound', 'decode_timed', 'display_matrix',
+           'upright', 'encode_picture', 'encode_sound', 'by_time', 'add_sound', 'add_picture']
 
 # %% ../nbs/00a_containers.ipynb #ca110003
 import heapq
@@ -13,6 +13,7 @@ import os
 import stat
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -78,10 +79,14 @@ def decodable(stream, path, what):
     )
 
 # %% ../nbs/00a_containers.ipynb #0b0b6971
+def _picture_streams(container):
+    cover = Disposition.attached_pic | Disposition.timed_thumbnails
+    return [s for s in container.streams.video if not s.disposition & cover]
+
+
 def picture_stream(container, path):
     "The video stream of an open file"
-    cover = Disposition.attached_pic | Disposition.timed_thumbnails
-    streams = [s for s in container.streams.video if not s.disposition & cover]
+    streams = _picture_streams(container)
     if streams:
         return decodable(default_stream(streams), path, "picture")
     what = "only sound" if container.streams.audio else "no picture and no sound"
@@ -173,6 +178,27 @@ def decode(container, stream):
     for packet in container.demux(stream):
         if packet.size or packet.pts is None:
             yield from packet.decode()
+
+# %% ../nbs/00a_containers.ipynb #snd00001
+def picture_start(container):
+    "When the first picture appears, seconds on the file's clock; None where that is not known"
+    streams = _picture_streams(container)
+    stream = default_stream(streams) if streams else None
+    return None if stream is None or stream.start_time is None else float(stream.start_time * stream.time_base)
+
+
+def decode_sound(container, stream, sr, path):
+    "Samples of a stream as one channel, `(n,)` float32, and when they begin, seconds on the file's clock or None"
+    to_mono, parts, first = av.AudioResampler(format="flt", layout="mono", rate=sr), [], None
+    try:
+        for frame in chain(decode(container, stream), [None]):
+            if first is None and frame is not None and frame.pts is not None:
+                first = float(frame.pts * frame.time_base)
+            parts += [block.to_ndarray()[0] for block in to_mono.resample(frame)]
+    except av.error.FFmpegError as e:
+        raise FoleyError(f"{path}: its sound cannot be decoded ({error_text(e)})") from e
+    audio = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    return audio[: round(stream.duration * stream.time_base * sr)] if stream.duration else audio, first
 
 # %% ../nbs/00a_containers.ipynb #01b91c17
 def decode_timed(container, stream, path):

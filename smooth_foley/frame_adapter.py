@@ -6,7 +6,6 @@
 __all__ = ['cross_attentions', 'FrameAdapter', 'is_installed']
 
 # %% ../nbs/06_frame_adapter.ipynb #5f3132b6
-import math
 from contextlib import contextmanager
 
 import torch
@@ -23,6 +22,7 @@ from smooth_foley.frame_position import (
     FrameAttnProcessor,
     attach_residual,
     check_position,
+    check_scale,
     motion_weights,
     time_code,
     window_list,
@@ -117,11 +117,6 @@ def from_unet(
     return nn.Module.to(self, unet.device, unet.dtype)  # ModelMixin.to warns at every change of dtype
 
 # %% ../nbs/06_frame_adapter.ipynb #98a09111
-def _check_scale(scale):
-    if not (math.isfinite(scale) and scale >= 0):
-        raise FoleyError(f"`frame_scale` is {scale}: give a number of 0 or more")
-
-
 @patch
 def install(
     self: FrameAdapter,
@@ -129,7 +124,7 @@ def install(
     scale: float = 1.0,  # lambda of Eq. 2
 ) -> FrameAdapter:
     "Add the frame branch to every cross-attention of `unet`"
-    _check_scale(scale)
+    check_scale(scale)
     if unet.encoder_hid_proj is not None:
         self.uninstall(unet)
     attns = cross_attentions(unet)
@@ -213,7 +208,7 @@ def set_scale(
     scale: float,  # lambda of Eq. 2, 0 or more
 ) -> None:
     "Weigh the frames against the text"
-    _check_scale(scale)
+    check_scale(scale)
     if not is_installed(unet):
         raise FoleyError("the frame adapter is not installed on this UNet: call `install(unet)` first")
     for attn in cross_attentions(unet):

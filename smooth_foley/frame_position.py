@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['time_code', 'motion_weights', 'frame_weights', 'column_weights', 'ColumnResidual', 'level_columns', 'window_bias',
-           'window_list', 'FrameAttnProcessor', 'attach_residual', 'check_position']
+           'window_list', 'FrameAttnProcessor', 'attach_residual', 'check_scale', 'check_position']
 
 # %% ../nbs/05b_frame_position.ipynb #f4a10003
 import math
@@ -256,6 +256,14 @@ def attach_residual(
         first.hooks.append(attn.register_forward_hook(lambda attn, args, h, i=i: on_attn(i, attn, h)))
 
 # %% ../nbs/05b_frame_position.ipynb #f4a10009
+def check_scale(
+    scale: float,  # lambda of Eq. 2
+) -> None:
+    "Refuse a weight of the frames that means nothing"
+    if not (math.isfinite(scale) and scale >= 0):
+        raise FoleyError(f"`frame_scale` is {scale}: give a number of 0 or more")
+
+
 def check_position(
     frame_position: str,  # "none", "sinusoidal", "window" or "residual"
     frame_window: float,  # Seconds, one window or one for each head

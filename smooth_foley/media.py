@@ -12,7 +12,6 @@ __all__ = ['SR', 'HOP', 'COLUMNS_PER_SECOND', 'seconds_to_samples', 'seconds_to_
 import os
 import wave
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import av
@@ -24,14 +23,14 @@ from smooth_foley.containers import (
     add_sound,
     by_time,
     decodable,
-    decode,
+    decode_sound,
     decode_timed,
     default_stream,
     encode_picture,
     encode_sound,
-    error_text,
     measure_span,
     open_media,
+    picture_start,
     picture_stream,
     upright,
 )
@@ -222,21 +221,6 @@ def read_clip(
     return Clip(np.stack(frames), times, duration, Path(path))
 
 # %% ../nbs/01_media.ipynb #1092bf45
-def _picture_start(container, path):
-    "When the first picture appears, seconds on the file's clock; None where that is not known"
-    try:
-        stream = picture_stream(container, path)
-    except FoleyError:
-        return None
-    return None if stream.start_time is None else float(stream.start_time * stream.time_base)
-
-
-def _from_picture_on(audio, sr, first, start):
-    "A sound whose first sample is at `first` seconds, from the first picture on"
-    late = 0 if first is None or start is None else round((first - start) * sr)
-    return np.pad(audio, (late, 0)) if late >= 0 else audio[-late:]
-
-
 def read_audio(
     path,  # A video or audio file
     sr: int = SR,  # Sample rate to return, Hz
@@ -246,18 +230,10 @@ def read_audio(
         if not f.streams.audio:
             raise FoleyError(f"{path}: no sound in it; give a file with sound")
         stream = decodable(default_stream(f.streams.audio), path, "sound")
-        to_mono, parts, first = av.AudioResampler(format="flt", layout="mono", rate=sr), [], None
-        try:
-            for frame in chain(decode(f, stream), [None]):
-                if not parts and frame is not None and frame.pts is not None:
-                    first = float(frame.pts * frame.time_base) if first is None else first
-                parts += [block.to_ndarray()[0] for block in to_mono.resample(frame)]
-        except av.error.FFmpegError as e:
-            raise FoleyError(f"{path}: its sound cannot be decoded ({error_text(e)})") from e
-        audio = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        if stream.duration:
-            audio = audio[: round(stream.duration * stream.time_base * sr)]
-        return _from_picture_on(audio, sr, first, _picture_start(f, path))
+        audio, first = decode_sound(f, stream, sr, path)
+        start = picture_start(f)
+    late = 0 if first is None or start is None else round((first - start) * sr)
+    return np.pad(audio, (late, 0)) if late >= 0 else audio[-late:]
 
 # %% ../nbs/01_media.ipynb #e8e232bf
 def _waveform(path, audio):

@@ -175,6 +175,18 @@ WRONG = {  # name: (words, what the line must say)
     "unknown split": (["evaluate", "--split", "nowhere", "--out", "e"], "nowhere"),
     "one folder of sounds": (["evaluate", "--generated", "nothing"], "--reference: is missing"),
     "counterfactual of a folder": (["evaluate", "--counterfactual", "--split", "nothing"], "nothing"),
+    "folders and steps": (
+        ["evaluate", "--generated", "a", "--reference", "b", "--steps", "3", "--n", "2"],
+        "--n, --steps: belong to generating",
+    ),
+    "metrics without folders": (["evaluate", "--metrics", "fad"], "--metrics: belongs to --generated and --reference"),
+    "weights of judges": (
+        ["evaluate", "--generated", "a", "--reference", "b", "--weights", "w.pt"],
+        "the judges of the package have theirs",
+    ),
+    "a counterfactual in batches": (["evaluate", "--counterfactual", "--batch", "2"], "does not go with --batch"),
+    "clips that lie nowhere": (["data", "vggsound", "--csv", "v.csv", "--out", "state"], "--clips: is missing"),
+    "grounding from a folder": (["fetch", "grounding", "--from", "."], "--from: belongs to fetch full"),
     "half a counterfactual": (["evaluate", "--counterfactual", "--only", "measure"], "does not go with --only"),
     "no command for data": (["data"], "WHAT"),
     "no command for listen": (["listen"], "WHAT"),

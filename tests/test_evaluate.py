@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,8 @@ def test_an_order_free_system_does_not_turn_with_the_film(tmp_path):
 
     torch.set_num_threads(1)
     pipe = SmoothFoleyPipeline.from_random(labels=passby.LABELS)
-    rows = counterfactual("ours,truth-vae", out=tmp_path, n=1, steps=2, pipe=pipe, device="cpu")
+    rows = counterfactual("ours,truth-vae,diff-foley", out=tmp_path, n=1, steps=2, pipe=pipe, device="cpu")
+    assert {r["system"] for r in rows} == {"truth", "ours", "truth-vae", "diff-foley"}
     value = {(r["system"], r["film"], r["measure"]): float(r["value"]) for r in rows}
     assert value["ours", "reversed", "level"] == 0.5 and abs(value["ours", "reversed", "level_slope"]) < 1e-3
     assert value["truth", "reversed", "level"] == value["truth", "moved", "loudest"] == 1
@@ -158,6 +160,40 @@ def test_a_sound_that_was_replaced_is_measured_again(small, tmp_path):
     result_folders.measure_missing(list(systems), [c.id for c in clips], work, judges)
     result_folders.collect(work, result_folders.judges_mark(judges))
     assert (work / "clips.csv").read_bytes() != (out / "clips.csv").read_bytes()
+
+
+def test_what_was_removed_is_in_no_table(small, tmp_path):
+    clips, systems, judges, encoder, out = small
+    work, mark = tmp_path / "out", result_folders.judges_mark(judges)
+    shutil.copytree(out, work)
+    sorted((work / "ours").glob("*.wav"))[0].unlink()
+    ours = [r["clip"] for r in result_folders.collect(work, mark) if r["system"] == "ours"]
+    assert ours == [clips[1].id]
+    shutil.rmtree(work / "ours")
+    assert {r["system"] for r in result_folders.collect(work, mark)} == {"truth"}
+    assert [p.stem for p in (work / "embeddings").glob("*.npz")] == ["truth"]
+
+
+@pytest.mark.parametrize("change", [dict(label="dog barking"), dict(split="mine")])
+def test_another_clip_of_the_same_name_is_not_taken_for_the_one_that_is_there(small, change):
+    clips, systems, judges, encoder, out = small
+    with pytest.raises(FoleyError, match=f"holds another clip {clips[0].id}.*give another --out"):
+        result_folders.generate_missing(systems, [replace(clips[0], **change)], encoder, out)
+
+
+def test_published_systems_see_the_whole_picture(tmp_path):
+    film = np.zeros((60, 64, 128, 3), np.uint8)
+    film[30:, :, :24] = 255  # Outside the middle square
+    write_video(tmp_path / "a.mp4", film, 15)
+    (tmp_path / "labels.csv").write_text("name,label\na.mp4,dog barking\n")
+    (take,) = [c.load() for c in folder_clips(tmp_path)]
+    loaded = load_with_folder()
+    crafter, foley = (build(parse_system(s), loaded, steps=1)[0] for s in ("foleycrafter", "diff-foley"))
+    _, (seen,) = crafter([take])
+    assert np.ptp(seen.similarity) > 1e-4  # The middle square is black from beginning to end
+    foley([take])
+    features = next(v for v in take.memo.values() if torch.is_tensor(v))
+    assert not torch.allclose(features[0], features[-1], atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +322,7 @@ def write_pcm(path, x, sr, channels=1):
         (np.zeros(16000), {}, "1 generated file is silent: 0.wav"),
         (np.sign(np.sin(np.arange(16000) * 0.1)), {}, "is clipped: 0.wav"),
         (tone(8000), dict(sr=8000), "recorded at 8 kHz, empty above 4 kHz: 0.wav"),
+        (tone(176000), {}, "longer than 10.24 s, of which the judges hear only the beginning: 0.wav"),
     ],
 )
 def test_doubtful_sounds_are_named(folders, x, kw, why):

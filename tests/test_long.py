@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from smooth_foley.compare.measure import hear
+from smooth_foley.compare.takes import _hear_all
 from smooth_foley.core import FoleyError
 from smooth_foley.events import Event, remix
-from smooth_foley.media import Clip, probe, read_audio, write_video
+from smooth_foley.listen.judges import load_judges
+from smooth_foley.media import SR, Clip, probe, read_audio, write_video
 from smooth_foley.pipeline import SmoothFoleyPipeline
 
 
@@ -131,6 +134,16 @@ def test_stems_add_up_and_are_what_single_calls_give(pipe):
     assert np.allclose(remix(quiet, dict(siren=0.0)).stems.audios[0], mix.stems.audios[0], atol=1e-4)  # it comes back
     with pytest.raises(FoleyError, match="names horn"):
         remix(mix, dict(horn=3))
+
+
+def test_takes_of_a_long_clip_are_judged_to_their_end():
+    judges, quiet = load_judges(), np.zeros(12 * SR, np.float32)
+    tone = (0.3 * np.sin(np.arange(12 * SR) * 0.3)).astype(np.float32)
+    late = np.r_[quiet[: 10 * SR + SR // 2], tone[: SR + SR // 2]]
+    heard = [_hear_all(judges, x, SR)["logits"] for x in (quiet, late, tone)]
+    assert np.abs(heard[1] - heard[0]).max() > 0.1  # What comes after 10.24 s counts
+    one, whole = _hear_all(judges, tone[: 10 * SR], SR), hear(judges, tone[: 10 * SR])
+    assert all(np.allclose(one[k], whole[k]) for k in whole)
 
 
 @pytest.mark.parametrize("start, end", [(0.0, 0.5), (2.0, 13.9)])

@@ -57,6 +57,8 @@ def _fetch_grounding(args):
     "The published grounding model, or what it would be"
     from smooth_foley.listen import grounding
 
+    if args.folders:
+        raise FoleyError("--from: belongs to fetch full and fetch diff-foley; leave it out")
     out = args.out or grounding.grounding_path()
     if args.dry_run:
         hub = grounding.HUB

@@ -123,6 +123,8 @@ def _vggsound(args):
 
     if not args.csv:
         raise FoleyError("--csv: is needed, the list of clips (vggsound.csv); or --passby N to make a folder to try")
+    if not args.clips and (args.out or args.download):
+        raise FoleyError("--clips: is missing, the folder where the clips are or will be")
     items, faults = _read_list(args)
     if not args.clips:
         return

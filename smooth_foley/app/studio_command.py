@@ -7,7 +7,9 @@ __all__ = ['STUDIO']
 
 # %% ../../nbs/app/98e_studio_command.ipynb #sco98003
 import json
+import os
 import secrets
+import socket
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,15 +33,28 @@ def _page(folder, video, model, device):
 def _server_words(page, port, token):
     "What Voilà is started with"
     kernels = "smooth_foley.app.studio_kernel.OneKernel"
-    words = ["--Voila.ip=127.0.0.1", f"--port={port}", f"--Voila.token={token}", "--no-browser"]
+    words = ["--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.port_retries=0"]
+    words += [f"--Voila.token={token}", "--no-browser"]
     return [str(page), *words, f"--VoilaConfiguration.multi_kernel_manager_class={kernels}"]
 
 # %% ../../nbs/app/98e_studio_command.ipynb #sco98009
+def _check_port(port):
+    "Refuse a port on which something else listens, before its address is told"
+    with socket.socket() as s:
+        if os.name == "posix":  # One that was closed a moment ago is free
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError as e:
+            raise FoleyError(f"--port {port}: cannot be used ({e.strerror}); give another one") from None
+
+
 def _studio(args):
     "Serve the page until it is interrupted"
     probe(args.video)
     if find_spec("voila") is None:
         raise FoleyError("studio: needs Voilà; pip install 'smooth_foley[studio]', or open Studio in a notebook")
+    _check_port(args.port)
     model = args.model if args.model == "mini" else str(local_model(args.model))
     from voila.app import Voila
 

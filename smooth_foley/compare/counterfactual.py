@@ -98,7 +98,7 @@ def _turns(name, found, true):
 
 # %% ../../nbs/compare/78_counterfactual.ipynb #f3ec7405
 _MEASURED = ("level", "level_slope", "pitch", "pitch_slope", "loudest")
-_NO_MODEL = ("truth-vocoded", "truth-vae", "other")
+_UNCONDITIONED = ("truth-vocoded", "truth-vae", "other", "diff-foley")  # Systems that take no condition
 
 
 def mover_seeds(
@@ -120,7 +120,7 @@ def mover_seeds(
 
 def _build_always_on(spec, loaded, seed, steps):
     "A system whose condition is always on"
-    if spec.base not in _NO_MODEL:
+    if spec.base not in _UNCONDITIONED:
         spec = replace(spec, options={**spec.options, "condition": "always"})
     return build(spec, loaded, seed, steps)
 
@@ -269,7 +269,8 @@ def _write_films(systems, seeds, out):
 # %% ../../nbs/compare/78_counterfactual.ipynb #aea27ddb
 def run_command(args) -> str:  # What is to be printed
     "`smooth-foley evaluate --counterfactual`, with the options as attributes of `args`"
-    wrong = [f"--{k}" for k in ("only", "generated", "reference", "metrics") if getattr(args, k)]
+    usual = dict(only=None, generated=None, reference=None, metrics=None, weights=None, embedder="mini-judges", batch=4)
+    wrong = [f"--{k}" for k, v in usual.items() if getattr(args, k) != v]
     if wrong:
         raise FoleyError(f"--counterfactual: does not go with {', '.join(wrong)}; leave one of them out")
     out = args.out or "evaluation"

@@ -139,6 +139,9 @@ def run_command(args) -> str:  # What is to be printed
     "`smooth-foley evaluate`, with the options as attributes of `args`"
     if args.generated or args.reference:
         return _compare_command(args)
+    scoring = dict(metrics=None, weights=None, embedder="mini-judges")
+    if wrong := [k for k, v in scoring.items() if getattr(args, k) != v]:
+        raise FoleyError(f"--{wrong[0]}: belongs to --generated and --reference; give both, or leave it out")
     out = evaluate(
         args.systems or "ours,ours-clipwise",
         args.split or "passby",
@@ -161,8 +164,14 @@ def _compare_command(args):
     if not (args.generated and args.reference):
         missing = "reference" if args.generated else "generated"
         raise FoleyError(f"--{missing}: is missing; two folders are compared, give both")
-    if args.systems or args.split:
-        raise FoleyError("--systems, --split: belong to generating; leave them out to compare two folders")
+    generating = dict(
+        systems=None, split=None, n=None, seed=0, steps=None, batch=4, only=None, model="mini", device=None
+    )
+    if wrong := [f"--{k}" for k, v in generating.items() if getattr(args, k) != v]:
+        belongs = "belong" if len(wrong) > 1 else "belongs"
+        raise FoleyError(f"{', '.join(wrong)}: {belongs} to generating; leave out what two folders do not need")
+    if args.weights and args.embedder == "mini-judges":
+        raise FoleyError("--weights: the judges of the package have theirs; name another --embedder")
     r = compare_folders(args.generated, args.reference, args.embedder, args.metrics, args.weights)
     if args.out:
         save_folders(r, args.out)

@@ -211,6 +211,10 @@ def has_truth(out, c: TestClip) -> bool:
     wav = out / "truth" / f"{c.id}.wav"
     if truth is None or not all_finite({k: truth[k] for k in ("times", "duration", "frames")}):
         return False
+    there = str(truth["label"]), str(truth["split"])
+    if there != (c.label, c.split):
+        known, now = (f"{label!r} of {split}" for label, split in (there, (c.label, c.split)))
+        raise FoleyError(f"{out}: holds another clip {c.id} ({known} there, {now} now); give another --out")
     return not wav.exists() or is_whole(wav)
 
 # %% ../../nbs/compare/76_folders.ipynb #c1a1a519
@@ -299,21 +303,22 @@ def _measure_clip(out, name, marks, judges):
         _save_npz(path, row=json.dumps(row), mark=mark, seconds=time.perf_counter() - start, **kept)
 
 # %% ../../nbs/compare/76_folders.ipynb #e7f5000d
-def _measured(folder, mark):
-    "What is measured of a system by these judges, in the order of clips"
-    found = [_whole_arrays(p, _MEASURED) for p in sorted(folder.glob("[!.]*.npz"))]
-    return [z for z in found if str(z["mark"]).startswith(f"{mark}-")]
+def _measured(out, system, mark):
+    "What is measured of a system by these judges, of sounds that are there, in the order of clips"
+    paths = sorted((out / "measured" / system).glob("[!.]*.npz"))
+    found = [(_whole_arrays(p, _MEASURED), f"{mark}-{_sources(out, system, p.stem)}") for p in paths]
+    return [z for z, now in found if str(z["mark"]) == now]
 
 
 def collect(
     out,  # Folder of the run
-    mark: str,  # Rows of other judges are left out
+    mark: str,  # Rows of other judges are left out, and of sounds that are gone or others by now
 ) -> list:  # Rows
     "Gather what is measured: clips.csv and embeddings/SYSTEM.npz"
     out, rows = Path(out), []
     (out / "embeddings").mkdir(exist_ok=True)
     for folder in sorted((out / "measured").iterdir()):
-        found = _measured(folder, mark)
+        found = _measured(out, folder.name, mark)
         if not found:
             continue
         mine = [json.loads(str(z["row"])) for z in found]
@@ -322,6 +327,9 @@ def collect(
         about = dict(clips=[r["clip"] for r in mine], splits=[r["split"] for r in mine])
         _save_npz(out / "embeddings" / f"{folder.name}.npz", **about, **arrays)
         rows += mine
+    for path in (out / "embeddings").glob("*.npz"):
+        if path.stem not in {r["system"] for r in rows}:
+            path.unlink()
     rows.sort(key=lambda r: (r["split"], r["clip"], r["system"] != "truth", r["system"]))
     write_results(out / "clips.csv", rows, COLUMNS)
     return rows

@@ -15,7 +15,7 @@ import numpy as np
 from .folders import write_results
 from ..core import FoleyError, progress
 from ..listen.embedders import decode, listen_to, load_audio, mono
-from ..listen.judges import load_judges
+from ..listen.judges import Judge, load_judges
 from ..media import SR
 from ..metrics.divergence import inception_score, kl_per_clip
 from ..metrics.doppler import centroid_track, f0_correlation
@@ -29,6 +29,7 @@ _OF_PAIRS = ("kl", "activity", "centroid")
 _OF_SETS = ("fad", "fad_inf", "kid", "is")
 _FEWEST = dict(fad=2, kid=2, fad_inf=10)  # Clips on each side; 1 for the others
 _SHORTEST = 0.1  # s; nothing can be heard in less
+_JUDGED = 10.24  # s; of more, the judges of the package hear only the beginning
 
 
 def _listed(names, most: int = 8) -> str:
@@ -112,13 +113,15 @@ def _hear_file(x, sr, models, seconds) -> _Known:
 def _hear_folder(files, models, side, seconds) -> tuple:  # Name -> what is known, notes
     "Every sound of a folder"
     known, faults = {}, defaultdict(list)
-    rate = max(m.rate for m in models.values())
+    rate, judged = max(m.rate for m in models.values()), any(isinstance(m, Judge) for m in models.values())
     for name, path in progress(files.items(), desc=side, unit="file", total=len(files)):
         x, sr = decode(path)
         mono(x, str(path))
         _check_length(path, x, sr)
         for fault in _faults_of(x, sr, rate):
             faults[fault].append(path.name)
+        if judged and min(seconds or np.inf, x.shape[1] / sr) > _JUDGED + 0.01:
+            faults[f"longer than {_JUDGED:g} s, of which the judges hear only the beginning"].append(path.name)
         known[name] = _hear_file(x, sr, models, seconds)
     notes = []
     for fault, names in faults.items():

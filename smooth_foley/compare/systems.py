@@ -19,7 +19,7 @@ from .clips import Take
 from ..core import FoleyError, mini_path, suggest
 from ..effort import Effort
 from ..loading import fingerprint, load_part
-from ..media import seconds_to_samples
+from ..media import read_clip, seconds_to_samples
 from ..pipeline import SmoothFoleyPipeline
 from ..vocoder import vocode
 from ..world import passby
@@ -208,6 +208,12 @@ def _foleycrafter_on(loaded):
     return crafter
 
 
+def _whole_picture(clip):
+    "The file of a clip, whose whole picture a published system squeezes into its square; rendered clips are square"
+    path = Path(clip.path or "")
+    return path if path.is_file() else clip
+
+
 def _foleycrafter_system(loaded, prompted, **options):
     "FoleyCrafter, with the label as prompt or without a prompt"
     crafter = _foleycrafter_on(loaded)
@@ -216,7 +222,7 @@ def _foleycrafter_system(loaded, prompted, **options):
     def sound(takes, seed, steps):
         for t in takes:
             if key not in t.memo:
-                t.memo[key] = crafter.conditions(t.clip)[0]
+                t.memo[key] = crafter.conditions(_whole_picture(t.clip))[0]
         out = crafter(
             [t.clip for t in takes],
             prompt=[t.label for t in takes] if prompted else None,
@@ -253,7 +259,8 @@ def _diff_foley(loaded, folder=None, **options):
     def sound(takes, seed, steps):
         for t in takes:
             if key not in t.memo:
-                t.memo[key] = foley.see(t.clip)
+                seen = _whole_picture(t.clip)
+                t.memo[key] = foley.see(read_clip(seen, foley.config.fps) if isinstance(seen, Path) else seen)
         how = {"num_inference_steps": steps, **options}
         out = foley([t.clip for t in takes], seed=seed, features=[t.memo[key] for t in takes], **how)
         return out.audios, [None] * len(takes)

@@ -53,9 +53,17 @@ def score_takes(
     return rows
 
 
+def _hear_all(judges, audio, sr, seconds=10.24):
+    "What the judges hear, the mean of as many windows as there are; a rest of less than a second is left out"
+    n = round(seconds * sr)
+    parts = [audio[k : k + n] for k in range(0, len(audio), n)]
+    heard = [hear(judges, part) for k, part in enumerate(parts) if k == 0 or len(part) >= sr]
+    return {name: np.mean([h[name] for h in heard], 0) for name in heard[0]}
+
+
 def _judged(audio, output, i, judges):
     "Probability of the label, and cosine to the frames"
-    heard, names, found = hear(judges, audio), judges["classifier"].config.labels, {}
+    heard, names, found = _hear_all(judges, audio, output.sample_rate), judges["classifier"].config.labels, {}
     if output.labels[i] in names:
         found["label"] = float(np.exp(log_softmax(heard["logits"]))[names.index(output.labels[i])])
     if "student" in judges and output.seen is not None:

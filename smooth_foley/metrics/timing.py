@@ -251,7 +251,7 @@ def onset_scores(
     if t.ndim != 1 or not np.isfinite(t).all():
         raise FoleyError("true: give the times of the true onsets in seconds, (n,), without nan")
     level = _level(x, how["signed"]) if len(x) else x
-    found = np.round(detect_onsets(x, _ONSET_SR) * _ONSET_SR).astype(int)
+    found = np.round(detect_onsets(x, _ONSET_SR) * _ONSET_SR).astype(int).clip(max=max(0, len(x) - 1))
     found = _suppress(found, [_strength(level, o) for o in found], how["as_published"])
     y, p, hits = _match(t, found, level, how["window"] * _ONSET_SR, how["as_published"], how["stale"])
     out = dict(accuracy=np.nan, ap=np.nan, f1=np.nan, true=len(t), found=len(found))

@@ -79,8 +79,8 @@ def agreement(
 ) -> float:  # At most 1; nan where it is not defined
     "Krippendorff's alpha, ordinal"
     x = np.asarray(x, float)
-    x = x[np.isfinite(x).any(1)]
-    if len(x) < 2 or len(np.unique(x[np.isfinite(x)])) < 2:
+    x = x[:, np.isfinite(x).sum(0) > 1]  # Others say nothing about agreement
+    if len(np.unique(x[np.isfinite(x)])) < 2:
         return np.nan
     return float(krippendorff.alpha(x, level_of_measurement="ordinal", value_domain=list(range(LOWEST, HIGHEST + 1))))
 
