@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .core import FoleyError, expand, own_folder
+from .core import FoleyError, expand, make_folder, own_file
 from .load_options import check_variant
 from .loading import quiet
 from .lora import has_lora
@@ -74,7 +74,7 @@ def save_pretrained(
             super(SavedPipeline, self).save_pretrained(tmp, variant=variant, max_shard_size=max_shard_size)
             add_pipeline_code(tmp, type(self))
             _copy_presets(self.name_or_path, tmp)
-            _move(Path(tmp), own_folder(folder))
+            _move(Path(tmp), make_folder(folder))
     except OSError as e:
         raise FoleyError(f"{folder}: cannot be written ({e.strerror or e}); make room, or save elsewhere") from e
     if push_to_hub:
@@ -88,13 +88,12 @@ def _copy_presets(origin, folder):
 
 
 def _move(source, folder):
-    "Every file of one folder to its place in another"
+    "Every file of one folder to its place in another; a link that leads elsewhere makes room for it"
     for path in sorted(source.rglob("*")):
-        place = folder / path.relative_to(source)
+        place = own_file(folder / path.relative_to(source))
         if path.is_dir():
-            own_folder(place)
+            make_folder(place)
         else:
-            place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
 
 # %% ../nbs/10h_saving.ipynb #sav00011

@@ -106,6 +106,14 @@ def _csv_row(path, line, row):
     return found | {k: row.get(k) or None for k in ("prompt", "name")}
 
 
+def _same_event(path, line, row, event, first):
+    "Refuse a further row of a name that says something else; an empty cell means the same"
+    for key in ("label", "gain_db", "seed", "prompt"):
+        if (row.get(key) or "").strip() and event[key] != first[key]:
+            name = event["name"] or event["label"]
+            raise FoleyError(f"{path}: line {line}: {key} of {name!r} differs from the row before; give another name")
+
+
 def _csv_events(path, text):
     "Pairs of line number and dictionary; rows of one name are joined"
     table = csv.DictReader(io.StringIO(text), skipinitialspace=True)
@@ -121,6 +129,7 @@ def _csv_events(path, text):
         event = _csv_row(path, line, row)
         first = found.setdefault(event["name"] or event["label"], (line, event))[1]
         if first is not event:
+            _same_event(path, line, row, event, first)
             if isinstance(first["condition"], str) or isinstance(event["condition"], str):
                 raise FoleyError(f"{path}: line {line}: a second row for {event['label']!r} without a span; join them")
             first["condition"] = first["condition"] + event["condition"]
@@ -132,6 +141,8 @@ def _event(path, line, found, labels):
     "A checked event"
     if odd := sorted(set(found) - {"label", "condition", "gain_db", "seed", "prompt", "name"}):
         raise FoleyError(f"{path}: line {line}: knows no {odd[0]!r}; use label, condition, gain_db, seed, prompt, name")
+    if odd := [k for k in ("prompt", "name") if not isinstance(found.get(k), str | None)]:
+        raise FoleyError(f"{path}: line {line}: {odd[0]} is {found[odd[0]]!r}; give a text")
     try:
         event = Event(**found) if "label" in found else Event("")
     except FoleyError as e:

@@ -62,6 +62,8 @@ def inputs(tmp_path_factory):
     write_video(folder / "one.mp4", noise[:1])
     (folder / "late.csv").write_text("label,start,end\ndog barking,1,2\ndog barking,4,5\n")
     (folder / "wrong.csv").write_text("label,start,end\ndog barking,1,2\ndog barking,soon,5\n")
+    (folder / "left.csv").write_text("label,start,end,name\ndog barking,0,1,left\ntrain horning,1,2,left\n")
+    (folder / "five.json").write_text('{"events": [\n{"label": "dog barking", "name": 5}\n]}')
     (folder / "near.json").write_text('{"events": [\n{"label": "dog barkin"}\n]}')
     write_wav(folder / "sound.wav", np.zeros(SR))
     (folder / "sound.mp4").write_bytes((folder / "sound.wav").read_bytes())
@@ -107,6 +109,18 @@ WRONG = {  # name: (words, what the line must say)
         "dog barking: a span ends at 5 s, after the clip's end at 2.00 s",
     ),
     "a wrong line of a timeline": (["generate", "good.mp4", "--timeline", "wrong.csv"], "wrong.csv: line 3: start is"),
+    "one name for two things": (
+        ["generate", "good.mp4", "--timeline", "left.csv"],
+        "left.csv: line 3: label of 'left' differs from the row before",
+    ),
+    "a name that is a number": (
+        ["generate", "good.mp4", "--timeline", "five.json"],
+        "five.json: line 2: name is 5; give a text",
+    ),
+    "stems of two videos of one name": (
+        ["generate", "good.mp4", "nothing/../good.mp4", *["--label", "dog barking"], "--stems", "nothing"],
+        "good_dog_barking.wav: two of the videos would be written there",
+    ),
     "a label that a timeline misspells": (
         ["generate", "good.mp4", "--timeline", "near.json"],
         "near.json: line 2: the model does not know 'dog barkin'; did you mean 'dog barking'?",
@@ -389,6 +403,33 @@ def test_several_sounds_takes_and_a_timeline(video, tmp_path, inside):
     )
     assert r.returncode == 0 and sorted(p.name for p in tmp_path.glob("a*")) == ["a_seed0.wav", "a_seed1.wav"]
     assert "seed 1: agrees with the condition" in r.stdout
+
+
+@needs_mini
+def test_takes_of_a_folder_go_on_and_are_no_videos_to_work_on(video, tmp_path, inside):
+    for name in "ab":
+        shutil.copy(video, tmp_path / f"{name}.mp4")
+    ask = ["--label", "airplane flyby", "--steps", "1", "--pick", "all", "--takes"]
+    assert inside("generate", tmp_path, *ask, "2").returncode == 0
+    (tmp_path / "b_foley_seed1.mp4").unlink()
+    kept = (tmp_path / "a_foley_seed0.mp4").stat().st_mtime_ns
+    r = inside("generate", tmp_path, *ask, "3")
+    assert r.returncode == 0, r.stderr
+    made = [f"{name}_foley_seed{k}.mp4" for name in "ab" for k in range(3)]
+    assert sorted(p.name for p in tmp_path.glob("*_foley*")) == made
+    assert (tmp_path / "a_foley_seed0.mp4").stat().st_mtime_ns == kept
+
+
+@needs_mini
+def test_stems_touch_nothing_else_in_their_folder(video, tmp_path, inside):
+    (tmp_path / "link").symlink_to(video)
+    (tmp_path / "plane_dog_barking.wav").symlink_to(video)
+    before = video.read_bytes()
+    ask = ["--label", "dog barking", "--steps", "1", "--stems", tmp_path, "--overwrite"]
+    r = inside("generate", video, *ask, "-o", tmp_path / "out.mp4")
+    assert r.returncode == 0, r.stderr
+    assert (tmp_path / "link").is_symlink() and video.read_bytes() == before
+    assert not (tmp_path / "plane_dog_barking.wav").is_symlink()
 
 
 @needs_mini

@@ -317,6 +317,15 @@ def test_picks_are_the_hardest_that_the_limits_allow():
     assert challenge(random.Random(1).sample(rows, 200), rule) == ranked
 
 
+def test_a_list_that_lacks_a_kept_clip_is_told(clips, tmp_path):
+    items = select(clips)
+    ground_clips(items, tmp_path)
+    rows = filter_clips(items, tmp_path, GroundingFilter(min_active=0.5, min_run=0.5))
+    gone = next(r for r in rows if r["kept"] and r["split"] == "test")
+    with pytest.raises(FoleyError, match="which is not in the list; run `filter` again"):
+        find_candidates(rows, [i for i in items if i.id != gone["id"]], tmp_path)
+
+
 def test_what_a_person_drops_is_replaced_by_the_next():
     rows = pool(100, 1)
     rule = ChallengeRule(n=10, per_label=10)

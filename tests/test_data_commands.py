@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +82,7 @@ def test_help_shows_the_examples(name, capsys):
         ('data grounding none.wav --label "skidding" --threshold 2', "--threshold"),
         ("data shards passby:9-0 --out x", "passby:9-0"),
         ("data vggsound --passby 3 --out passby --wrong nan", "--wrong"),
+        ("data shards passby:0-1 --out s --content frames --per-label", "--per-label: no clip has a timeline"),
     ],
 )
 def test_wrong_input(line, words, tmp_path, monkeypatch, capsys):
@@ -118,3 +120,10 @@ def test_nowhere_to_write(line, tmp_path, monkeypatch, capsys):
         and "Traceback" not in err
     )
     assert {p: p.stat().st_size for p in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_to_try_things_on_replaces_no_list(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("vggsound.csv").write_text("mine")
+    assert main(shlex.split("data vggsound --passby 1 --seconds 0.5 --out .")) == 2
+    assert "holds clips or lists already" in capsys.readouterr().err and Path("vggsound.csv").read_text() == "mine"

@@ -17,10 +17,11 @@ import torch
 from launch import in_two_processes
 from safetensors.torch import load_file
 
-from smooth_foley.compare import evaluate, systems
+from smooth_foley.compare import evaluate, summary, systems
 from smooth_foley.compare import folders as result_folders
 from smooth_foley.compare.clips import folder_clips, passby_clips
 from smooth_foley.compare.clips import test_clips as clips_of
+from smooth_foley.compare.counterfactual import mover_seeds
 from smooth_foley.compare.folders import claim, read_results, summarise
 from smooth_foley.compare.sound_folders import compare_folders, save_folders, show_folders
 from smooth_foley.compare.systems import build, load_with_folder, parse_system
@@ -84,7 +85,7 @@ def test_physics_is_measured_for_every_system(whole):
 def test_an_order_free_system_does_not_turn_with_the_film(tmp_path):
     import torch
 
-    from smooth_foley.compare.counterfactual import counterfactual, mover_seeds
+    from smooth_foley.compare.counterfactual import counterfactual
     from smooth_foley.pipeline import SmoothFoleyPipeline
 
     torch.set_num_threads(1)
@@ -449,3 +450,35 @@ def test_the_papers_row_and_foleycrafter_have_adapters_that_were_trained_apart()
         assert all(torch.equal(mine[name].half(), w) for name, w in shipped.items())
     assert not crafter.config.soft_condition
     assert systems._trained_apart(systems.Loaded(SmoothFoleyPipeline.from_random()), "variants").replaced == ()
+
+
+def test_distances_are_compared_on_the_clips_that_both_have():
+    rng = np.random.default_rng(0)
+    x, truth = rng.standard_normal((40, 4)), rng.standard_normal((40, 4))
+    x[0] += 30
+    names = np.array([f"c{k:02d}" for k in range(40)])
+    sets = dict(
+        truth=dict(clips=names, e=truth), ours=dict(clips=names[:-1], e=x[:-1]), b=dict(clips=names[1:], e=x[1:])
+    )
+    values, (difference,) = summary._distance_rows("s", "e", sets, "ours")
+    assert difference["n"] == 38 and abs(difference["difference"]) < 1e-9 and difference["p"] == 1
+    assert [v["n"] for v in values] == [39, 39]
+
+
+def test_a_difference_between_many_systems_can_be_found():
+    rng = np.random.default_rng(0)
+    names, truth = np.array([f"c{k:03d}" for k in range(60)]), rng.standard_normal((60, 4))
+    sets = {f"s{k}": dict(clips=names, e=truth + 0.01 * rng.standard_normal((60, 4))) for k in range(14)}
+    sets |= dict(truth=dict(clips=names, e=truth), bad=dict(clips=names, e=truth + 2))
+    _, differences = summary._distance_rows("s", "e", sets, "s0")
+    summary._correct(differences)
+    found = {d["system"]: d["p_holm"] for d in differences}
+    assert len(found) == 14 and found["bad"] < 0.05 and all(p > 0.05 for name, p in found.items() if name != "bad")
+
+
+@pytest.mark.parametrize("how", [lambda: clips_of("passby_mixed", 1), lambda: mover_seeds("passby_mixed", 1)])
+def test_a_split_of_two_sources_is_not_measured_against_one(how):
+    with pytest.raises(
+        FoleyError, match="choose from passby, passby_continuous$|one source .passby, passby_continuous"
+    ):
+        how()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -266,6 +267,13 @@ def test_nothing_in_a_file_raises(film, tmp_path):
 def long_film(tmp_path_factory):
     frames = np.broadcast_to(np.arange(6000, dtype=np.uint16).astype(np.uint8)[:, None, None, None], (6000, 64, 64, 3))
     return write_video(tmp_path_factory.mktemp("long") / "long.mp4", frames, 60)
+
+
+def test_a_file_that_took_too_long_is_read_again_with_more_time(long_film, clips, tmp_path):
+    items = [replace(clips[0], path=long_film)]
+    for seconds, hangs, lines in ((0.1, 1, 1), (0.1, 1, 1), (60.0, 0, 2), (0.1, 0, 2)):
+        report = audit(items, tmp_path, workers=1, seconds=seconds)
+        assert report.faults["hang"] == hangs and len((tmp_path / "audit.jsonl").read_text().splitlines()) == lines
 
 
 def test_hang(long_film, clips):

@@ -7,6 +7,7 @@ __all__ = ['LONGEST', 'GENERATE', 'SAMPLE', 'DEMO', 'SHOW_LABELS', 'known_labels
            'check_generate', 'generate', 'sample_video', 'embed']
 
 # %% ../../nbs/app/91_cli.ipynb #44dcc7bd
+import re
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -32,7 +33,16 @@ from smooth_foley.app.options import (
     parse_condition,
     print_json,
 )
-from .sounds import asked_events, check_sounds, check_takes, make_sounds, take_paths, written_stems
+from smooth_foley.app.sounds import (
+    asked_events,
+    check_sounds,
+    check_stems_apart,
+    check_takes,
+    make_sounds,
+    refuse_twice,
+    take_paths,
+    written_stems,
+)
 from ..core import FoleyError, PartlyDone, mini_path, progress, say, suggest
 from ..long_video import batches, read_video
 from smooth_foley.media import (
@@ -93,7 +103,7 @@ _VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .ts .mts .m2ts .mpg .mpeg .wmv .
 
 def _is_input(path):
     "Whether a file of a folder is a video to work on"
-    result, hidden = path.stem.endswith("_foley"), path.name.startswith(".")
+    result, hidden = re.search(r"_foley(_seed\d+)?$", path.stem), path.name.startswith(".")
     return path.suffix.lower() in _VIDEOS and path.is_file() and not result and not hidden
 
 
@@ -147,9 +157,7 @@ def _output_paths(
         paths = [Path(out) / name(v) for v in videos]
     else:
         paths = [Path(out)] * len(videos)
-    twice = [p for p in paths if paths.count(p) > 1]
-    if twice:
-        raise FoleyError(f"{twice[0]}: two of the videos would be written there; run them one by one with -o")
+    refuse_twice(paths, "run them one by one with -o")
     return paths
 
 # %% ../../nbs/app/91_cli.ipynb #6808aca4
@@ -229,10 +237,13 @@ def check_generate(
         _check_spans(args.condition, video, facts[video][0])
         if events is not None:
             check_sounds(events, facts[video][0], video, args)
+        made = many and not args.overwrite  # Takes of an earlier run stay
         for path in take_paths(out, args):
-            _check_outputs(video, path, plot, args.overwrite)
+            if not (made and path.is_file()):
+                _check_outputs(video, path, plot, args.overwrite)
 
     jobs = list(zip(videos, outs, plots))
+    check_stems_apart(args.stems, videos, events)
     if many and not args.overwrite:
         jobs = _without_done(jobs, args)
     left = [job for job, _ in _try_each(jobs, check, failed)]
@@ -302,7 +313,8 @@ def _one(pipe, job, label, events, args):
     if plot:
         _save_plot(output, first, plot)
     for (output, i), path in zip(sounds, take_paths(out, args)):
-        _save_sound(video, output, i, path, args)
+        if args.overwrite or not path.is_file():
+            _save_sound(video, output, i, path, args)
 
 
 def generate(

@@ -300,9 +300,16 @@ def _shard_items(args, wrong):
     "The clips to pack"
     from smooth_foley.data.audioset import per_label
     from smooth_foley.data.sources import read_source
+    from smooth_foley.data.tables import fault_row
 
     items = read_source(args.source, wrong, args.clips, args.names, args.seconds, args.heard, args.threshold)
-    return per_label(items) if args.per_label else items
+    if not args.per_label:
+        return items
+    timed = [item for item in items if item.events is not None]
+    if not timed:
+        raise FoleyError("--per-label: no clip has a timeline; give strong labels (.tsv), or --heard")
+    wrong += [fault_row(i.name, i.path, "no timeline", "left out") for i in items if i.events is None]
+    return per_label(timed)
 
 
 def _shard_config(args):

@@ -22,7 +22,8 @@ from ..media import probe
 def _page(folder, video, model, device):
     "A notebook whose only cell shows a Studio"
     asked = f"{str(Path(video).resolve())!r}, {model!r}, {device!r}"
-    source = f"from smooth_foley.app.studio import Studio\n\nStudio({asked})"
+    here = f"os.chdir({os.getcwd()!r})  # The kernel begins in the folder of this page"
+    source = f"import os\n\nfrom smooth_foley.app.studio import Studio\n\n{here}\nStudio({asked})"
     cell = dict(cell_type="code", id="studio", execution_count=None, metadata={}, outputs=[], source=source)
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     path = own_file(Path(folder) / "studio.ipynb")

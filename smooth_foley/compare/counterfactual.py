@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .clips import TEST, Take
+from .clips import SINGLE, TEST, Take
 from .evaluate import processes
 from .folders import claim, is_whole, read_results, write_results
 from .systems import build, load_with_folder, parse_systems
@@ -106,8 +106,8 @@ def mover_seeds(
     n: int,  # How many
 ) -> list:  # Seeds of test scenes
     "The first test scenes in which something moves"
-    if split not in passby.SPLITS:
-        raise FoleyError(f"split {split!r}: films are rendered by Passby; choose from {', '.join(passby.SPLITS)}")
+    if split not in SINGLE:
+        raise FoleyError(f"split {split!r}: films are rendered by Passby; choose from {', '.join(SINGLE)}")
     if n < 1:
         raise FoleyError(f"n is {n}: give the number of scenes, 1 or more")
     seeds, seed = [], TEST
@@ -167,11 +167,12 @@ def _measure_films(
     split: str,
     seeds: list,  # Scenes
     out,  # Folder of the sounds
+    fps: float = 15.0,  # Frames per second of the films
 ) -> list:  # Rows: film, split, clip, label, system, and what is measured
     "Outcomes of all sounds, the truth's own among them"
     rows = []
     for seed in progress(seeds, desc="outcomes", unit="scene"):
-        name, scenes = f"{split}-{seed}", films(seed, split, frames=False)
+        name, scenes = f"{split}-{seed}", films(seed, split, fps, frames=False)
         for s in ("truth", *systems):
             about = dict(split=split, clip=name, label=scenes["film"].label, system=s)
             rows += [about | r for r in _outcomes(_sounds(s, scenes, out, name), scenes)]
@@ -241,7 +242,7 @@ def counterfactual(
     out, splits = Path(out) / "counterfactual", [s.strip() for s in split.split(",") if s.strip()]
     seeds = {s: mover_seeds(s, 60 if n is None else n) for s in splits}
     if not seeds:
-        raise FoleyError(f"split is empty: choose from {', '.join(passby.SPLITS)}")
+        raise FoleyError(f"split is empty: choose from {', '.join(SINGLE)}")
     loaded, made = load_with_folder(pipe, model, device or str(state.device)), {}
     fps, size = loaded.pipe.config.fps, loaded.pipe.frame_encoder.image_size
     with only_writer(make_folder(out), (state.process_index, state.num_processes)):
@@ -252,16 +253,16 @@ def counterfactual(
             _generate_films(made, s, seeds[s], out, fps, size, state.process_index, state.num_processes)
         state.wait_for_everyone()
         if state.is_main_process:
-            _write_films(made, seeds, out)
+            _write_films(made, seeds, out, fps)
         state.wait_for_everyone()
     return read_results(out / "summary.csv")
 
 
-def _write_films(systems, seeds, out):
+def _write_films(systems, seeds, out, fps):
     "clips.csv and summary.csv"
     rows = []
     for split, mine in seeds.items():
-        rows += _measure_films(systems, split, mine, out)
+        rows += _measure_films(systems, split, mine, out, fps)
     write_results(out / "clips.csv", rows, ["film", "split", "clip", "label", "system", *_MEASURED])
     fields = "split film measure system n value low high".split()
     write_results(out / "summary.csv", _summarise_films(rows), fields)

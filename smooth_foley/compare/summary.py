@@ -108,20 +108,29 @@ def _shifted(value: float, draws) -> tuple:  # value, low, high
     return value, float(low), float(high)
 
 
-def _exchange_test(a, b, truth, kind, difference, n: int = 200, seed: int = 0) -> float:
-    "How often exchanging two systems' sounds clip by clip makes as large a difference"
+def _exchange_test(a, b, truth, kind, difference, n: int = 1000, enough: int = 20, seed: int = 0) -> float:
+    "How often exchanging two systems' sounds clip by clip makes as large a difference; `enough` times end the search"
     both = sorted(set(a["clips"]) & set(b["clips"]) & set(truth["clips"]))
     by_clip = [dict(zip(e["clips"], e[kind])) for e in (a, b, truth)]
     x, y, t = (np.stack([rows[c] for c in both]) for rows in by_clip)
     rng, hits = np.random.default_rng(seed), 0
-    for _ in range(n):
+    for k in range(1, n + 1):
         flip = rng.integers(2, size=(len(x), 1)).astype(bool)
         one = frechet_distance(np.where(flip, y, x), t).value
         other = frechet_distance(np.where(flip, x, y), t).value
         hits += abs(one - other) >= abs(difference)
+        if hits == enough:
+            return hits / k
     return (1 + hits) / (n + 1)
 
 # %% ../../nbs/compare/75_summary.ipynb #e7e4000c
+def _on_common_clips(sets, names, kind):
+    "Embeddings of some systems on the clips that all of them have"
+    shared = set.intersection(*({str(c) for c in sets[s]["clips"]} for s in names))
+    keep = {s: [str(c) in shared for c in sets[s]["clips"]] for s in names}
+    return {s: {k: np.asarray(sets[s][k])[keep[s]] for k in ("clips", kind)} for s in names}
+
+
 def _distance_rows(split, kind, sets, against):
     "FAD of one kind of embedding: rows of summary.csv and of differences.csv"
     values, differences = [], []
@@ -130,9 +139,14 @@ def _distance_rows(split, kind, sets, against):
         value, low, high = _shifted(v, draws)
         row = dict(split=split, measure=f"FAD {kind}", system=system, n=n)
         values.append(row | dict(value=value, low=low, high=high, better=-1))
-        if system == against or against not in found or found[against][2] != n:
+        if system == against or against not in found:
             continue
-        other, other_draws, _ = found[against]
+        pair = found
+        if set(sets[system]["clips"]) != set(sets[against]["clips"]):
+            pair = set_distances(_on_common_clips(sets, (system, against, "truth"), kind), kind)
+        if system not in pair:  # They have too few clips in common
+            continue
+        (v, draws, n), (other, other_draws, _) = pair[system], pair[against]
         delta, low, high = _shifted(v - other, draws - other_draws)
         p = _exchange_test(sets[system], sets[against], sets["truth"], kind, delta)
         row = dict(split=split, measure=f"FAD {kind}", system=system, against=against, n=n)

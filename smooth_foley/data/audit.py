@@ -129,10 +129,13 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # %% ../../nbs/data/51_audit.ipynb #67f63965
+_SECONDS = 60.0
+
+
 def inspect_clips(
     paths,  # Files
     workers: int = None,  # Processes; default: one per core
-    seconds: float = 60.0,  # Time for one file
+    seconds: float = _SECONDS,  # Time for one file
     gigabytes: float = 4.0,  # Memory (address space) of one process
 ):  # Yields `(path, facts)` as they come
     "Inspect many files, each in a process that may crash"
@@ -169,15 +172,19 @@ def _is_answer(row):
 
 
 def _measure(log, paths, **options):
-    "Bring the log up to date with the files; returns `{path: offset}`"
-    last = {row["path"]: (offset, row["stamp"]) for offset, row in log.lines() if _is_answer(row)}
+    "Bring the log up to date with the files; returns `{path: offset}`. Who may take longer now is asked again"
+    limit, last = options.get("seconds", _SECONDS), {}
+    for offset, row in log.lines():
+        if _is_answer(row):
+            hung = row["facts"].get("error") == "hang" and row.get("limit", 0) < limit
+            last[row["path"]] = offset, None if hung else row["stamp"]
     paths = list(dict.fromkeys(map(str, paths)))
-    known = {p: last[p][0] for p in paths if p in last and last[p][1] == _stamp(p)}
+    known = {p: last[p][0] for p in paths if p in last and last[p][1] and last[p][1] == _stamp(p)}
     todo = [p for p in paths if p not in known]
     if not todo:
         return known
     for path, facts in progress(inspect_clips(todo, **options), "audit", "clip", len(todo)):
-        known[path] = log.append(dict(path=path, stamp=_stamp(path), facts=facts))
+        known[path] = log.append(dict(path=path, stamp=_stamp(path), limit=limit, facts=facts))
     return known
 
 # %% ../../nbs/data/51_audit.ipynb #8c4f55fe
@@ -348,7 +355,7 @@ def audit(
     out,  # Folder for the log and the tables
     workers: int = None,  # Processes; default: one per core
     limits: Limits = _LIMITS,  # When a number is a fault
-    seconds: float = 60.0,  # Time for one file
+    seconds: float = _SECONDS,  # Time for one file
     gigabytes: float = 4.0,  # Memory (address space) of one process
 ) -> AuditReport:
     "Inspect every clip and write what is wrong with it; the same command again goes on where it stopped"

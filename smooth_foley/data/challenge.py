@@ -238,6 +238,8 @@ def find_candidates(
     by_name = {i.name: i for i in items}
     heard_with = _threshold_and_window(Path(out) / "filter.json")
     possible = [r for r in rows if r["kept"] and r["split"] == "test"]
+    if gone := [row_name(r) for r in possible if row_name(r) not in by_name]:
+        raise FoleyError(f"{out}: filter.csv has {gone[0]}, which is not in the list; run `filter` again")
     found = [_candidate(r, by_name[row_name(r)], out, *heard_with) for r in possible]
     return [row for row in found if row]
 

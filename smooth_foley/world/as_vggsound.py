@@ -32,7 +32,7 @@ def passby_id(
 
 
 def _cut_start(sc, seconds):
-    "Start of the cut, seconds: around the closest approach, or at the first sound if that is silent"
+    "Start of the cut, seconds: around the moment of straight ahead, or at the first sound if that is silent"
     centre = sc.dials.t_nearest
     if not any(a < centre + seconds / 2 and b > centre - seconds / 2 for a, b in sc.events):
         centre = sc.events[0][0] + seconds / 4 if sc.events else 0.0
@@ -51,7 +51,7 @@ def _swaps(items, wrong, seed):
     chosen = rng.permutation(len(items))[: round(wrong * len(items))]
     swaps = {}
     for k, kind in zip(map(int, chosen), cycle(("other", "silence", "other", "noise"))):
-        others = [j for j, it in enumerate(items) if it.label != items[k].label]
+        others = [j for j, it in enumerate(items) if it.label != items[k].label and it.split == items[k].split]
         if kind == "other" and not others:
             kind = "silence"
         swaps[k] = kind, int(rng.choice(others)) if kind == "other" else None
@@ -95,6 +95,9 @@ def _write_clip(path, seed, cut, seconds, split, size, fps, audio):
     write_video(path, render_frames(d, motion(d), seed, times, size), fps, audio)
 
 # %% ../../nbs/world/21_as_vggsound.ipynb #c9cd369a
+_LISTS = ("vggsound.csv", "audioset_strong.tsv", "mid_to_display_name.tsv", "truth.csv")
+
+
 def _write_lists(out, items, truth):
     "The list, the strong labels and the truth of a folder"
     mids = {label: f"/m/passby{k:02d}" for k, label in enumerate(LABELS)}
@@ -114,8 +117,8 @@ def _check(out, n, seed, seconds, wrong, test):
         raise FoleyError(f"wrong={wrong}, test={test}: must be fractions from 0 to 1")
     if n < 1 or seed + n > 1_000_000:
         raise FoleyError(f"n={n}, seed={seed}: at least one clip, and training seeds end at 1000000")
-    if any(make_folder(out / "video").iterdir()):
-        raise FoleyError(f"{out}: holds clips already; give a new folder")
+    if any((out / name).exists() for name in _LISTS) or any(make_folder(out / "video").iterdir()):
+        raise FoleyError(f"{out}: holds clips or lists already; give a new folder")
 
 # %% ../../nbs/world/21_as_vggsound.ipynb #500151eb
 def passby_folder(

@@ -26,7 +26,7 @@ class Source:
     label: str  # VGGSound's name
     size: float  # Width, m
     speed: tuple = (0.0, 0.0)  # Range of speeds, m/s
-    nearest: tuple = (4.0, 12.0)  # Range of the distance of closest approach, m
+    nearest: tuple = (4.0, 12.0)  # Range of the distance along the ground where it is straight ahead, m
     height: tuple = (0.0, 1.0)  # Range of the height above the camera, m
     f0: tuple = None  # Range of the emitted fundamental, Hz; None if the sound has no clear pitch
     continuous: bool = True  # Sustained sound (else single strikes)
@@ -75,9 +75,13 @@ class Dials:
 
     label: str  # Who sounds
     speed: float = 0.0  # m/s
-    nearest: float = 10.0  # Distance of closest approach, m
+    nearest: float = (
+        10.0  # Distance along the ground where it is straight ahead, m; where it is nearest if `depth` is 0
+    )
     height: float = 0.0  # m
-    t_nearest: float = 5.0  # Time of closest approach, s
+    t_nearest: float = (
+        5.0  # When it is straight ahead, s; nearest at `t_nearest - heading * nearest * sin(depth) / speed`
+    )
     heading: float = 1.0  # +1 left to right, -1 right to left
     depth: float = 0.0  # Angle of the path against the picture plane, rad
     f0: float = 0.0  # Emitted fundamental, Hz
@@ -88,7 +92,7 @@ class Dials:
     occluded: tuple = None  # (start, stop) s: something stands in front of it
     active: tuple = ALWAYS  # Intervals (s, at the source) in which it sounds
     distractors: tuple = ()  # Labels of silent things in the picture; may be the source's own
-    noise: float = 60.0  # Ambient noise below the peak, dB
+    noise: float = 60.0  # Ambient noise below full scale, dB
     duration: float = DURATION  # Length of the scene, s
 
 
