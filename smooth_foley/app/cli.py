@@ -237,9 +237,8 @@ def check_generate(
         _check_spans(args.condition, video, facts[video][0])
         if events is not None:
             check_sounds(events, facts[video][0], video, args)
-        made = many and not args.overwrite  # Takes of an earlier run stay
         for path in take_paths(out, args):
-            if not (made and path.is_file()):
+            if not many or args.overwrite or not path.is_file():  # Takes of an earlier run stay
                 _check_outputs(video, path, plot, args.overwrite)
 
     jobs = list(zip(videos, outs, plots))
