@@ -73,7 +73,8 @@ def w_f(self: Guidance) -> float | None:
 @patch(as_prop=True)
 def guided(self: Guidance) -> bool:
     "Whether the networks predict more than once at each step"
-    return self.guidance_scale != 1 or self.w_f not in (None, 1)
+    frames = self.frame_guidance_scale if self.frame_scale else None  # Windows get their tokens later
+    return self.guidance_scale != 1 or frames not in (None, 1)
 
 # %% ../nbs/09b_guidance.ipynb #ba0a0a6d
 @patch

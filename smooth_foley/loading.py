@@ -247,10 +247,21 @@ def load_parts(
     places = {name: folder / name for name in read} | _elsewhere(given, index, parts)
     for name, place in places.items():
         how = options.dtype_of(name), variants.get(name), options.low_cpu_mem_usage
-        loaded[name] = load_part(place, *_named_class(folder, name, index[name], classes), *how)
+        spec = _named_class(folder, name, index[name], classes)
+        loaded[name] = load_part(place, *(spec if name in read else _own_class(place, classes[name], spec)), *how)
         if isinstance(loaded[name], torch.nn.Module):
             loaded[name].requires_grad_(False)
     return {**loaded, **{k: v for k, v in given.items() if k not in places}}
+
+
+def _own_class(place, known, spec):
+    "Of the classes that a component may have the one that its folder names, or else that of the index"
+    paths = [place / file for file in ("config.json", "scheduler_config.json") if (place / file).is_file()]
+    for path in paths:
+        config = _one_line(path, lambda path=path: json.loads(path.read_text(encoding="utf-8")))
+        own = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+        return next((k.rsplit(".", 1) for k in known if k.rsplit(".", 1)[1] == own), spec)
+    return spec
 
 
 def _elsewhere(given, index, parts):

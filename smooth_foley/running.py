@@ -55,6 +55,8 @@ class Running:
                 torch.nn.Module.to(self.components[part], "cpu")
         for part in needed:
             torch.nn.Module.to(self.components[part], self._stage_device)
+        for net in getattr(self, "weak", {}).values():  # No component, and guides while the others denoise
+            torch.nn.Module.to(net, self._stage_device if name == "denoise" else "cpu")
         if self._stage_device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -174,8 +176,10 @@ def attend(
 # %% ../nbs/11b_running.ipynb #c560a144
 def onednn_linear(x, w, b=None):
     "`F.linear` by oneDNN; CPU only, no gradients"
-    if w.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.nn.functional.linear(x, w, b)  # an older processor, for which oneDNN has no such product
+    ops = torch.ops.mkldnn
+    has = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
+    if w.dtype in has and not has[w.dtype]():
+        return torch.nn.functional.linear(x, w, b)  # a processor for which oneDNN has no such product
     return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
 
 
@@ -279,7 +283,7 @@ class StageTime:
 def _reset_peak(cuda):
     "Forget earlier peaks, where that can be done"
     if cuda:
-        return torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.reset_peak_memory_stats(cuda)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -289,7 +293,7 @@ def _reset_peak(cuda):
 def _peak(cuda):
     "Bytes at most since then"
     if cuda:
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(cuda)
     status = Path("/proc/self/status")
     if status.is_file():
         lines = [line.split() for line in status.read_text().splitlines()]
@@ -306,7 +310,7 @@ def _watch(record, cuda, name):
     start = time.perf_counter()
     yield
     if cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(cuda)
     record.append(StageTime(name, time.perf_counter() - start, _peak(cuda)))
 
 # %% ../nbs/11b_running.ipynb #f9929a98
@@ -318,7 +322,8 @@ def profile(
 ):
     "Watch the stages of the calls inside; yields the list of `StageTime`s"
     record, before = [], self._observe
-    cuda = "cuda" in (next(self.unet.parameters()).device.type, getattr(self._stage_device, "type", None))
+    device = self._stage_device or next(self.unet.parameters()).device
+    cuda = device if device.type == "cuda" else None
     self._observe = observer or partial(_watch, record, cuda)
     try:
         yield record

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .core import FoleyError, expand, make_folder, own_file
-from .load_options import check_variant
+from .load_options import check_variant, variant_in
 from .loading import quiet
 from .lora import has_lora
 from .model_card import model_card
@@ -74,7 +74,9 @@ def save_pretrained(
             super(SavedPipeline, self).save_pretrained(tmp, variant=variant, max_shard_size=max_shard_size)
             add_pipeline_code(tmp, type(self))
             _copy_presets(self.name_or_path, tmp)
+            new = {path.relative_to(tmp) for path in Path(tmp).rglob("*")}
             _move(Path(tmp), make_folder(folder))
+            _remove_stale(folder, new, variant)
     except OSError as e:
         raise FoleyError(f"{folder}: cannot be written ({e.strerror or e}); make room, or save elsewhere") from e
     if push_to_hub:
@@ -95,6 +97,14 @@ def _move(source, folder):
             make_folder(place)
         else:
             os.replace(path, place)
+
+
+def _remove_stale(folder, new, variant):
+    "Remove weights of an earlier save of this variant, in more or fewer files, which might be read instead of these"
+    for part in (folder / path for path in new if (folder / path).is_dir()):
+        for path in list(part.iterdir()):
+            if variant_in(path.name) == (variant or "") and path.relative_to(folder) not in new:
+                path.unlink()
 
 # %% ../nbs/10h_saving.ipynb #sav00011
 _RECORDS = ("README.md", "training", "sources.json")
@@ -125,19 +135,21 @@ def push_to_hub(
     "Upload the pipeline with its card"
     from huggingface_hub import create_repo, upload_folder
 
-    _check_save(self, "upload", safe_serialization, variant)
     with tempfile.TemporaryDirectory() as tmp:
-        folder = Path(tmp) / "upload"
+        root = Path(tmp) / "upload"
+        folder = root / (subfolder or ".")
+        _check_save(self, folder, safe_serialization, variant)
         self.save_pretrained(folder, variant=variant)
         if self.name_or_path:
             _copy_records(self.name_or_path, folder)
         if not (folder / "README.md").exists():
             (folder / "README.md").write_text(model_card(folder), encoding="utf-8")
+        os.replace(folder / "README.md", root / "README.md")
         message = commit_message or f"Upload {type(self).__name__}"
-        how = dict(token=token, commit_message=message, create_pr=create_pr, path_in_repo=subfolder)
+        how = dict(token=token, commit_message=message, create_pr=create_pr)
         try:
             repo = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-            return upload_folder(repo_id=repo, folder_path=str(folder), **how)
+            return upload_folder(repo_id=repo, folder_path=str(root), **how)
         except Exception as e:
             reason = str(e).strip().split("\n")[0] or type(e).__name__
             raise FoleyError(f"{repo_id}: cannot be uploaded ({reason}); check name, token and network") from e

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.utils import logging as diffusers_logging
 
-from smooth_foley.core import FoleyError
+from smooth_foley.compare.foleycrafter import FoleyCrafter
+from smooth_foley.core import FoleyError, mini_path
 from smooth_foley.media import Clip
 from smooth_foley.pipeline import SmoothFoleyPipeline
 
@@ -426,6 +427,42 @@ def test_push_to_hub_uploads_the_card(pipe, folder, tmp_path, monkeypatch):
     load(folder).save_pretrained(tmp_path / "w", push_to_hub=True, repo_id="owner/other")
     assert hub.files["README.md"].endswith(b"# Mine\n") and "training/base.csv" in hub.files
     assert hub.calls[-1]["repo_id"] == "owner/other" and (tmp_path / "w" / "model_index.json").is_file()
+
+
+def test_push_to_hub_keeps_the_card_in_the_root(pipe, tmp_path, monkeypatch):
+    hub = Hub(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path("upload").write_text("a file of that name")
+    pipe.push_to_hub("owner/name", subfolder="mini")
+    assert {"README.md", "mini/model_index.json", "mini/pipeline.py"} <= set(hub.files)
+    assert "mini/README.md" not in hub.files and "path_in_repo" not in hub.calls[-1]
+
+
+@pytest.mark.parametrize("sizes", [("30KB", None), (None, "30KB"), ("30KB", "60KB")])
+def test_weights_of_an_earlier_save_are_never_read_again(sizes, tmp_path):
+    pipe = quiet(SmoothFoleyPipeline.from_random())
+    pipe.save_pretrained(tmp_path, variant="kept")
+    for value, size in enumerate(sizes):
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.frame_adapter, pipe.temporal_adapter):
+            next(part.parameters()).data.fill_(value)
+        pipe.save_pretrained(tmp_path, max_shard_size=size)
+    back = load(tmp_path)
+    for name in ("unet", "vae", "text_encoder", "frame_adapter", "temporal_adapter"):
+        assert (next(getattr(back, name).parameters()) == 1).all(), name
+    assert load(tmp_path, variant="kept").unet.dtype == torch.float32
+
+
+def test_a_folder_that_is_given_says_which_class_it_holds(folder, tmp_path):
+    EulerAncestralDiscreteScheduler(num_train_timesteps=1000).save_pretrained(tmp_path / "scheduler")
+    pipe = load(folder, scheduler=str(tmp_path / "scheduler"), vocoder=mini_path() / "vocoder")
+    assert type(pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    assert type(pipe.vocoder).__name__ == "PhaseVocoder" and type(load(folder).vocoder).__name__ == "SpeechT5HifiGan"
+
+
+@pytest.mark.parametrize("how", [dict(dtype=torch.bfloat16), dict(torch_dtype="bfloat16"), dict(dtype="bf16")])
+def test_the_baseline_takes_the_same_words(how):
+    baseline = FoleyCrafter.from_pretrained(**how)
+    assert baseline.unet.dtype == baseline.frame_adapter.dtype == baseline.temporal_adapter.dtype == torch.bfloat16
 
 
 def test_push_to_hub_is_refused_before_a_repository_is_made(pipe, monkeypatch):

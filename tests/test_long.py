@@ -159,6 +159,15 @@ def test_redo_keeps_the_rest_to_the_sample(pipe, out, start, end):
     assert torch.equal(new.latents[0][..., same], out.latents[0][..., same])
 
 
+def test_an_interval_without_guidance_is_one_in_windows_too(pipe):
+    clip = noise_clip(12.0)
+    plain, never = (
+        pipe(clip, label="siren", guidance_scale=1, num_inference_steps=2, output_type="latent", **how).latents
+        for how in ({}, dict(frame_guidance_scale=4.0, guidance_interval=(0, 0)))
+    )
+    assert torch.allclose(plain, never, atol=1e-5)
+
+
 @pytest.mark.parametrize("how", [dict(frame_wise=False), dict(guidance_rescale=0.9), dict(frame_guidance_scale=4.0)])
 def test_redo_guides_as_a_call_does(pipe, out, how):
     plain, other = (pipe.redo(out, 2.0, 3.0, num_inference_steps=2, **kw).latents for kw in ({}, how))

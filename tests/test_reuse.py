@@ -13,6 +13,7 @@ from smooth_foley.frame_cache import EmbeddingCache
 from smooth_foley.media import Clip
 from smooth_foley.pipeline import SmoothFoleyPipeline
 from smooth_foley.reuse import PIECES, equal_layers, reuse
+from smooth_foley.running import onednn_linear
 from smooth_foley.temporal_adapter import make_temporal_adapter, residuals
 
 B, T, D, L = 2, 7, 20, 9
@@ -417,6 +418,28 @@ def test_offloading_brings_each_part_for_its_stage(pipe, monkeypatch):
     assert set(last.values()) == {"cpu"}
     with pytest.raises(FoleyError, match="leave the call out"):
         pipe.enable_model_cpu_offload(device="cpu")
+
+
+def test_offloading_takes_the_weak_model_along(pipe, monkeypatch):
+    pipe.enable_autoguidance(pipe.unet)
+    moves, weak, to = [], pipe.weak["weak_unet"], torch.nn.Module.to
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "to",
+        lambda self, *a, **k: (moves.append(str(a[0])) if self is weak else 0, to(self, *a, **k))[1],
+    )
+    monkeypatch.setattr(pipe, "_stage_device", torch.device("cpu", 0))
+    try:
+        pipe(a_clip(1.0), label="siren")
+    finally:
+        pipe.disable_autoguidance()
+    assert "cpu:0" in moves and moves[-1] == "cpu"
+
+
+def test_fast_cpu_leaves_types_to_torch_that_onednn_lacks(monkeypatch):
+    x, w = torch.randn(3, 8).half(), torch.randn(5, 8).half()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    assert torch.equal(onednn_linear(x, w), torch.nn.functional.linear(x, w))
 
 
 def test_a_type_the_device_cannot_compute_in(pipe, monkeypatch):

@@ -18,6 +18,7 @@ from .time_detector import MINI_DETECTOR, TimeDetector, baseline_path
 from ..core import FoleyError, mini_path
 from ..frame_adapter import FrameAdapter
 from ..hub import REPOSITORIES, download
+from ..load_options import load_options
 from ..loading import load_part, read_weights
 from ..media import Clip, read_clip
 from ..output import FoleyOutput
@@ -75,15 +76,15 @@ def _add_detector(folder, config=None, **hub):
             write_part(part, tmp)
 
 # %% ../../nbs/compare/70_foleycrafter.ipynb #fadb21ef
-def _folder_of(name):
+def _folder_of(name, **hub):
     "Where the detector is, and for a folder everything else"
     if name is None:
         return baseline_path()
     if name != "full":
-        return resolve_weights(name)
-    folder = resolve_full(readers=READERS)
+        return resolve_weights(name, **hub)
+    folder = resolve_full(readers=READERS, **hub)
     if not (folder / "time_detector").is_dir():
-        _add_detector(folder)
+        _add_detector(folder, **hub)
     return folder
 
 # %% ../../nbs/compare/70_foleycrafter.ipynb #112e5955
@@ -106,20 +107,22 @@ _ADAPTERS = dict(
 def from_pretrained(
     cls: FoleyCrafter,
     name=None,  # None for the small one of the package, "full", or a folder
-    torch_dtype=torch.float32,  # Type of the pipeline's weights; the detector stays in float32
+    dtype=None,  # Type of the pipeline's weights, as there; the detector stays in float32
+    torch_dtype=None,  # The same under its older name
     **kwargs,  # Components or settings to use instead, or arguments as of `SmoothFoleyPipeline.from_pretrained`
 ) -> FoleyCrafter:
     "Load the baseline"
-    folder = _folder_of(name)
+    hub = {k: kwargs[k] for k in ("revision", "local_files_only", "cache_dir", "token") if kwargs.get(k)}
+    folder, options = _folder_of(name, **hub), load_options(cls._get_signature_keys(cls)[0], dtype, torch_dtype)
     parts = dict(soft_condition=False) | (PUBLISHED if name == "full" else {}) | kwargs
     if "time_detector" not in parts:
         parts["time_detector"] = _detector_from(folder)
     for own, (name_here, kind) in _ADAPTERS.items():
         theirs = own == name_here and name is not None  # A saved pipeline has it anyway
         if (folder / own).is_dir() and name_here not in parts and not theirs:
-            adapter = load_part(folder / own, kind.__module__, kind.__name__, torch_dtype)
+            adapter = load_part(folder / own, kind.__module__, kind.__name__, options.dtype_of(name_here))
             parts[name_here] = adapter.requires_grad_(False)
-    return super(FoleyCrafter, cls).from_pretrained(name, torch_dtype=torch_dtype, **parts)
+    return super(FoleyCrafter, cls).from_pretrained(name, dtype, torch_dtype, **parts)
 
 # %% ../../nbs/compare/70_foleycrafter.ipynb #0d8731dc
 @patch(cls_method=True)
