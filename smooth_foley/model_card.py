@@ -204,7 +204,7 @@ from smooth_foley import SmoothFoleyPipeline, mux
 
 pipe = SmoothFoleyPipeline.from_pretrained({name})
 out = pipe("silent.mp4", label="driving motorcycle")
-mux("silent.mp4", out.audios[0], "with_sound.mp4")
+mux("silent.mp4", out.audios[0], out.sample_rate, "with_sound.mp4")
 ```
 
 A folder of these weights also loads with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.

@@ -132,7 +132,7 @@ SCENES = (
     Wanted(
         "two",
         "Two things in the picture",
-        "Each sounds at its own times; the label says which one is meant. The true sound is that of this one alone.",
+        "Each sounds at its own times, and is asked for by its label. The true sound is that of this one alone.",
         None,
         _two,
         "passby_mixed",
