@@ -346,5 +346,6 @@ def findings(
         "are in no measure shown better than their mean. In time order they are: loudness follows the passage, turns "
         f"round with the film when it is shown backwards in {back['ours']} of {turned['ours']['n']} scenes "
         f"(order-free: {back['paper']}), and strikes come on time (onset F1 {strikes['ours']}; "
-        f"order-free {strikes['paper']}, FC {strikes['foleycrafter']}). Pitch is still the weak side: no better than that of another scene's true sound."
+        f"order-free {strikes['paper']}, FC {strikes['foleycrafter']}). Pitch is still the weak side: "
+        "no better than that of another scene's true sound."
     )
