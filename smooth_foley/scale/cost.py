@@ -56,7 +56,8 @@ def full_batch(
     "A batch of its shapes: ten seconds at 15 frames and 100 columns a second"
     frames = dict(emb=torch.zeros(n, _FRAMES, _DIM), times=(torch.arange(_FRAMES) / 15).expand(n, -1))
     if stage == "projection":
-        batch = dict(emb=frames["emb"], sounding=torch.zeros(n, _FRAMES, dtype=torch.bool), label=torch.zeros(n).long())
+        silent, absent = (torch.zeros(n, k, dtype=torch.bool) for k in (_FRAMES, _LABELS))
+        batch = dict(emb=frames["emb"], sounding=silent, label=torch.zeros(n).long(), present=absent)
     else:
         ids = torch.zeros(n, 77, dtype=torch.long)
         batch = dict(z=torch.zeros(n, 4, 32, 128), ids=ids, ids_long=ids)
