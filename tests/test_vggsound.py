@@ -174,7 +174,7 @@ def test_passby_folder(folder, clips, tmp_path):
         cut = next(float(t["cut"]) for t in truth.values() if t["seed"] == r["sound_seed"])
         on = sc.truth["sounding"][round(cut * 100) : round(cut * 100) + 150].mean()
         assert abs(sum(b - a for a, b, _ in mine) - 1.5 * on) < 0.02
-    with pytest.raises(FoleyError, match="holds clips already"):
+    with pytest.raises(FoleyError, match="holds clips or lists already"):
         passby_folder(folder, 2)
     twin = passby_folder(tmp_path / "twin", 2, seconds=1.5, ms_names=True)
     again = passby_folder(tmp_path / "again", 2, seconds=1.5, ms_names=True)
