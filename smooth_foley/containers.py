@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TICKS', 'error_text', 'check_file', 'open_path', 'open_media', 'default_stream', 'decodable', 'picture_stream',
            'Span', 'measure_span', 'decode', 'picture_start', 'decode_sound', 'decode_timed', 'display_matrix',
-           'upright', 'encode_picture', 'encode_sound', 'by_time', 'add_sound', 'add_picture']
+           'squeezed', 'upright', 'encode_picture', 'encode_sound', 'by_time', 'add_sound', 'add_picture']
 
 # %% ../nbs/00a_containers.ipynb #ca110003
 import heapq
@@ -19,6 +19,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.stream import Disposition
+from PIL import Image
 
 from .core import FoleyError
 
@@ -224,6 +225,14 @@ def _turn(picture, matrix):
     if abs(b) + abs(c) > abs(a) + abs(d):
         picture, a, d = picture.swapaxes(0, 1), c, b
     return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def squeezed(
+    picture,  # `(H, W, 3)` uint8
+    size: int,  # Side of the result, px
+):  # `(size, size, 3)` uint8
+    "All of a picture in a square, as FoleyCrafter's detector and Diff-Foley see it"
+    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def upright(frame):

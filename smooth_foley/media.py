@@ -32,6 +32,7 @@ from smooth_foley.containers import (
     open_media,
     picture_start,
     picture_stream,
+    squeezed,
     upright,
 )
 from .core import FoleyError, atomic_path, check_writable
@@ -184,6 +185,7 @@ def stream_frames(
     span,  # What `measure_span` says about it
     times,  # Seconds from the first frame, rising
     size: int = None,  # Side of the middle square, px; None keeps the picture as it is
+    squeeze: bool = False,  # The whole picture instead of its middle, squeezed into that square
 ):  # Yields `(H, W, 3)` uint8, one for each time
     "The picture on the screen at each time, one after the other"
     with open_media(path) as f:
@@ -193,7 +195,9 @@ def stream_frames(
         eps = min(max(1e-4, 0.6 * float(stream.time_base)), 6e-4)  # an .mkv rounds times to milliseconds
         for frame, n in _shown_at(decode_timed(f, stream, path), times + span.start, eps):
             picture = upright(frame)
-            yield from [clip_resize(picture, size) if size else picture] * n
+            if size:
+                picture = squeezed(picture, size) if squeeze else clip_resize(picture, size)
+            yield from [picture] * n
 
 
 def video_span(path):
@@ -207,6 +211,7 @@ def read_clip(
     fps: float = 15.0,  # Frames per second to sample
     size: int = None,  # Side of the middle square, px; None keeps the picture as it is
     max_duration: float = None,  # Refuse longer clips, seconds
+    squeeze: bool = False,  # The whole picture instead of its middle, squeezed into that square
 ) -> Clip:
     "Sample a video by timestamp: frame k is the one on the screen at `k/fps`"
     if not (np.isfinite(fps) and fps > 0):
@@ -215,7 +220,7 @@ def read_clip(
     check_length(path, span.duration, max_duration, span.frames / span.duration)
     duration = min(span.duration, max_duration or span.duration)
     times = np.arange(seconds_to_frames(duration, fps)) / fps
-    frames = list(stream_frames(path, span, times, size))
+    frames = list(stream_frames(path, span, times, size, squeeze))
     if not frames:
         raise FoleyError(f"{path}: no frame can be decoded; copy or export it again")
     return Clip(np.stack(frames), times, duration, Path(path))
@@ -233,6 +238,8 @@ def read_audio(
         audio, first = decode_sound(f, stream, sr, path)
         start = picture_start(f)
     late = 0 if first is None or start is None else round((first - start) * sr)
+    if late > 3600 * sr:
+        raise FoleyError(f"{path}: its sound begins {late / sr:.0f} s after its picture; copy or export it again")
     return np.pad(audio, (late, 0)) if late >= 0 else audio[-late:]
 
 # %% ../nbs/01_media.ipynb #e8e232bf

@@ -101,8 +101,11 @@ def _move(source, folder):
 
 def _remove_stale(folder, new, variant):
     "Remove weights of an earlier save of this variant, in more or fewer files, which might be read instead of these"
-    for part in (folder / path for path in new if (folder / path).is_dir()):
-        for path in list(part.iterdir()):
+    written = {
+        (path.parent, path.name.split(".")[0].split("-")[0]) for path in new if variant_in(path.name) is not None
+    }
+    for part, stem in written:
+        for path in list((folder / part).glob(f"{stem}[.-]*")):
             if variant_in(path.name) == (variant or "") and path.relative_to(folder) not in new:
                 path.unlink()
 

@@ -185,8 +185,9 @@ def columns(
 @patch
 def _columns_foleycrafter(self: TemporalCondition, n_cols):
     "102.4 columns a second; masks longer than the image are squeezed into it (nearest)"
-    length = int(102.4 * self.duration)
-    if np.isfinite(self.similarity).all():  # frames that were looked at, evenly spaced
+    length, step = int(102.4 * self.duration), self.duration / len(self.active)
+    spaced = np.abs(self.times - step * np.arange(len(self.times))).max() < step / 2
+    if spaced and np.isfinite(self.similarity).all():  # frames that were looked at
         frame = (np.arange(length) / (102.4 * self.duration) * len(self.active)).astype(int)
     else:  # stretches written by hand begin anywhere
         frame = np.searchsorted(self.times, np.arange(length) / 102.4, side="right").clip(1) - 1

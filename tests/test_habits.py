@@ -442,6 +442,12 @@ def test_push_to_hub_keeps_the_card_in_the_root(pipe, tmp_path, monkeypatch):
 def test_weights_of_an_earlier_save_are_never_read_again(sizes, tmp_path):
     pipe = quiet(SmoothFoleyPipeline.from_random())
     pipe.save_pretrained(tmp_path, variant="kept")
+    others = [
+        tmp_path / "unet" / "pytorch_lora_weights.safetensors",
+        tmp_path / "frame_adapter" / "ip_adapter.safetensors",
+    ]
+    for path in others:
+        path.write_bytes(b"of somebody else")
     for value, size in enumerate(sizes):
         for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.frame_adapter, pipe.temporal_adapter):
             next(part.parameters()).data.fill_(value)
@@ -449,7 +455,7 @@ def test_weights_of_an_earlier_save_are_never_read_again(sizes, tmp_path):
     back = load(tmp_path)
     for name in ("unet", "vae", "text_encoder", "frame_adapter", "temporal_adapter"):
         assert (next(getattr(back, name).parameters()) == 1).all(), name
-    assert load(tmp_path, variant="kept").unet.dtype == torch.float32
+    assert load(tmp_path, variant="kept").unet.dtype == torch.float32 and all(path.exists() for path in others)
 
 
 def test_a_folder_that_is_given_says_which_class_it_holds(folder, tmp_path):

@@ -668,6 +668,7 @@ WRONG = {
     "vocoder is 'flute'": dict(vocoder="flute"),
     "base: ema_decay is 1.0": dict(ema_decay=1.0),
     "base: report_to is 'abacus'": dict(report_to="abacus"),
+    "base: lr_cycles is 0": dict(lr_cycles=0),
     "lr_warmup_steps is 50": dict(lr_warmup_steps=50, max_train_steps=20),
     "did you mean learning_rate": dict(learning_rat=1e-3),
 }

@@ -312,7 +312,7 @@ def _one(pipe, job, label, events, args):
     if plot:
         _save_plot(output, first, plot)
     for (output, i), path in zip(sounds, take_paths(out, args)):
-        if args.overwrite or not path.is_file():
+        if len(sounds) == 1 or args.overwrite or not path.is_file():
             _save_sound(video, output, i, path, args)
 
 

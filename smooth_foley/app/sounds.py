@@ -147,7 +147,7 @@ def check_stems_apart(
     "Raise a `FoleyError` if stems of two videos would be one file"
     if folder is not None and events is not None:
         stems = [path for video in videos for path in stem_paths(folder, video, events).values()]
-        refuse_twice(stems, "run them one by one")
+        refuse_twice(stems, "run them one by one, each with its own --stems")
 
 
 def check_sounds(

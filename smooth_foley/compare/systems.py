@@ -208,10 +208,10 @@ def _foleycrafter_on(loaded):
     return crafter
 
 
-def _whole_picture(clip):
-    "The file of a clip, whose whole picture a published system squeezes into its square; rendered clips are square"
+def _whole_picture(clip, fps, size):
+    "A clip of a file with all of its picture, which published systems squeeze into a square; rendered ones are square"
     path = Path(clip.path or "")
-    return path if path.is_file() else clip
+    return read_clip(path, fps, size, clip.duration, squeeze=True) if path.is_file() else clip
 
 
 def _foleycrafter_system(loaded, prompted, **options):
@@ -222,7 +222,8 @@ def _foleycrafter_system(loaded, prompted, **options):
     def sound(takes, seed, steps):
         for t in takes:
             if key not in t.memo:
-                t.memo[key] = crafter.conditions(_whole_picture(t.clip))[0]
+                seen = _whole_picture(t.clip, crafter.config.fps, crafter.time_detector.config.resize)
+                t.memo[key] = crafter.conditions(seen)[0]
         out = crafter(
             [t.clip for t in takes],
             prompt=[t.label for t in takes] if prompted else None,
@@ -259,8 +260,8 @@ def _diff_foley(loaded, folder=None, **options):
     def sound(takes, seed, steps):
         for t in takes:
             if key not in t.memo:
-                seen = _whole_picture(t.clip)
-                t.memo[key] = foley.see(read_clip(seen, foley.config.fps) if isinstance(seen, Path) else seen)
+                seen = _whole_picture(t.clip, foley.config.fps, foley.cavp.config.image_size)
+                t.memo[key] = foley.see(seen)
         how = {"num_inference_steps": steps, **options}
         out = foley([t.clip for t in takes], seed=seed, features=[t.memo[key] for t in takes], **how)
         return out.audios, [None] * len(takes)

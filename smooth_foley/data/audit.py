@@ -177,9 +177,9 @@ def _measure(log, paths, **options):
     for offset, row in log.lines():
         if _is_answer(row):
             hung = row["facts"].get("error") == "hang" and row.get("limit", 0) < limit
-            last[row["path"]] = offset, None if hung else row["stamp"]
+            last[row["path"]] = offset, "too slow" if hung else row["stamp"]
     paths = list(dict.fromkeys(map(str, paths)))
-    known = {p: last[p][0] for p in paths if p in last and last[p][1] and last[p][1] == _stamp(p)}
+    known = {p: last[p][0] for p in paths if p in last and last[p][1] == _stamp(p)}
     todo = [p for p in paths if p not in known]
     if not todo:
         return known

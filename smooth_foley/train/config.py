@@ -51,7 +51,7 @@ def lr_cycle(
     cfg: TrainConfig,
 ) -> int:
     "Steps of one cycle of the learning rate"
-    return -(-cfg.max_train_steps // cfg.lr_cycles)
+    return -(-cfg.max_train_steps // max(cfg.lr_cycles, 1))  # `check_config` refuses less
 
 
 def lr_share(

@@ -170,7 +170,7 @@ def gate(active, t, rise=0.04):
 
 
 def with_ambience(x, d: Dials, rng) -> np.ndarray:  # float32
-    "Ambient noise `d.noise` dB below the peak, 16 bits"
+    "Ambient noise `d.noise` dB below full scale, 16 bits"
     t = np.arange(len(x)) / SR
     x = x + 10 ** (-d.noise / 20) * _noise(rng, t, 30, 7500, -0.5)
     return np.round(np.clip(x, -1, 1) * 32767).astype(np.int16).astype(np.float32) / 32768
