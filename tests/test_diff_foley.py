@@ -7,6 +7,7 @@ import copy
 import json
 import lzma
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 
 from smooth_foley.app.main import main
 from smooth_foley.compare import diff_foley_files as files
+from smooth_foley.compare import diff_foley_training as training
 from smooth_foley.compare.clips import Take
 from smooth_foley.compare.diff_foley import AS_SHIPPED, DiffFoley
 from smooth_foley.compare.diff_foley_cavp import Cavp
@@ -27,10 +29,11 @@ from smooth_foley.compare.diff_foley_sampler import dpm_solver
 from smooth_foley.compare.diff_foley_stages import CavpStage
 from smooth_foley.compare.diff_foley_training import train_diff_foley
 from smooth_foley.compare.systems import Loaded, build, parse_system
-from smooth_foley.core import FoleyError, mini_path
-from smooth_foley.media import Clip
+from smooth_foley.core import FoleyError, mini_path, only_writer
+from smooth_foley.media import Clip, write_video
 from smooth_foley.pipeline import SmoothFoleyPipeline
 from smooth_foley.train.loop import TrainConfig, train
+from smooth_foley.train.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -350,6 +353,14 @@ def test_as_shipped_differs(random_one):
     assert len(quiet(ours)(noise_clip(), **how).mels) == 2 and len(quiet(theirs)(noise_clip(), **how).mels) == 1
 
 
+def test_long_large_files_fit(random_one, tmp_path):
+    foley, times = quiet(DiffFoley.from_pretrained(random_one)), np.arange(0, 46, 5)
+    frames = np.broadcast_to(np.uint8(0), (len(times), 1080, 1920, 3))
+    path = write_video(tmp_path / "long.mp4", frames, 1.0, times=times)
+    out = foley(path, num_inference_steps=1, classifier_scale=0, output_type="latent")
+    assert out.durations == [46.0] and len(out.latents) == 6
+
+
 def test_it_is_a_system_of_evaluate(random_one):
     loaded = Loaded(quiet(SmoothFoleyPipeline.from_random()))
     spec = parse_system(f"diff=diff-foley:folder={random_one}:guidance_scale=2")
@@ -430,3 +441,66 @@ def test_training_goes_on_where_it_stopped(tmp_path):
         train_diff_foley(tmp_path, ("ldm",), **{**how, "train_batch_size": 3})
     with pytest.raises(FoleyError, match="stages: unknown dance"):
         train_diff_foley(tmp_path, ("dance",))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    "Stages that train nothing; the names of those that ran"
+    names = []
+
+    def pretend(run):
+        names.append(run.name)
+        run.cache.mkdir(exist_ok=True)
+        (run.out / "log.csv").write_text("step,loss\n1,1\n")
+        for name in training._ENCODED if run.name == "features" else ():
+            (run.cache / f"{name}.npy").write_bytes(b"x")
+
+    monkeypatch.setattr(training, "_MAKERS", dict.fromkeys(training.STAGES, pretend))
+    return names
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_refused_call_removes_nothing(tmp_path, ran):
+    train_diff_foley(tmp_path, n_scenes=4)
+    before = contents(tmp_path)
+    for stages, options in ((("scenes", "vae"), dict(n_scenes=5)), (("ldm",), dict(n_scenes=4, seed=7))):
+        with pytest.raises(FoleyError, match="another recipe"):
+            train_diff_foley(tmp_path, stages, resume=False, **options)
+        assert contents(tmp_path) == before
+    train_diff_foley(tmp_path, ("ldm",), resume=False, n_scenes=4, learning_rate=1e-4)
+    train_diff_foley(tmp_path, resume=False, n_scenes=5)
+    assert ran == [*training.STAGES, "ldm", *training.STAGES]
+    assert json.loads((tmp_path / "recipe.json").read_text())["n_scenes"] == 5
+
+
+@pytest.mark.parametrize("resume", (True, False))
+def test_folders_of_others_are_refused(tmp_path, ran, resume):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "done.json").write_text("{}")
+    with pytest.raises(FoleyError, match="holds vae and no run of this command"):
+        train_diff_foley(tmp_path, resume=resume)
+    (tmp_path / "recipe.json").write_text(json.dumps(asdict(Recipe())))
+    with pytest.raises(FoleyError, match="the recipe of another command"):
+        train_diff_foley(tmp_path, resume=resume)
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(FoleyError, match="is damaged"):
+        train_diff_foley(tmp_path, resume=resume)
+    assert (tmp_path / "vae" / "done.json").exists() and not ran
+
+
+@pytest.mark.parametrize("stage", ("scenes", "vae", "cavp"))
+def test_features_of_earlier_weights_are_not_used(tmp_path, ran, stage):
+    train_diff_foley(tmp_path)
+    train_diff_foley(tmp_path, (stage,), resume=False)
+    assert not any((tmp_path / "cache" / f"{name}.npy").exists() for name in training._ENCODED)
+    train_diff_foley(tmp_path, ("features", "ldm"))
+    assert ran == [*training.STAGES, stage, "features"]
+
+
+def test_two_runs_do_not_train_in_one_folder(tmp_path, ran):
+    with only_writer(tmp_path), pytest.raises(FoleyError, match="another run is writing into it"):
+        train_diff_foley(tmp_path)
+    assert not ran

@@ -121,7 +121,7 @@ def sample_measures(
 def _given(args):
     "The options of recipe and stages that were given, by the names of their fields"
     fields = [flag.removeprefix("--").replace("-", "_") for flag, *_ in RECIPE_OPTIONS + STAGE_OPTIONS]
-    values = {name: getattr(args, name) for name in fields}
+    values = {name: getattr(args, name, None) for name in fields}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return {name: v for name, v in values.items() if v is not None}
 
@@ -165,18 +165,31 @@ _RUN = (
     ("--max-steps", _STEPS, "cap every chosen stage, for a try-out"),
 )
 _BEGIN = (("--begin-with", "MODEL", "a finished model to go on from, mini or a folder, instead of nothing"),)
-_GROUPS = (
-    Group(_RUN),
-    Group(RECIPE_OPTIONS, "recipe", "What is left out is as in the recipe."),
-    Group(STAGE_OPTIONS, "training", "Of every chosen stage; what is left out is as in the recipe."),
+_DIFF_FOLEY_RECIPE = "--n-scenes", "--first-seed", "--seed", "--fps"
+_WITH_HELD_OUT_SCENES = "--validation-steps", "--sample-steps"  # Which Diff-Foley's training has not
+
+
+def _groups(run, recipe, stage):
+    "Options of a command that trains by a recipe"
+    return (
+        Group(run),
+        Group(recipe, "recipe", "What is left out is as in the recipe."),
+        Group(stage, "training", "Of every chosen stage; what is left out is as in the recipe."),
+    )
+
+
+_MINI_GROUPS = _groups(_RUN + _BEGIN, RECIPE_OPTIONS, STAGE_OPTIONS)
+_DIFF_FOLEY_GROUPS = _groups(
+    _RUN,
+    tuple(o for o in RECIPE_OPTIONS if o[0] in _DIFF_FOLEY_RECIPE),
+    tuple(o for o in STAGE_OPTIONS if o[0] not in _WITH_HELD_OUT_SCENES),
 )
-_MINI_GROUPS = (Group(_RUN + _BEGIN), *_GROUPS[1:])
 TRAIN_MINI = Command("mini", _train_mini, "Train the small model from nothing.", _MINI_GROUPS, _EXAMPLES)
 TRAIN_DIFF_FOLEY = Command(
     "diff-foley",
     _train_diff_foley,
     "Train the Diff-Foley baseline from nothing.",
-    _GROUPS,
+    _DIFF_FOLEY_GROUPS,
     """examples:
   smooth-foley train diff-foley --out runs/diff_foley
   smooth-foley train diff-foley --out runs/try --max-steps 20 --n-scenes 100""",

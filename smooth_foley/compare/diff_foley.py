@@ -295,7 +295,8 @@ def __call__(
     if output_type not in ("audio", "mel", "latent"):
         raise FoleyError(f"output_type is {output_type!r}: choose audio, mel or latent")
     c, videos = self.config, list(video) if isinstance(video, (list, tuple)) else [video]
-    clips = [v if isinstance(v, Clip) else read_clip(v, c.fps) for v in videos]
+    size = self.cavp.config.image_size
+    clips = [v if isinstance(v, Clip) else read_clip(v, c.fps, size, squeeze=True) for v in videos]
     seen = [_seen(self, clip, f) for clip, f in zip(clips, features or [None] * len(clips))]
     how = num_inference_steps, guidance_scale, classifier_scale
     stored = c.num_inference_steps, c.guidance_scale, c.classifier_scale

@@ -78,8 +78,9 @@ _RATE = 62.5 / 8  # Latent columns per second
 
 def _window(z, features, column, fps, n=64):
     "`n` latent columns from `column` on, and the pictures of that time"
-    first = int(column / _RATE * fps)
-    return z[..., column : column + n], features[first : first + round(8 * fps)]
+    pictures = round(8 * fps)
+    first = min(int(column / _RATE * fps), len(features) - pictures)
+    return z[..., column : column + n], features[first : first + pictures]
 
 
 def _joined(one, two, columns, fps):

@@ -7,6 +7,7 @@ __all__ = ['STAGES', 'DiffFoleyRecipe', 'diff_foley_recipe', 'train_diff_foley']
 
 # %% ../../nbs/compare/71g_diff_foley_training.ipynb #dftr0003
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -23,9 +24,9 @@ from .diff_foley_ldm import AlignmentClassifier, ConditionStage
 from .diff_foley_mel import DiffFoleyMel
 from .diff_foley_sampler import dpm_solver
 from .diff_foley_stages import AutoencoderStage, CavpStage, ClassifierStage, LdmStage
-from ..core import FoleyError, progress, suggest
+from ..core import FoleyError, make_folder, only_writer, progress, suggest
 from ..data.arrays import read_array, write_array
-from ..data.tables import write_json
+from ..data.tables import read_json, write_json
 from ..train.loop import TrainConfig, check_config, hardware, is_main, save_trained, train, wait_for_all
 from ..train.recipe import VAL_SEED
 from ..train.recipes import forget_origin
@@ -55,18 +56,21 @@ class DiffFoleyRecipe:
 
     n_scenes: int = 2500
     first_seed: int = 400_000  # Of the scenes, in Passby's training seeds
-    seed: int = 0  # Of initial weights
+    seed: int = 0  # Of initial weights, batches and noise
     fps: float = 4.0  # Pictures per second, 4 as in the paper
     stages: dict = field(default_factory=_configs)  # Trained stage -> its configuration
 
 # %% ../../nbs/compare/71g_diff_foley_training.ipynb #dftr0007
 def _check_options(given):
-    "Refuse a name that is no option of this recipe"
+    "Refuse a name that is no option of this recipe, or that would do nothing"
     known = {f.name for f in fields(DiffFoleyRecipe)} | {f.name for f in fields(TrainConfig)} - {"stages"}
     for name in set(given) - known:
         near = suggest(name, known)
         hint = f"did you mean {' or '.join(near)}?" if near else f"options are {', '.join(sorted(known))}"
         raise FoleyError(f"{name}: diff-foley has no such option; {hint}")
+    for name in ("validation_steps", "sample_steps"):
+        if given.get(name):
+            raise FoleyError(f"{name}: diff-foley has no held-out scenes to validate or sample on; leave it out")
 
 
 def diff_foley_recipe(
@@ -76,9 +80,11 @@ def diff_foley_recipe(
 ) -> DiffFoleyRecipe:
     "The recipe with some fields changed"
     _check_options(options)
+    if max_steps is not None and max_steps < 1:
+        raise FoleyError(f"max_steps: must be at least 1, got {max_steps}")
     mine = {f.name for f in fields(DiffFoleyRecipe)}
     r = DiffFoleyRecipe(**{k: v for k, v in options.items() if k in mine})
-    change = {k: v for k, v in options.items() if k not in mine}
+    change = {k: v for k, v in options.items() if k not in mine or k == "seed"}
     for name, cfg in r.stages.items():
         if name in stages:
             cfg = replace(cfg, **change)
@@ -250,6 +256,9 @@ def _train_cavp(run):
     save_trained(cavp, run.weights("cavp"))
 
 # %% ../../nbs/compare/71g_diff_foley_training.ipynb #dftr0020
+_ENCODED = ("features", "moments")
+
+
 def _encode(run):
     "Features and latents of every scene"
     arrays, device = _arrays(run.cache, run.recipe), "cuda" if torch.cuda.is_available() else "cpu"
@@ -260,13 +269,13 @@ def _encode(run):
         for i in progress(range(run.recipe.n_scenes), desc="features", unit="scene"):
             features.append(cavp.features(arrays["frames"][i]).half().cpu())
             moments.append(_moments(vae, arrays["mel"][i : i + 1])[0].half())
-    for name, rows in (("features", features), ("moments", moments)):
+    for name, rows in zip(_ENCODED, (features, moments)):
         write_array(run.cache / f"{name}.npy", torch.stack(rows).numpy())
 
 
 def _encoded(run):
     "Stored features and latents"
-    return {k: read_array(run.cache / f"{k}.npy") for k in ("features", "moments")}
+    return {k: read_array(run.cache / f"{k}.npy") for k in _ENCODED}
 
 # %% ../../nbs/compare/71g_diff_foley_training.ipynb #dftr0021
 def _scaling_factor(run):
@@ -338,33 +347,56 @@ _MAKERS = dict(
 )
 
 
-def _claim(out, r, stages):
-    "Write the recipe into a folder, or refuse it because the folder has another one"
+def _read_recipe(path, asked):
+    "The recipe of a folder; that of another command is refused"
+    known = read_json(path, advice="restore it, or use another folder")
+    stages = known.get("stages")
+    if not isinstance(stages, dict) or stages.keys() != asked["stages"].keys():
+        raise FoleyError(f"{path}: is the recipe of another command; use another folder")
+    return known
+
+
+def _differences(out, known, asked, again):
+    "Names of what contradicts the results that stay"
+    if set(again) == set(STAGES):
+        return []
+    differ = [k for k in asked if k != "stages" and known.get(k) != asked[k]]
+    kept = [n for n in asked["stages"] if n not in again and (out / n / "log.csv").exists()]
+    return differ + [n for n in kept if known["stages"][n] != asked["stages"][n]]
+
+
+def _claim(out, r, stages, resume):
+    "Write the recipe into a folder, or refuse it because the folder has another one; then remove what starts again"
     path, asked = out / "recipe.json", json.loads(json.dumps(asdict(r)))
+    again = () if resume else stages
     if path.exists():
-        known = json.loads(path.read_text())
-        kept = {name: cfg for name, cfg in known["stages"].items() if name not in stages}
-        asked["stages"] |= kept
-        differ = [k for k in asked if k != "stages" and known.get(k) != asked[k]]
-        begun = [n for n in asked["stages"] if (out / n / "log.csv").exists()]
-        differ += [n for n in begun if known["stages"].get(n) != asked["stages"][n]]
-        if differ:
+        known = _read_recipe(path, asked)
+        asked["stages"] |= {name: cfg for name, cfg in known["stages"].items() if name not in stages}
+        if differ := _differences(out, known, asked, again):
             raise FoleyError(
                 f"{out}: was made with another recipe ({', '.join(differ)}); give the same options, or another folder"
             )
+    elif found := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
+        raise FoleyError(f"{out}: holds {found[0]} and no run of this command; use another folder")
+    wait_for_all()
     if is_main():
+        _start_again(out, again)
         write_json(path, asked)
+    wait_for_all()
     return replace(r, stages={n: TrainConfig(**c) for n, c in asked["stages"].items()})
 
 # %% ../../nbs/compare/71g_diff_foley_training.ipynb #dftr0028
 def _start_again(out, stages):
-    "Remove what the chosen stages have made"
+    "Remove what the chosen stages have made, and features and latents that are then of other weights"
+    if {"scenes", "vae", "cavp"} & set(stages):
+        stages = {*stages, "features"}
     for name in stages:
         shutil.rmtree(out / name, ignore_errors=True)
+    if "features" in stages:
+        for name in _ENCODED:
+            (out / "cache" / f"{name}.npy").unlink(missing_ok=True)
     if "scenes" in stages:
         shutil.rmtree(out / "cache", ignore_errors=True)
-    if set(stages) == set(STAGES):
-        (out / "recipe.json").unlink(missing_ok=True)
 
 
 def _run_stage(run):
@@ -394,11 +426,9 @@ def train_diff_foley(
     if bad:
         raise FoleyError(f"stages: unknown {', '.join(bad)}; choose from {', '.join(STAGES)}")
     r = diff_foley_recipe(stages, max_steps, **options)
-    out.mkdir(parents=True, exist_ok=True)
-    if is_main() and not resume:
-        _start_again(out, stages)
-    wait_for_all()
-    r = _claim(out, r, stages)
-    for name in stages:
-        _run_stage(_Run(name, out, r))
+    share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with only_writer(make_folder(out), share):
+        r = _claim(out, r, stages, resume)
+        for name in stages:
+            _run_stage(_Run(name, out, r))
     return out / "diff_foley"
