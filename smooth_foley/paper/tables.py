@@ -345,7 +345,7 @@ def findings(
         f"than without a label ({f1('passby_mixed', 'label-less')}). Its second does not: frame-wise tokens as printed "
         "are in no measure shown better than their mean. In time order they are: loudness follows the passage, turns "
         f"round with the film when it is shown backwards in {back['ours']} of {turned['ours']['n']} scenes "
-        f"(order-free: {back['paper']}), and strikes come on time (onset F1 {strikes['ours']}; "
-        f"order-free {strikes['paper']}, FC {strikes['foleycrafter']}). Pitch is still the weak side: "
-        "no better than that of another scene's true sound."
+        f"(order-free: {back['paper']}). Strikes come on time in any form (onset F1 {strikes['ours']}; "
+        f"order-free {strikes['paper']}, FC {strikes['foleycrafter']}). Pitch stays weak: "
+        "no better than another scene's true sound."
     )
