@@ -94,6 +94,42 @@ def test_bfloat16_runs_and_states_its_error():
     assert set(r["peak"]) == {"bf16", "fp32"} and 0 < r["difference"]["relative_rms"] < 0.2
 
 
+def test_compilation_is_not_timed(monkeypatch, tmp_path):
+    "Once counted, which leaves networks as they are, once to compile, then timed; the reference has nothing to compile"
+    plan = b._Plan("mini", True, "cpu", "fp32", 1, 0.5, 15.0, True, True, 16, None)
+    counted = {"ours": [], "reference": []}
+
+    def way(name):
+        def run(pipe, video, folder, meter, *how):
+            counted[name].append(meter.flops)
+            with meter("denoise"):
+                return name
+
+        return run
+
+    monkeypatch.setattr(b, "_compile", lambda pipe: None)
+    monkeypatch.setattr(b, "run_ours", way("ours"))
+    monkeypatch.setattr(b, "run_reference", way("reference"))
+    pipe = SmoothFoleyPipeline.from_random()
+    assert b._measure_ours(pipe, plan, None, tmp_path)[0] == "ours"
+    b._measure_reference(pipe, plan, None, tmp_path, None, 1)
+    assert counted == {"ours": [True, False, False], "reference": [True, False]}
+
+
+@pytest.mark.parametrize("repeats, runs", [(0, [True]), (1, [True, False])])
+def test_the_reference_is_timed_as_points_are(repeats, runs, monkeypatch):
+    counted, real = [], b.run_reference
+
+    def run(pipe, video, folder, meter, *how):
+        counted.append(meter.flops)
+        return real(pipe, video, folder, meter, *how)
+
+    monkeypatch.setattr(b, "run_reference", run)
+    point = [b.points()[0]]
+    how = dict(random_weights=True, device="cpu", seconds=0.5, repeats=repeats, which=point, reference=True)
+    assert [row["kind"] for row in b.bench_points(**how)][-1] == "reference" and counted == runs
+
+
 def test_table_and_plot(result, tmp_path):
     text = bench_summary(result)
     assert all(name in text for name in (*b.TIMED, "total", "as fast as the reference")) and "nan" not in text

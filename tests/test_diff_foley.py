@@ -270,6 +270,13 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(checkpoints, tmp_path, 
     assert str(mine[part]) in str(e.value) and not (tmp_path / "out").exists()
 
 
+def test_checkpoints_are_not_replaced_by_what_is_made_of_them(checkpoints):
+    folder, mine = checkpoints["cavp"].parent, {k: f for k, f in checkpoints.items() if k != "eval_classifier"}
+    with pytest.raises(FoleyError, match="would be replaced, and with it .*which is read"):
+        files.convert_diff_foley(mine, folder, configs=CONFIGS, overwrite=True)
+    assert files.find_files(folder) == checkpoints
+
+
 class Trouble:
     def __reduce__(self):
         return exec, ("raise SystemExit",)

@@ -408,6 +408,18 @@ def test_the_hub_is_asked_before_the_training(shards, model, tmp_path, monkeypat
     assert "add --push-to-hub" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_every_label_of_a_clip_has_a_sample_of_its_own(items, model, settings, tmp_path):
+    both = replace(items[0], events=[(0.0, 0.5, "dog barking"), (0.5, 1.0, "train horning")])
+    write_shards([both], tmp_path / "two", ShardConfig(weights=str(model)))
+    how = dict(max_train_steps=1, sample_steps=1)
+    out = finetune(settings(config=how, val_shards=(tmp_path / "two",), num_inference_steps=1))
+    with open(out / "samples.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [row["label"] for row in rows] == ["dog barking", "train horning"]
+    sounds = {f"step-1-{row['clip']}.wav" for row in rows}
+    assert len(sounds) == 2 and sounds == {p.name for p in (out / "samples").glob("*.wav")}
+
+
 # --- to other tools
 def test_published_adapters_come_back_as_they_were_published(published, tmp_path):
     sources, model = published

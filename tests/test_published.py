@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -250,6 +252,10 @@ def test_a_detector_is_added_to_a_full_made_without_it(sources, full, tmp_path):
     _add_detector(made, DETECTOR, cache_dir=tmp_path / "cache", local_files_only=True)
     a, b = (TimeDetector.from_pretrained(f / "time_detector").state_dict() for f in (made, full))
     assert equal(a, b)
+    _add_detector(
+        made, DETECTOR, cache_dir=tmp_path / "nowhere", local_files_only=True
+    )  # As the second of two processes
+    assert not list(made.glob(".*"))
 
 
 # --- what is refused
@@ -490,7 +496,7 @@ def test_full_is_made_from_the_cache_and_found_again(sources, pipe, open_clip_fo
     monkeypatch.setenv("SMOOTH_FOLEY_HOME", str(tmp_path / "home"))
     with pytest.raises(FoleyError, match="smooth-foley fetch full") as e:
         P.resolve_full(cache_dir=tmp_path / "empty")
-    assert "\n" not in str(e.value) and not (tmp_path / "home").exists()
+    assert "\n" not in str(e.value) and not list((tmp_path / "home").glob("*"))
     fc = shutil.copytree(
         sources["foleycrafter"], tmp_path / "fc", ignore=shutil.ignore_patterns("*.tar")
     )  # the tiny detector is not of the published shape
@@ -507,6 +513,32 @@ def test_full_is_made_from_the_cache_and_found_again(sources, pipe, open_clip_fo
     assert equal(got.unet.state_dict(), pipe.unet.state_dict()) and got.mel.config.n_cols == 1024
     with pytest.raises(FoleyError, match="three repositories"):
         P.resolve_full(revision="main")
+
+
+def test_full_is_made_once_however_many_ask_for_it(full, tmp_path, monkeypatch):
+    monkeypatch.setenv("SMOOTH_FOLEY_HOME", str(tmp_path / "home"))
+    asked = []
+
+    def slow(**how):
+        asked.append(how)
+        time.sleep(0.5)
+        return shutil.copytree(full, P.full_path())
+
+    monkeypatch.setattr(P, "fetch", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: P.resolve_full(), range(4)))
+    assert set(found) == {P.full_path()} and len(asked) == 1
+    assert [p.name for p in (tmp_path / "home").iterdir()] == ["full"]
+
+
+def test_what_is_converted_is_not_replaced(tmp_path):
+    files = tmp_path / "files"
+    given, before = write_published(files), snapshot(files)
+    (tmp_path / "link").symlink_to(files)
+    for out in (files, tmp_path, tmp_path / "link"):
+        with pytest.raises(FoleyError, match="which is read; choose another place"):
+            P.fetch(out, folders=given, overwrite=True, configs=TINY, readers=READERS)
+    assert snapshot(files) == before
 
 
 def test_a_folder_without_index_is_not_taken_for_full(tmp_path, monkeypatch):

@@ -214,10 +214,13 @@ class _Plan:
     reuse: bool
     batch_size: int
     tell: object
+    once: bool = False  # Count and time in one run, whatever the device
 
     @property
     def counts_first(self):
         "Whether a first run counts and warms up, so that the timed one need not"
+        if self.once:
+            return False
         return self.compile or self.scale == "mini" or torch.device(self.device).type == "cuda"
 
 # %% ../../nbs/app/93_bench.ipynb #bnc00002
@@ -262,13 +265,15 @@ def _compile(pipe):
         net.compile()
 
 # %% ../../nbs/app/93_bench.ipynb #97f62314
-def _measure(run, plan):
+def _measure(run, plan, compiles=False):
     "Result and stages of `run(meter)`, which runs once with everything measured, or twice: to count, then to time"
     if not plan.counts_first:
         meter = Meter(plan.device, True, plan.tell)
         return run(meter), meter.stages
     first, meter = Meter(plan.device, True), Meter(plan.device, tell=plan.tell)
     run(first)
+    if compiles:  # Networks are not compiled while operations are counted
+        run(Meter(plan.device))
     result = run(meter)
     for name, stage in meter.stages.items():
         stage["flops"] = first.stages[name]["flops"]
@@ -344,7 +349,7 @@ def _measure_ours(pipe, plan, video, folder):
     if plan.compile:
         _compile(pipe)
     with fast_on(pipe, linear=not plan.compile):
-        return _measure(run, plan)
+        return _measure(run, plan, plan.compile)
 
 
 def _measure_reference(pipe, plan, video, folder, condition, n_frames):
@@ -445,7 +450,7 @@ def bench_points(
             del pipe
             _give_back_memory()
             pipe = _load(plan, torch.float32)
-        plan = replace(plan, steps=pipe.config.num_inference_steps)
+        plan = replace(plan, steps=pipe.config.num_inference_steps, once=not repeats)
         _, stages = _measure_reference(
             pipe, plan, video, folder, TemporalCondition.always(clip.duration), len(clip.times)
         )

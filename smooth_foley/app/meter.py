@@ -106,6 +106,8 @@ class Meter:
         "Wait for the device"
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     @contextmanager
     def __call__(

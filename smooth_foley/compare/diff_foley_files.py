@@ -273,7 +273,7 @@ def convert_diff_foley(
     parts = read_diff_foley(files, configs)
     parts |= dict(mel=Part(DiffFoleyMel, DiffFoleyMel()), scheduler=Part(UnroundedDPMSolver, dpm_solver()))
     check_room(out, 1.01 * dtype.itemsize * sum(v.numel() for p in parts.values() for v in (p.weights or {}).values()))
-    with new_folder(out, overwrite) as tmp:
+    with new_folder(out, overwrite, files.values()) as tmp:
         for name, part in parts.items():
             write_part(part, tmp / name, dtype)
         (tmp / "model_index.json").write_text(json.dumps(_index(parts, settings), indent=2, sort_keys=True) + "\n")

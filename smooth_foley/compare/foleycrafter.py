@@ -23,7 +23,7 @@ from ..loading import load_part, read_weights
 from ..media import Clip, read_clip
 from ..output import FoleyOutput
 from ..pipeline import SmoothFoleyPipeline
-from ..published import new_folder, resolve_full, resolve_weights, write_part
+from ..published import new_folder, one_at_a_time, resolve_full, resolve_weights, write_part
 from ..published_parts import Part
 from ..temporal_condition import TemporalCondition
 
@@ -67,13 +67,15 @@ READERS = {"time_detector": published_detector}
 
 # %% ../../nbs/compare/70_foleycrafter.ipynb #a5ea0833
 def _add_detector(folder, config=None, **hub):
-    "Convert the published detector for a `full` that was made without it"
+    "Convert the published detector for a `full` that was made without it, unless another process just has"
     files = [replace(s, files=tuple(f for f in s.files if f.part in READERS)) for s in REPOSITORIES]
-    found = download(files, **hub)
-    if "time_detector" in found:
-        part = published_detector(found["time_detector"], **(config or {}))
-        with new_folder(folder / "time_detector") as tmp:
-            write_part(part, tmp)
+    out = folder / "time_detector"
+    with one_at_a_time(out):
+        found = {} if out.is_dir() else download(files, **hub)
+        if "time_detector" in found:
+            part = published_detector(found["time_detector"], **(config or {}))
+            with new_folder(out) as tmp:
+                write_part(part, tmp)
 
 # %% ../../nbs/compare/70_foleycrafter.ipynb #fadb21ef
 def _folder_of(name, **hub):

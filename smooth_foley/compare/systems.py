@@ -399,9 +399,10 @@ def parse_system(
             f"system {text!r}: {name!r} cannot be its name; "
             f"use letters, digits, - and _, and none of {', '.join(_RESERVED)}"
         )
+    spec = _with_pairs(System(name, base), text, pairs)
     if pairs and name in SYSTEMS:
         raise FoleyError(f"system {text!r}: {name!r} has a meaning of its own; name it, as in mine={text.strip()}")
-    return _with_pairs(System(name, base), text, pairs)
+    return spec
 
 # %% ../../nbs/compare/73_systems.ipynb #e7b2000f
 def _with_pairs(spec, text, pairs):
@@ -411,6 +412,8 @@ def _with_pairs(spec, text, pairs):
         key, eq, value = pair.partition("=")
         if key in _OF_DIFF_FOLEY and spec.base != "diff-foley":
             raise FoleyError(f"system {text!r}: {key} belongs to diff-foley; leave it out")
+        if key in _COMPONENTS and spec.base == "diff-foley":
+            raise FoleyError(f"system {text!r}: diff-foley has no {key}; name its weights with folder=FOLDER")
         if key == "weak_unet" and spec.base not in _AUTOGUIDED:
             raise FoleyError(f"system {text!r}: {key} guides {', '.join(_AUTOGUIDED)}; leave it out")
         if eq and key in _OPTIONS:

@@ -41,6 +41,11 @@ def mel_measures(
     return row
 
 # %% ../../nbs/scale/58b_clip_sheets.ipynb #shc00009
+def _distinct(keys):
+    "Keys of clips; one that occurs several times, for several labels, gets a number"
+    return [key if keys.count(key) == 1 else f"{key}.{keys[: k + 1].count(key)}" for k, key in enumerate(keys)]
+
+
 class ClipSheets:
     "`sample` for `train`: the first clips of a validation feed as the stage generates them"
 
@@ -56,7 +61,8 @@ class ClipSheets:
         self.folder, self.feed, self.chosen = Path(folder), feed, range(min(n, len(feed)))
         self.how = dict(steps=num_inference_steps, guidance_scale=guidance_scale)
         self.parts = {name: load_component(model, name) for name in ("vae", "mel", "vocoder")}
-        self.names = feed.names(self.chosen)
+        self.names = _distinct(feed.names(self.chosen))
+        self.labels = [label or sample["label"] for sample, label in map(feed.rows.read, self.chosen)]
 
     def _mels(self, z, device):
         "Natural-log mels of latents, `(b, n_mels, n_cols)`"
@@ -73,9 +79,11 @@ class ClipSheets:
             audio = vocode(self.parts["vocoder"].to(device), made).cpu().numpy()
         made = made.cpu()
         own_folder(self.folder)
-        plot_sheet(true, made, [name[:24] for name in self.names]).savefig(self.folder / f"step-{step}.png")
+        titles = [f"{name[:24]}\n{label[:24]}" for name, label in zip(self.names, self.labels)]
+        plot_sheet(true, made, titles).savefig(self.folder / f"step-{step}.png")
         on = batch["sounding"].cpu() if "sounding" in batch else [None] * len(made)
         rate = self.parts["mel"].config.sample_rate
         for name, sound in zip(self.names, audio):
             write_wav(self.folder / f"step-{step}-{name}.wav", sound, rate)
-        return [dict(clip=n) | mel_measures(*three) for n, *three in zip(self.names, made, true, on)]
+        known = [dict(clip=name, label=label) for name, label in zip(self.names, self.labels)]
+        return [row | mel_measures(*three) for row, *three in zip(known, made, true, on)]

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -62,16 +63,18 @@ def _copy(url, dest):
             shutil.copyfileobj(f, out, 2**20)
     except FoleyError:
         raise
-    except (OSError, ImportError, ValueError) as e:
+    except Exception as e:  # Every kind of address has its own
         raise FoleyError(f"{url}: cannot be fetched ({' '.join(str(e).split()) or type(e).__name__})") from e
 
 
 def _copied(url, cache):
-    "A tar from an address with its index, or all shards of a folder there; the path of the copy"
+    "A tar from an address with its plan and index, or all shards of a folder there; the path of the copy"
     base, _, name = url.rstrip("/").rpartition("/")
     folder = f"{base}/{name}" if not name.endswith(".tar") else base
     dest = make_folder(Path(cache) / hashlib.sha256(folder.encode()).hexdigest()[:12])
     if name.endswith(".tar"):
+        with suppress(FoleyError):  # Tars without a plan are taken too
+            _copy(f"{folder}/plan.json", dest / "plan.json")
         _copy(f"{folder}/{name.removesuffix('.tar')}.json", dest / f"{name.removesuffix('.tar')}.json")
         _copy(url, dest / name)
         return dest / name

@@ -48,7 +48,7 @@ def export_adapter(
     if kind == "FrameAdapter":
         weights = ip_adapter_weights(adapter, num_tokens)
     make_folder(out.absolute().parent)
-    with new_folder(out, overwrite) as tmp:
+    with new_folder(out, overwrite, [run]) as tmp:
         write_weights(weights, tmp / _FILES[kind], dtype)
         if kind == "ControlNetModel":
             torch.nn.Module.to(adapter, dtype).save_pretrained(tmp / "controlnet")
