@@ -83,9 +83,9 @@ def _counted(machine):
 
 
 def _stages(folder):
-    "Every recorded stage, in the order of the recipe"
+    "Every stage that was trained, in the order of the recipe"
     order = list(_json(folder / "recipe.json").get("stages", {}))
-    found = {p.stem for p in folder.glob("*.json")} - {"recipe"}
+    found = {p.stem for p in folder.glob("*.json") if p.with_suffix(".csv").is_file()}
     names = [name for name in order if name in found] + sorted(found - set(order))
     return [_stage(folder, name) for name in names]
 
@@ -98,7 +98,7 @@ def _training(folder):
     rows = [(s["name"], s["steps"], s["batch"], f"{s['hours']:.2f}", s["where"]) for s in stages]
     table = _table(("stage", "steps", "batch", "hours", "hardware"), rows)
     facts = [f"`{k}` {recipe[k]}" for k in recipe if isinstance(recipe[k], (int, float, str)) and recipe[k] != ""]
-    total = f"{sum(s['hours'] for s in stages):.1f} hours in all"
+    total = f"{sum(s['hours'] for s in stages):.1f} hours of training in all"
     where = "the whole of it, and the log of every stage, are in `training/`"
     return f"{total}. Recipe: {', '.join(facts)}; {where}.\n\n{table}"
 

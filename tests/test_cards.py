@@ -131,8 +131,10 @@ def test_training_of_a_card_is_what_the_logs_say(tmp_path):
         done = dict(stage=name, seconds_of_last_run=1.0, hardware=abacus, config=dict(train_batch_size=16))
         (folder / "training" / f"{name}.json").write_text(json.dumps(done))
         (folder / "training" / f"{name}.csv").write_text(f"step,loss,seconds\n25,1,1\n50,1,{seconds}\n")
+    (folder / "training" / "scenes.json").write_text(json.dumps(dict(stage="scenes", config=None)))  # Not trained
     card = model_card(folder)
-    assert "0.8 hours in all. Recipe: `n_scenes` 12;" in card
+    assert "| scenes" not in card
+    assert "0.8 hours of training in all. Recipe: `n_scenes` 12;" in card
     table = re.findall(r"^\| (?:vae|base) .*", card, re.M)
     assert table[0] == "| vae | 50 | 16 | 0.25 | abacus, 4 of 8 cores, torch 9.9 |" and table[1].startswith("| base")
 
