@@ -279,6 +279,7 @@ def _say_to_stderr(text):
 def one_at_a_time(folder):
     "Let one process after the other into the block, where files can be locked"
     lock = folder.with_name(f".{folder.name}.lock")
+    new = not lock.parent.exists()
     with ExitStack() as stack:
         with suppress(ImportError, OSError):  # Windows, or a disk without locks
             import fcntl
@@ -286,8 +287,15 @@ def one_at_a_time(folder):
             lock.parent.mkdir(parents=True, exist_ok=True)
             opened = stack.enter_context(open(lock, "a"))
             fcntl.flock(opened, fcntl.LOCK_EX)
-            stack.callback(lock.unlink, missing_ok=True)
+            stack.callback(_remove_lock, lock, new)
         yield
+
+
+def _remove_lock(lock, with_folder):
+    lock.unlink(missing_ok=True)
+    if with_folder:
+        with suppress(OSError):  # Something has been put into it
+            lock.parent.rmdir()
 
 
 def resolve_full(
